@@ -1,0 +1,1 @@
+"""Adapters: configuration, layers, placement, the state through depth, injection and files."""

@@ -1,0 +1,74 @@
+"""What an adapter is made of: the one configuration object of the public interface."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Method = Literal["ssmlora", "lora"]
+StateGradient = Literal["full", "detached"]
+Carry = Literal["normalized", "raw"]
+Normalization = Literal["minmax", "rms", "none"]
+DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+class AdapterConfig(BaseModel):
+    """Where adapters sit and how their state runs through depth (DESIGN section 2).
+
+    `alternate` lists projections of which each layer gets one, in turn: layer i gets
+    `alternate[i % len(alternate)]`. `every_layer` lists projections adapted in each layer. With
+    `method="ssmlora"` the alternating modules are time modules; those of every layer are plain LoRA unless
+    `every_layer_method="ssmlora"`. With `method="lora"` all of them are plain LoRA.
+
+    Attributes:
+        method: `ssmlora` (arXiv 2502.04958) or `lora`.
+        rank: R, the inner width of every adapter.
+        alpha: the adapter's output is scaled by alpha / rank.
+        dropout: probability; on the normalised state of a time module, on the input of a plain LoRA module.
+        alternate: projections that take turns over the layers, e.g. `["q_proj", "v_proj"]`.
+        every_layer: projections adapted in each layer.
+        every_layer_method: what the modules of `every_layer` are.
+        state_gradient: `full` sends gradients through the state into earlier layers; `detached` stops them
+            at every module boundary.
+        carry: what the next module on the axis receives: the normalised state n, or the raw state h.
+        normalization: `minmax` (the paper's), `rms` or `none`, over the rank, per token.
+        state_input_scale: `state_input` starts at this multiple of the identity; never 0 (DESIGN section 2).
+        state_dtype: dtype of the state between layers; None takes the compute dtype.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method = "ssmlora"
+    rank: int = Field(8, ge=1, le=1024)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    alternate: tuple[str, ...] = ("q_proj", "v_proj")
+    every_layer: tuple[str, ...] = ()
+    every_layer_method: Method = "lora"
+    state_gradient: StateGradient = "full"
+    carry: Carry = "normalized"
+    normalization: Normalization = "minmax"
+    state_input_scale: float = Field(0.1, gt=0)
+    state_dtype: DTypeName | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> AdapterConfig:
+        if not self.alternate and not self.every_layer:
+            raise ValueError("names no module to adapt: list projections in `alternate` or in `every_layer`")
+        repeated = sorted({name for name in self.targets if self.targets.count(name) > 1})
+        if repeated:
+            raise ValueError(f"names {', '.join(repeated)} more than once over `alternate` and `every_layer`")
+        if self.method == "lora" and self.every_layer_method == "ssmlora":
+            raise ValueError('`every_layer_method` "ssmlora" needs `method` "ssmlora"')
+        return self
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All projections named, in order."""
+        return self.alternate + self.every_layer
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank

@@ -1,0 +1,123 @@
+"""Putting adapters into the decoder layers of a model, in place."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ssmlora_dist.adapters.config import AdapterConfig
+from ssmlora_dist.adapters.layers import LoRALinear, SSMLoRALinear
+from ssmlora_dist.adapters.placement import placement, time_axes
+from ssmlora_dist.adapters.state import thread_state
+from ssmlora_dist.errors import AdapterError
+
+
+def insert_adapters(
+    layers: Mapping[int, nn.Module], config: AdapterConfig, *, num_layers: int, prefix: str, seed: int = 0
+) -> None:
+    """Adapts `layers` in place and threads the state through them; what was there is frozen.
+
+    Every parameter starts as a function of (seed, its full name) alone, so that any split of the layers over
+    processes starts the same.
+
+    Args:
+        layers: decoder layers by their index in the whole model; all of them, or a pipeline stage's.
+        config: where adapters sit and how the state runs.
+        num_layers: L of the whole model.
+        prefix: name of the layer list in the whole model, e.g. `model.layers`.
+        seed: of the starting values.
+
+    Raises:
+        AdapterError: a projection that a layer lacks, or layers that are adapted already.
+    """
+    axes = time_axes(config)
+    for layer_idx, layer in layers.items():
+        if any(isinstance(module, LoRALinear) for module in layer.modules()):
+            raise AdapterError("the model carries adapters already; load the base model anew to adapt it again")
+        layer.requires_grad_(False)
+        linears = _linear_paths(layer)
+        for projection, method in placement(config, layer_idx).items():
+            path = _find(projection, linears)
+            parent = layer.get_submodule(path.rpartition(".")[0])
+            base_layer = layer.get_submodule(path)
+            assert isinstance(base_layer, nn.Linear)
+            adapted = _build(base_layer, config, method, axes.index(projection) if method == "ssmlora" else 0)
+            adapted.reset_parameters(_generator(seed, f"{prefix}.{layer_idx}.{path}"))
+            adapted.train(layer.training)
+            setattr(parent, path.rpartition(".")[2], adapted)
+        if axes:
+            state_dtype = getattr(torch, config.state_dtype) if config.state_dtype else None
+            is_last = layer_idx == num_layers - 1
+            thread_state(
+                layer, num_axes=len(axes), rank=config.rank, state_dtype=state_dtype, is_last=is_last
+            )
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by full name, sorted by name."""
+    found: dict[str, nn.Parameter] = {}
+    for path, child in module.named_modules():
+        if isinstance(child, LoRALinear):
+            own = {name: p for name, p in child.named_parameters() if not name.startswith("base_layer.")}
+            found.update({f"{path}.{name}" if path else name: p for name, p in own.items()})
+    return dict(sorted(found.items()))
+
+
+def load_adapter_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copies `tensors` (by full name) into the adapters of `module`; every adapter parameter must be given.
+
+    Raises:
+        AdapterError: names or shapes that do not fit, naming `source`.
+    """
+    parameters = adapter_parameters(module)
+    for name, parameter in parameters.items():
+        if name not in tensors:
+            raise AdapterError(f"{source}: lacks {name}; it was saved for another model or placement")
+        if tensors[name].shape != parameter.shape:
+            raise AdapterError(
+                f"{source}: {name} is {list(tensors[name].shape)}, the model needs {list(parameter.shape)}; "
+                "it was saved for another base model or rank"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _build(base_layer: nn.Linear, config: AdapterConfig, method: str, axis: int) -> LoRALinear:
+    if method == "lora":
+        return LoRALinear(base_layer, config.rank, config.alpha, config.dropout)
+    return SSMLoRALinear(
+        base_layer,
+        config.rank,
+        config.alpha,
+        config.dropout,
+        axis=axis,
+        normalization=config.normalization,
+        carry=config.carry,
+        detach_state=config.state_gradient == "detached",
+        state_input_scale=config.state_input_scale,
+    )
+
+
+def _linear_paths(layer: nn.Module) -> list[str]:
+    return [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _find(projection: str, paths: Iterable[str]) -> str:
+    by_name = {path.rpartition(".")[2]: path for path in paths}
+    if projection not in by_name:
+        nearest = difflib.get_close_matches(projection, by_name, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise AdapterError(
+            f"adapter: the model's layers have no projection {projection!r}{hint} They have: {', '.join(by_name)}"
+        )
+    return by_name[projection]
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

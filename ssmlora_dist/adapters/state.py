@@ -1,0 +1,89 @@
+"""The decoder layer as a function (hidden, state) -> (hidden, state): the state contract of DESIGN section 3.
+
+Shapes: B batch, S tokens, D hidden size, A time axes, R rank. `thread_state` turns the decoder layers of a model
+into such functions in place. Between layers the pair is the tuple (hidden [B,S,D], state [B,S,A,R]), handed
+from each layer to the next by the model's own loop; the first layer receives the bare hidden states and starts
+the state at zeros, the last returns the bare hidden states. The state is therefore among the inputs and outputs
+of whatever wraps a layer, gradient checkpointing above all: there is no side holder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmlora_dist.adapters.layers import LayerState, SSMLoRALinear
+
+
+@contextmanager
+def bind_state(modules: Sequence[SSMLoRALinear], state: LayerState) -> Iterator[None]:
+    """Lets `modules` read and write `state` for the length of the body."""
+    for module in modules:
+        module.layer_state = state
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.layer_state = None
+
+
+class StatefulDecoderLayer(nn.Module):
+    """Mixed into a decoder layer's class by `thread_state`; never made directly.
+
+    Attributes:
+        num_axes, rank: A and R of the state.
+        state_dtype: dtype of the state between layers; None takes that of the hidden states.
+        is_last: returns the hidden states alone.
+        time_modules: the time modules inside the layer.
+    """
+
+    num_axes: int
+    rank: int
+    state_dtype: torch.dtype | None
+    is_last: bool
+    time_modules: list[SSMLoRALinear]
+
+    def forward(self, hidden_and_state: Tensor | tuple[Tensor, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """(hidden [B,S,D], state [B,S,A,R]) -> the same, or bare hidden states at the first and last layer."""
+        if isinstance(hidden_and_state, tuple):
+            hidden_BSD, state_BSAR = hidden_and_state
+        else:
+            hidden_BSD, state_BSAR = hidden_and_state, self.initial_state(hidden_and_state)
+        state = LayerState(state_BSAR)
+        with bind_state(self.time_modules, state):
+            hidden_BSD = super().forward(hidden_BSD, *args, **kwargs)
+        return hidden_BSD if self.is_last else (hidden_BSD, state.packed())
+
+    def initial_state(self, hidden_BSD: Tensor) -> Tensor:
+        """Zeros [B,S,A,R] for hidden states [B,S,D]."""
+        shape = (*hidden_BSD.shape[:2], self.num_axes, self.rank)
+        return hidden_BSD.new_zeros(shape, dtype=self.state_dtype or hidden_BSD.dtype)
+
+
+_stateful_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def thread_state(
+    layer: nn.Module, *, num_axes: int, rank: int, state_dtype: torch.dtype | None, is_last: bool
+) -> None:
+    """Makes a stateful layer of `layer`, in place; module names and `isinstance` checks stay as they were.
+
+    Args:
+        layer: a decoder layer whose `forward` takes the hidden states first and returns them alone.
+        num_axes: A.
+        rank: R.
+        state_dtype: dtype of the state between layers; None takes that of the hidden states.
+        is_last: whether the state ends here.
+    """
+    base = type(layer)
+    if base not in _stateful_classes:
+        _stateful_classes[base] = type(f"Stateful{base.__name__}", (StatefulDecoderLayer, base), {})
+    layer.__class__ = _stateful_classes[base]
+    attributes = {"num_axes": num_axes, "rank": rank, "state_dtype": state_dtype, "is_last": is_last}
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    layer.time_modules = [m for m in layer.modules() if isinstance(m, SSMLoRALinear)]  # type: ignore[assignment]

@@ -1,0 +1,56 @@
+"""The exceptions a user sees, and the exit codes of the command line.
+
+Every exception here carries a message that names the place and the remedy; the command line prints it
+without a traceback and exits with the exception's `exit_code`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+EXIT_TRAINING_FAILED = 3
+
+
+class SSMLoRAError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class ConfigError(SSMLoRAError):
+    """One or more problems of a run configuration, one line each.
+
+    Args:
+        problems: messages of the form `dotted.path: value given, what is allowed, how to mend it`.
+        source: the file the configuration came from, for the heading.
+    """
+
+    def __init__(self, problems: Sequence[str], source: str = "configuration") -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        heading = f"{source}: {count} problem{'s' if count != 1 else ''}"
+        super().__init__("\n".join([heading, *(f"  {problem}" for problem in self.problems)]))
+
+
+class DataError(SSMLoRAError):
+    """A data file, record or data set that cannot be used; the message names file and line."""
+
+
+class ModelError(SSMLoRAError):
+    """A backbone that cannot be found, read or is not supported."""
+
+
+class AdapterError(SSMLoRAError):
+    """An adapter that does not fit the model, or an adapter directory that cannot be read."""
+
+
+class CheckpointError(SSMLoRAError):
+    """A run directory or checkpoint that cannot be used as asked."""
+
+
+class TrainingError(SSMLoRAError):
+    """Training diverged or failed after it had started."""
+
+    exit_code = EXIT_TRAINING_FAILED
