@@ -20,37 +20,34 @@ class AdapterConfig(BaseModel):
     `alternate[i % len(alternate)]`. `every_layer` lists projections adapted in each layer. With
     `method="ssmlora"` the alternating modules are time modules; those of every layer are plain LoRA unless
     `every_layer_method="ssmlora"`. With `method="lora"` all of them are plain LoRA.
-
-    Attributes:
-        method: `ssmlora` (arXiv 2502.04958) or `lora`.
-        rank: R, the inner width of every adapter.
-        alpha: the adapter's output is scaled by alpha / rank.
-        dropout: probability; on the normalised state of a time module, on the input of a plain LoRA module.
-        alternate: projections that take turns over the layers, e.g. `["q_proj", "v_proj"]`.
-        every_layer: projections adapted in each layer.
-        every_layer_method: what the modules of `every_layer` are.
-        state_gradient: `full` sends gradients through the state into earlier layers; `detached` stops them
-            at every module boundary.
-        carry: what the next module on the axis receives: the normalised state n, or the raw state h.
-        normalization: `minmax` (the paper's), `rms` or `none`, over the rank, per token.
-        state_input_scale: `state_input` starts at this multiple of the identity; never 0 (DESIGN section 2).
-        state_dtype: dtype of the state between layers; None takes the compute dtype.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     method: Method = "ssmlora"
-    rank: int = Field(8, ge=1, le=1024)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    """`ssmlora` (arXiv 2502.04958) or `lora`."""
+    rank: int = Field(default=8, ge=1, le=1024)
+    """R, the inner width of every adapter."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability; on the normalised state of a time module, on the input of a plain LoRA module."""
     alternate: tuple[str, ...] = ("q_proj", "v_proj")
+    """Projections that take turns over the layers, such as `["q_proj", "v_proj"]`."""
     every_layer: tuple[str, ...] = ()
+    """Projections adapted in each layer."""
     every_layer_method: Method = "lora"
+    """What the modules of `every_layer` are: `lora` or `ssmlora`."""
     state_gradient: StateGradient = "full"
+    """`full` sends gradients through the state into earlier layers; `detached` stops them at every module."""
     carry: Carry = "normalized"
+    """What the next module on the axis receives: the `normalized` state n, or the `raw` state h."""
     normalization: Normalization = "minmax"
-    state_input_scale: float = Field(0.1, gt=0)
+    """`minmax` (the paper's), `rms` or `none`, over the rank, per token."""
+    state_input_scale: float = Field(default=0.1, gt=0)
+    """`state_input` starts at this multiple of the identity; never 0."""
     state_dtype: DTypeName | None = None
+    """Dtype of the state between layers; null takes the compute dtype."""
 
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:

@@ -1,0 +1,52 @@
+"""Trains an adapter: `deepspeed launch/train.py --config configs/llama_ssmlora.json`.
+
+Also runs under torchrun and plain python.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ssmlora_dist.config.arguments import build_parser, run_command
+from ssmlora_dist.tracking.quiet import quiet_libraries
+
+
+def main() -> None:
+    arguments = build_parser("Train an SSMLoRA or LoRA adapter on a frozen, quantised decoder model.").parse_args()
+    is_main = os.environ.get("RANK", "0") == "0"
+    quiet_libraries(arguments.log_level, is_main)
+
+    import torch
+
+    from ssmlora_dist.config.loading import load_config
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    config = load_config(arguments.config, arguments.overrides, device_type=device_type)
+
+    from ssmlora_dist.tracking import Console
+    from ssmlora_dist.distributed.process_group import (
+        start_process_group,
+        stop_process_group,
+        world_size_from_environment,
+    )
+
+    console = Console(enabled=is_main)
+    if arguments.dry_run:
+        from ssmlora_dist.training.describe import describe
+
+        console.message(describe(config, world_size_from_environment()))
+        return
+
+    from ssmlora_dist.training.run import run_training
+
+    group = start_process_group(config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug"))
+    quiet_libraries(arguments.log_level, is_main)
+    try:
+        run_training(config, group, console)
+    finally:
+        stop_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

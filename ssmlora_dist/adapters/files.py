@@ -1,0 +1,200 @@
+"""Adapter directories: PEFT's layout and key names, plus one file of what SSMLoRA adds.
+
+    adapter_config.json          PEFT's (peft_type LORA for `method: "lora"`, so that PEFT loads it)
+    adapter_model.safetensors    float32; keys `base_model.model.<full name>`
+    ssmlora.json                 format version, AdapterConfig, name and fingerprint of the base model
+
+Only JSON and safetensors are read: nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssmlora_dist.adapters.config import AdapterConfig
+from ssmlora_dist.durable import replacing, write_text
+from ssmlora_dist.errors import AdapterError
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_FILE = "adapter_config.json"
+SETTINGS_FILE = "ssmlora.json"
+KEY_PREFIX = "base_model.model."
+_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.*\.)?(\w+)\.lora_A\.weight")
+# What PEFT can do to a LoRA that this project has no counterpart for, with the value that means "not used".
+_UNSUPPORTED_PEFT = {
+    "use_dora": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "trainable_token_indices": None,
+}
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What an adapter directory holds.
+
+    Attributes:
+        config: where the adapters sit and how the state runs.
+        tensors: parameters by full name in the model.
+        base_model: name or path of the base model, if recorded.
+        base_fingerprint: of the base model, if recorded.
+    """
+
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+    base_model: str | None
+    base_fingerprint: str | None
+
+
+def write_adapter(
+    directory: Path,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    base_model: str | None = None,
+    base_fingerprint: str | None = None,
+) -> None:
+    """Writes an adapter directory; each file is replaced as a whole, the settings last.
+
+    Args:
+        directory: made if it does not exist.
+        config: of the adapters.
+        tensors: every adapter parameter by full name.
+        base_model: name or path of the base model.
+        base_fingerprint: of the base model; loading compares it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    keyed = {KEY_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(directory / WEIGHTS_FILE) as beside:
+        save_file(keyed, beside, metadata={"format": "pt"})
+    peft = _peft_config(config, tensors, base_model)
+    write_text(directory / PEFT_FILE, json.dumps(peft, indent=2) + "\n")
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "adapter": config.model_dump(mode="json"),
+        "base_model": base_model,
+        "base_fingerprint": base_fingerprint,
+    }
+    write_text(directory / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+
+
+def read_adapter(directory: Path, num_layers: int) -> SavedAdapter:
+    """Reads an adapter directory, ours or one of PEFT's LoRA directories.
+
+    Args:
+        directory: holds the files named at the top of this module.
+        num_layers: of the model it is for; PEFT's files do not say whether a placement covers all layers.
+
+    Raises:
+        AdapterError: a file is missing, damaged, of a later version, or uses what is not supported here.
+    """
+    if not directory.is_dir():
+        raise AdapterError(f"{directory}: no such adapter directory; train one first, or correct the path")
+    tensors = _read_tensors(directory)
+    if (directory / SETTINGS_FILE).exists():
+        settings = _read_json(directory / SETTINGS_FILE)
+        version = settings.get("format_version")
+        if version != FORMAT_VERSION:
+            raise AdapterError(
+                f"{directory / SETTINGS_FILE}: format version {version!r}, this release reads {FORMAT_VERSION}; "
+                "use the release that wrote it"
+            )
+        try:
+            config = AdapterConfig.model_validate(settings.get("adapter"))
+        except pydantic.ValidationError as error:
+            raise AdapterError(f"{directory / SETTINGS_FILE}: {error.errors()[0]['msg']}; it is damaged") from error
+        return SavedAdapter(config, tensors, settings.get("base_model"), settings.get("base_fingerprint"))
+    peft = _read_json(directory / PEFT_FILE)
+    config = _config_from_peft(peft, tensors, num_layers, directory / PEFT_FILE)
+    return SavedAdapter(config, tensors, peft.get("base_model_name_or_path"), None)
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    path = directory / WEIGHTS_FILE
+    if not path.exists():
+        pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt"))
+        found = f"; {pickles[0]} is a pickle and is not read: save it again as safetensors" if pickles else ""
+        raise AdapterError(f"{directory}: holds no {WEIGHTS_FILE}{found}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key.removeprefix(KEY_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"{path}: not a whole safetensors file ({error}); copy or train it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path}: missing; this is no adapter directory") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: not JSON ({error}); the file is damaged") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path}: not a JSON object; the file is damaged")
+    return content
+
+
+def _peft_config(config: AdapterConfig, names: Iterable[str], base_model: str | None) -> dict[str, Any]:
+    modules = sorted(name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight"))
+    return {
+        "peft_type": "LORA" if config.method == "lora" else "SSMLORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": modules if config.alternate else list(config.every_layer),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _config_from_peft(
+    peft: Mapping[str, Any], tensors: Iterable[str], num_layers: int, source: Path
+) -> AdapterConfig:
+    if peft.get("peft_type") != "LORA":
+        raise AdapterError(f"{source}: peft_type is {peft.get('peft_type')!r}; only LORA can be loaded")
+    for key, unused in _UNSUPPORTED_PEFT.items():
+        if peft.get(key, unused) not in (unused, None):
+            raise AdapterError(f"{source}: {key} is {peft[key]!r}, which is not supported here; allowed: {unused!r}")
+    layers: dict[str, set[int]] = {}
+    for name in tensors:
+        if match := _KEY.fullmatch(name):
+            layers.setdefault(match[2], set()).add(int(match[1]))
+    rank, alpha = int(peft["r"]), float(peft["lora_alpha"])
+    return AdapterConfig(
+        method="lora",
+        rank=rank,
+        # rsLoRA scales by alpha / sqrt(rank): the same product as this alpha over rank.
+        alpha=alpha * rank**0.5 if peft.get("use_rslora") else alpha,
+        dropout=float(peft.get("lora_dropout") or 0.0),
+        **_placement_of(layers, num_layers, source),
+    )
+
+
+def _placement_of(layers: Mapping[str, set[int]], num_layers: int, source: Path) -> dict[str, tuple[str, ...]]:
+    every = tuple(name for name, where in layers.items() if where == set(range(num_layers)))
+    rest = {name: where for name, where in layers.items() if name not in every}
+    alternate = tuple(sorted(rest, key=lambda name: min(rest[name])))
+    expected = {name: set(range(i, num_layers, len(alternate))) for i, name in enumerate(alternate)}
+    if not layers or rest != expected:
+        raise AdapterError(
+            f"{source}: its placement over {num_layers} layers is neither `every_layer` nor `alternate`: "
+            + "; ".join(f"{name} in layers {sorted(where)}" for name, where in rest.items())
+        )
+    return {"every_layer": every, "alternate": alternate}

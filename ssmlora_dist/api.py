@@ -1,0 +1,95 @@
+"""The public interface: adapt a model, save and load its adapter (DESIGN section 4)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssmlora_dist.adapters.config import AdapterConfig
+from ssmlora_dist.adapters.files import read_adapter, write_adapter
+from ssmlora_dist.adapters.injection import adapter_parameters, insert_adapters, load_adapter_tensors
+from ssmlora_dist.errors import AdapterError
+from ssmlora_dist.models.families import decoder_layers, require_supported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def add_adapters(model: PreTrainedModel, config: AdapterConfig | None = None, *, seed: int = 0) -> PreTrainedModel:
+    """Adapts `model` in place, freezes everything else, and returns it.
+
+    At first the adapted model computes what `model` did, bit for bit (`lora_B` starts at zeros).
+    `model(...)`, `model.generate(...)` and gradient checkpointing go on working.
+
+    Args:
+        model: a transformers causal language model of a supported family, dense or quantised.
+        config: where the adapters sit; by default SSMLoRA on alternating q_proj and v_proj, rank 8.
+        seed: of the adapters' starting values.
+
+    Raises:
+        ModelError: the model's family is not supported.
+        AdapterError: the model is adapted already, or lacks a projection that `config` names.
+    """
+    config = config or AdapterConfig()
+    prefix = require_supported(model.config.model_type).layers
+    layers = decoder_layers(model)
+    model.requires_grad_(False)
+    insert_adapters(dict(enumerate(layers)), config, num_layers=len(layers), prefix=prefix, seed=seed)
+    model.ssmlora_config = config
+    return model
+
+
+def save_adapter(model: PreTrainedModel, directory: str | Path, *, base_fingerprint: str | None = None) -> None:
+    """Writes the adapter of `model` in PEFT's layout; a plain LoRA directory loads in PEFT as it is.
+
+    Args:
+        model: adapted by `add_adapters` or `load_adapter`.
+        directory: made if it does not exist.
+        base_fingerprint: `models.base_fingerprint` of the base model; recorded, and compared at loading.
+
+    Raises:
+        AdapterError: the model carries no adapter.
+    """
+    config = _config_of(model)
+    if config is None:
+        raise AdapterError("the model carries no adapter; call add_adapters first")
+    write_adapter(
+        Path(directory),
+        config,
+        adapter_parameters(model),
+        base_model=model.config.name_or_path or None,
+        base_fingerprint=base_fingerprint,
+    )
+
+
+def load_adapter(
+    model: PreTrainedModel, directory: str | Path, *, base_fingerprint: str | None = None
+) -> PreTrainedModel:
+    """Loads an adapter directory, ours or PEFT's LoRA, into `model`, in place, and returns it.
+
+    Args:
+        model: the base model, or one adapted with the same configuration, whose values are replaced.
+        directory: written by `save_adapter`, by a run, or by PEFT.
+        base_fingerprint: of `model`; a directory that records another one is refused.
+
+    Raises:
+        AdapterError: the directory cannot be read, or was saved for another base model or configuration.
+    """
+    directory = Path(directory)
+    saved = read_adapter(directory, num_layers=len(decoder_layers(model)))
+    if base_fingerprint and saved.base_fingerprint and base_fingerprint != saved.base_fingerprint:
+        raise AdapterError(
+            f"{directory}: was trained on another base model ({saved.base_model}, fingerprint "
+            f"{saved.base_fingerprint[:12]}) than this one ({base_fingerprint[:12]}); load that base model"
+        )
+    present = _config_of(model)
+    if present is None:
+        add_adapters(model, saved.config)
+    elif present != saved.config:
+        raise AdapterError(f"{directory}: its adapter configuration is {saved.config}, the model has {present}")
+    load_adapter_tensors(model, saved.tensors, str(directory))
+    return model
+
+
+def _config_of(model: PreTrainedModel) -> AdapterConfig | None:
+    return getattr(model, "ssmlora_config", None)

@@ -1,0 +1,271 @@
+"""What sections must agree on, and names that the schema cannot check: pure functions giving lines.
+
+Everything here is judged from the configuration alone, except whether the files that it names exist. The data
+package is imported where it is needed: it brings torch, and most mistakes are found without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ssmlora_dist.config.deepspeed_keys import deepspeed_problems
+from ssmlora_dist.config.problems import NONE_DOUBTFUL, Doubtful, did_you_mean, nearest, shown
+from ssmlora_dist.config.schema import RetrievalSection, RunConfig, SourceSection
+from ssmlora_dist.errors import DataError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of every supported decoder family that can carry an adapter."""
+
+# What a generated source has no use for.
+_RECORD_KEYS = ("path", "hub", "subset", "split", "fields", "prompt", "answer", "choices")
+_TEMPLATES = ("prompt", "answer", "choices")
+
+
+def rule_problems(
+    config: RunConfig, doubtful: Doubtful = NONE_DOUBTFUL, *, check_files: bool = True
+) -> list[str]:
+    """All lines about a configuration whose fields are each valid.
+
+    Args:
+        config: the configuration.
+        doubtful: fields that hold a stand-in; rules that read one of them are left out.
+        check_files: whether the files and directories it names must exist.
+    """
+    lines = [
+        *_end_of_training(config, doubtful),
+        *_model(config, doubtful),
+        *_projections(config, doubtful),
+        *_evaluation(config, doubtful),
+        *deepspeed_problems(config.deepspeed),
+    ]
+    for place, source in _sources(config):
+        lines += _source(place, source, doubtful)
+        lines += _retrieval(place, source, config.data.max_length, doubtful)
+    if check_files:
+        lines += _model_files(config)
+        for place, source in _sources(config):
+            lines += _data_files(place, source)
+    return lines
+
+
+def _sources(config: RunConfig) -> list[tuple[str, SourceSection]]:
+    sources = [("data.train", config.data.train), ("data.validation", config.data.validation)]
+    return [(place, source) for place, source in sources if source is not None]
+
+
+def _end_of_training(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+    training = config.training
+    if doubtful.clear_of("training.max_steps", "training.num_epochs"):
+        if training.max_steps is None and training.num_epochs is None:
+            yield (
+                "training.max_steps: neither it nor training.num_epochs is given; allowed: exactly one; "
+                'add "max_steps" (optimiser steps) or "num_epochs" (passes over the data) to training'
+            )
+        if training.max_steps is not None and training.num_epochs is not None:
+            yield (
+                f"training.max_steps: {training.max_steps} given beside training.num_epochs "
+                f"{training.num_epochs:g}; allowed: exactly one; remove the other or set it to null"
+            )
+    too_long = training.max_steps is not None and training.warmup_steps >= training.max_steps
+    if too_long and doubtful.clear_of("training.max_steps", "training.warmup_steps"):
+        yield (
+            f"training.warmup_steps: {training.warmup_steps} given; allowed: fewer than training.max_steps "
+            f"{training.max_steps}; lower it or train longer"
+        )
+
+
+def _model(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+    model = config.model
+    if not doubtful.clear_of("model.path", "model.init", "model.config"):
+        return
+    if model.init == "pretrained":
+        if model.path is None:
+            yield (
+                "model.path: missing; needed: the directory or hub name of the model; add it, or set "
+                'model.init to "random" and give model.config'
+            )
+        if model.config is not None:
+            yield (
+                f'model.config: {shown(model.config)} given; allowed: only with model.init "random", because '
+                "a pretrained model has its own; remove it or set model.init"
+            )
+        return
+    if model.path is None and model.config is None:
+        yield (
+            'model.config: missing; needed: model.init "random" takes the shapes from model.config or from '
+            'model.path; add one, such as "config": {"model_type": "llama", "hidden_size": 32, ...}'
+        )
+    if model.path is not None and model.config is not None:
+        yield (
+            f"model.config: {shown(model.config)} given beside model.path {shown(model.path)}; allowed: "
+            "exactly one gives the shapes; remove one (model.tokenizer names a tokenizer)"
+        )
+    if model.path is None and model.tokenizer is None and doubtful.clear_of("model.tokenizer"):
+        yield (
+            "model.tokenizer: missing; needed: there is no model.path to take it from; add a directory, a "
+            'hub name or "bytes"'
+        )
+    if model.config is not None and not isinstance(model.config.get("model_type"), str):
+        yield (
+            f"model.config.model_type: {shown(model.config.get('model_type'))} given; needed: the family's "
+            'name, such as "llama"; add it to model.config'
+        )
+
+
+def _projections(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+    for key in ("alternate", "every_layer"):
+        if not doubtful.clear_of(f"adapter.{key}"):
+            continue
+        for index, name in enumerate(getattr(config.adapter, key)):
+            if name not in PROJECTIONS:
+                yield (
+                    f"adapter.{key}.{index}: {shown(name)} given; allowed: {', '.join(PROJECTIONS)}; "
+                    f"{did_you_mean(name, PROJECTIONS)}"
+                )
+
+
+def _evaluation(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+    every_steps = config.evaluation.every_steps
+    if every_steps is not None and config.data.validation is None and doubtful.clear_of("data.validation"):
+        yield (
+            f"evaluation.every_steps: {every_steps} given without data.validation; allowed: only with "
+            "something to evaluate on; add data.validation or remove it"
+        )
+
+
+def _source(place: str, source: SourceSection, doubtful: Doubtful) -> Iterator[str]:
+    """Rules for a source of records."""
+    malformed, template_names = _templates(place, source)
+    yield from malformed
+    if not doubtful.clear_of(f"{place}.format"):
+        return
+    if source.retrieval is not None and source.format != "retrieval":
+        yield (
+            f'{place}.retrieval: given with format "{source.format}"; allowed: only with format "retrieval"; '
+            f"remove it or set {place}.format"
+        )
+    if source.format == "retrieval":
+        return
+    yield from _format_settings(place, source)
+    if not malformed and doubtful.clear_of(*(f"{place}.{key}" for key in _TEMPLATES)):
+        yield from _field_names(place, source, template_names)
+    if not doubtful.clear_of(f"{place}.path", f"{place}.hub"):
+        return
+    if (source.path is None) == (source.hub is None):
+        given = "neither it nor" if source.path is None else f"{shown(source.path)} given beside"
+        remedy = "name the files or the hub data set" if source.path is None else "remove one of them"
+        yield f"{place}.path: {given} {place}.hub; allowed: exactly one; {remedy}"
+    for key in ("subset", "split"):
+        value = getattr(source, key)
+        if value is not None and source.hub is None:
+            yield (
+                f"{place}.{key}: {shown(value)} given without {place}.hub; allowed: only for a "
+                f"hub data set; remove it or name {place}.hub"
+            )
+
+
+def _format_settings(place: str, source: SourceSection) -> Iterator[str]:
+    """Templates that the format has no use for."""
+    from ssmlora_dist.data.formats import FORMATS
+
+    _, settings = FORMATS[source.format]
+    takes = f"only {' and '.join(settings)}" if settings else "no templates"
+    for key in _TEMPLATES:
+        given = getattr(source, key)
+        if given is not None and key not in settings:
+            yield (
+                f'{place}.{key}: {shown(given)} given; allowed: format "{source.format}" takes {takes}; '
+                f"remove it or set {place}.format"
+            )
+
+
+def _field_names(place: str, source: SourceSection, template_names: set[str]) -> Iterator[str]:
+    """Names in `fields` that neither the format nor a template looks up."""
+    from ssmlora_dist.data.formats import FORMATS
+
+    allowed = sorted({*FORMATS[source.format][0], *template_names})
+    for name in source.fields:
+        if name not in allowed:
+            yield (
+                f'{place}.fields.{name}: no name that format "{source.format}" or a template uses; allowed: '
+                f"{', '.join(allowed)}; {did_you_mean(name, allowed)}"
+            )
+
+
+def _retrieval(place: str, source: SourceSection, max_length: int, doubtful: Doubtful) -> Iterator[str]:
+    """Rules for the generated source."""
+    if source.format != "retrieval" or not doubtful.clear_of(f"{place}.format"):
+        return
+    for key in _RECORD_KEYS:
+        value = getattr(source, key)
+        if value:
+            yield (
+                f'{place}.{key}: {shown(value)} given with format "retrieval"; allowed: only for records, '
+                "and retrieval is generated; remove it"
+            )
+    longest = max((source.retrieval or RetrievalSection()).lengths)
+    if longest > max_length and doubtful.clear_of(f"{place}.retrieval.lengths", "data.max_length"):
+        yield (
+            f"{place}.retrieval.lengths: {longest} given; allowed: at most data.max_length {max_length}; "
+            f"shorten it or set data.max_length to {longest}"
+        )
+
+
+def _templates(place: str, source: SourceSection) -> tuple[list[str], set[str]]:
+    """Lines about malformed templates, and the names that the others look up."""
+    from ssmlora_dist.data.records import Template
+
+    lines: list[str] = []
+    names: set[str] = set()
+    for key in _TEMPLATES:
+        for template in _each(getattr(source, key)):
+            try:
+                names.update(Template(template, f"{place}.{key}").names)
+            except DataError as error:
+                lines.append(str(error))
+    return lines, names
+
+
+def _each(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names or ()
+
+
+def _model_files(config: RunConfig) -> Iterator[str]:
+    for key in ("path", "tokenizer"):
+        name = getattr(config.model, key)
+        if name is None or (key == "tokenizer" and name == "bytes"):
+            continue
+        path = Path(name).expanduser()
+        if path.is_file():
+            yield f"model.{key}: {shown(name)} is a file; needed: a directory; name the one that holds it"
+        elif not path.exists() and _looks_like_path(name):
+            yield (
+                f"model.{key}: {shown(name)} given; needed: an existing directory (from {Path.cwd()}) or a "
+                f"hub name of the form organisation/model; {_mend_path(path)}"
+            )
+
+
+def _data_files(place: str, source: SourceSection) -> Iterator[str]:
+    from ssmlora_dist.data.sources import find_files
+
+    for pattern in _each(source.path):
+        try:
+            find_files([pattern])
+        except DataError as error:
+            yield f"{place}.path: {error}"
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether a name can only mean a directory: hub names are `organisation/model`, and no folder here."""
+    hub_name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?", name)
+    return hub_name is None or ("/" in name and Path(name).parts[0] != name and Path(name).parent.is_dir())
+
+
+def _mend_path(path: Path) -> str:
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else None
+    if beside is None:
+        return f"there is no directory {path.parent}"
+    near = nearest(path.name, beside)
+    return f"did you mean {path.with_name(near)}?" if near else "correct the name"

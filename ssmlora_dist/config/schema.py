@@ -1,0 +1,229 @@
+"""The run configuration: one frozen pydantic model per section of the JSON file (DESIGN section 5).
+
+A section holds what the user decides; whatever follows from it (gradient accumulation, the DeepSpeed
+configuration, storage dtypes) is derived elsewhere and cannot be written twice. The docstring under each
+field is its description in `configs/schema.json`, which editors show.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ssmlora_dist.adapters.config import AdapterConfig
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+Names = NonEmpty | Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Length = Annotated[int, Field(ge=64)]
+LARGEST_SEED = 2**32 - 1  # the widest that every random generator in use accepts
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, no infinities."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+class RunSection(Section):
+    """Name, place and seed of a run; its files lie in `output_dir/name`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    """Name of the run and of its directory: letters, digits, `_`, `-` and (not first) `.`."""
+    output_dir: Path = Path("runs")
+    """Directory that holds the run directories, relative to the working directory."""
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    """Seed of initialisation, data order, generated data and dropout."""
+
+
+class ModelSection(Section):
+    """The backbone, whose weights stay frozen."""
+
+    path: NonEmpty | None = None
+    """Directory or hub name of the model; with `init: "random"` only its shapes are read."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`pretrained` loads the weights; `random` draws them from the seed, for tests and speed."""
+    config: dict[str, Any] | None = None
+    """Bare transformers configuration with `model_type`, in place of `path`; needs `init: "random"`."""
+    revision: NonEmpty | None = None
+    """Branch, tag or commit of a hub model."""
+    tokenizer: NonEmpty | None = None
+    """Directory, hub name or the built-in `bytes` (one token per byte); by default that of `path`."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of activations, of the layers that are not quantised, and of the arithmetic."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """Attention implementation; `auto` is flash-attention where installed and on CUDA, else sdpa."""
+
+
+class QuantizationSection(Section):
+    """How the frozen linear layers are stored (the embedding and the output head never are quantised)."""
+
+    mode: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """Storage format of the frozen linear layers; `none` keeps them in the compute dtype."""
+    double_quantization: bool = True
+    """Quantise the block scales of `nf4` and `fp4` too: about 0.4 bits less per parameter."""
+
+
+class RetrievalSection(Section):
+    """The built-in generated task: a fact at a chosen depth of a real text among look-alikes."""
+
+    lengths: tuple[Length, ...] = Field(default=(1024,), min_length=1)
+    """Lengths of the inputs in tokens, each used in turn."""
+    depths: tuple[Fraction, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    """Places of the fact as fractions of the text, 0 its start and 1 its end, each used in turn."""
+    num_lookalikes: int = Field(default=8, ge=0)
+    """Number of other facts of the same form in the text."""
+    num_digits: int = Field(default=5, ge=2, le=12)
+    """Number of digits of the values."""
+    num_examples: int = Field(default=256, ge=1)
+    """Number of examples generated, over all lengths and depths."""
+
+
+class SourceSection(Section):
+    """One source of examples: files (`path`), a data set by its hub name (`hub`), or generated."""
+
+    format: Literal["instruction", "chat", "text", "multiple_choice", "long_document_qa", "retrieval"]
+    """What the records are; `retrieval` is generated and needs no records."""
+    path: Names | None = None
+    """One or more files or globs, relative to the working directory: .jsonl, .parquet or .txt."""
+    hub: NonEmpty | None = None
+    """Name of a data set for the `datasets` library, in place of `path`."""
+    subset: NonEmpty | None = None
+    """Subset (configuration) of the hub data set."""
+    split: NonEmpty | None = None
+    """Split of the hub data set."""
+    fields: dict[str, Names] = {}
+    """Maps the names that the format needs to names or paths (`outer.inner`) in the records."""
+    prompt: str | None = None
+    """Template of the prompt over the record's fields, such as `"{question}"`; by default the format's."""
+    answer: str | None = None
+    """Template of the answer over the record's fields; by default the format's."""
+    choices: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """Templates of the answers to choose from, in the order that the label counts."""
+    limit: int | None = Field(default=None, ge=1)
+    """Number of records read at most; by default all."""
+    retrieval: RetrievalSection | None = None
+    """Settings of the format `retrieval`."""
+
+
+class DataSection(Section):
+    """What is trained on and what is evaluated."""
+
+    train: SourceSection
+    """Examples to train on."""
+    validation: SourceSection | None = None
+    """Examples to evaluate on; by default there is no evaluation."""
+    max_length: int = Field(default=2048, ge=8)
+    """Longest row in tokens, prompt and answer together."""
+    too_long: Literal["drop", "truncate", "refuse"] = "drop"
+    """What happens to longer rows: left out, cut in the prompt, or an error; counted in the summary."""
+
+
+class TrainingSection(Section):
+    """The loop: batches in sequences, lengths in optimiser steps; max_steps or num_epochs ends it."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Number of optimiser steps; give this or `num_epochs`."""
+    num_epochs: float | None = Field(default=None, gt=0)
+    """Number of passes over the training data; give this or `max_steps`."""
+    global_batch_size: int = Field(default=16, ge=1)
+    """Sequences per optimiser step, over all ranks and micro-batches."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences per rank in one forward pass; gradient accumulation follows from it."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW, or bitsandbytes' variants with 8-bit moments or moments paged to host memory (CUDA)."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Highest learning rate, reached at the end of the warm-up."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moment."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the denominator of AdamW's step."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, as a multiple of the learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up; cosine and linear end at 0."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimiser steps of linear warm-up; fewer than `max_steps`."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Global gradient norm above which gradients are scaled down; null: no clipping."""
+    gradient_checkpointing: bool = True
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    loss_chunk_size: int = Field(default=1024, ge=1)
+    """Tokens whose logits exist at one time in the loss."""
+    max_nonfinite_steps: int = Field(default=5, ge=1)
+    """Steps in a row skipped for a loss or gradient that is not finite, before training stops."""
+
+
+class ParallelSection(Section):
+    """How the work is spread over ranks."""
+
+    zero_stage: int = Field(default=0, ge=0, le=3)
+    """What ZeRO shards over ranks: 0 nothing, 1 optimiser, 2 also gradients, 3 also the backbone."""
+    offload_optimizer: bool = False
+    """Keep and step the optimiser in host memory; needs `zero_stage` 1 or higher."""
+    offload_parameters: bool = False
+    """Keep the sharded backbone in host memory; needs `zero_stage` 3."""
+    timeout_seconds: int = Field(default=1800, ge=10)
+    """Seconds that a rank waits for the others before it gives up."""
+
+
+class EvaluationSection(Section):
+    """Loss and teacher-forced exact match on `data.validation`, before, during and after training."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps between evaluations; null: only before and after training."""
+    num_examples: int | None = Field(default=None, ge=1)
+    """Number of validation examples evaluated at most; null: all."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences per rank in one forward pass."""
+
+
+class TrackingSection(Section):
+    """Where metrics go besides the run directory."""
+
+    tracker: Literal["mlflow", "none"] = "mlflow"
+    """`mlflow`, or `none` for the run directory's files alone."""
+    uri: NonEmpty | None = None
+    """MLflow tracking URI; null: a sqlite file."""
+    experiment: NonEmpty = "ssmlora_dist"
+    """MLflow experiment."""
+    every_steps: int = Field(default=1, ge=1)
+    """Optimiser steps between logged rows."""
+    log_adapter: bool = True
+    """Store the trained adapter with the run as an artifact."""
+
+
+class RunConfig(Section):
+    """A whole run of ssmlora_dist: `deepspeed launch/train.py --config this.json`."""
+
+    schema_: str | None = Field(default=None, alias="$schema")
+    """Path of the JSON schema, for editors."""
+    run: RunSection
+    """Name, place and seed of the run."""
+    model: ModelSection
+    """The frozen backbone."""
+    quantization: QuantizationSection = QuantizationSection()
+    """Storage of the frozen linear layers."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Where adapters sit and how their state runs through depth."""
+    data: DataSection
+    """What is trained on and what is evaluated."""
+    training: TrainingSection
+    """Batches, optimiser, schedule and length of the training."""
+    parallel: ParallelSection = ParallelSection()
+    """How the work is spread over ranks."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """How much is evaluated, and when."""
+    tracking: TrackingSection = TrackingSection()
+    """Where metrics go besides the run directory."""
+    deepspeed: dict[str, Any] = {}
+    """Native DeepSpeed keys, for experts; keys that other sections decide are refused."""

@@ -1,0 +1,233 @@
+"""Which settings of a run go together with which ranks and devices: one table of rules, one pure function.
+
+`python -m ssmlora_dist.config.topology` prints the table as Markdown, for the README.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ssmlora_dist.config.problems import NONE_DOUBTFUL, Doubtful
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A configuration and where it is to run.
+
+    Args:
+        config: the configuration.
+        world_size: number of ranks.
+        device_type: `cuda` or `cpu`; None where it is not known.
+        flash_attention_installed: whether the package `flash_attn` is installed; None where not known.
+    """
+
+    config: RunConfig
+    world_size: int
+    device_type: str | None = None
+    flash_attention_installed: bool | None = None
+
+
+@dataclass(frozen=True)
+class TopologyRule:
+    """One row of the table.
+
+    Args:
+        fields: the fields it reads; messages name the first.
+        condition: what must hold, in words.
+        reason: why.
+        remedy: what to change.
+        broken: what is given, in words, where the condition does not hold; otherwise None.
+    """
+
+    fields: tuple[str, ...]
+    condition: str
+    reason: str
+    remedy: str
+    broken: Callable[[Topology], str | None]
+
+
+def _batch(topology: Topology) -> str | None:
+    training = topology.config.training
+    at_once = training.micro_batch_size * topology.world_size
+    if training.global_batch_size % at_once == 0:
+        return None
+    below = training.global_batch_size // at_once * at_once
+    fitting = " or ".join(str(size) for size in (below, below + at_once) if size)
+    return (
+        f"{training.global_batch_size} given with micro_batch_size {training.micro_batch_size} and "
+        f"{topology.world_size} rank{'s' if topology.world_size != 1 else ''} ({fitting} would fit)"
+    )
+
+
+def _offloaded_optimizer(topology: Topology) -> str | None:
+    parallel = topology.config.parallel
+    wrong = parallel.offload_optimizer and parallel.zero_stage < 1
+    return f"true given with zero_stage {parallel.zero_stage}" if wrong else None
+
+
+def _offloaded_parameters(topology: Topology) -> str | None:
+    parallel = topology.config.parallel
+    wrong = parallel.offload_parameters and parallel.zero_stage != 3
+    return f"true given with zero_stage {parallel.zero_stage}" if wrong else None
+
+
+def _int8_sharded(topology: Topology) -> str | None:
+    wrong = topology.config.quantization.mode == "int8" and topology.config.parallel.zero_stage == 3
+    return '"int8" given with zero_stage 3' if wrong else None
+
+
+def _optimizer_on_cpu(topology: Topology) -> str | None:
+    optimizer = topology.config.training.optimizer
+    wrong = optimizer != "adamw" and topology.device_type not in (None, "cuda")
+    return f'"{optimizer}" given on device type {topology.device_type}' if wrong else None
+
+
+def _optimizer_offloaded(topology: Topology) -> str | None:
+    optimizer = topology.config.training.optimizer
+    wrong = optimizer != "adamw" and topology.config.parallel.offload_optimizer
+    return f'"{optimizer}" given with offload_optimizer' if wrong else None
+
+
+def _flash_on_cpu(topology: Topology) -> str | None:
+    wrong = _wants_flash(topology) and topology.device_type not in (None, "cuda")
+    return f'"flash_attention_2" given on device type {topology.device_type}' if wrong else None
+
+
+def _flash_missing(topology: Topology) -> str | None:
+    wrong = _wants_flash(topology) and topology.flash_attention_installed is False
+    return '"flash_attention_2" given without the package' if wrong else None
+
+
+def _flash_in_float32(topology: Topology) -> str | None:
+    wrong = _wants_flash(topology) and topology.config.model.compute_dtype != "bfloat16"
+    return (
+        f'"flash_attention_2" given with compute_dtype "{topology.config.model.compute_dtype}"'
+        if wrong
+        else None
+    )
+
+
+def _wants_flash(topology: Topology) -> bool:
+    return topology.config.model.attention == "flash_attention_2"
+
+
+RULES = (
+    TopologyRule(
+        fields=("training.global_batch_size", "training.micro_batch_size"),
+        condition="a multiple of training.micro_batch_size x ranks",
+        reason="every rank runs the same number of micro-batches in a step",
+        remedy="change either batch size or the number of ranks",
+        broken=_batch,
+    ),
+    TopologyRule(
+        fields=("parallel.offload_optimizer", "parallel.zero_stage"),
+        condition="true only with parallel.zero_stage 1, 2 or 3",
+        reason="offloading is part of ZeRO",
+        remedy="set parallel.zero_stage to 1 or higher, or parallel.offload_optimizer to false",
+        broken=_offloaded_optimizer,
+    ),
+    TopologyRule(
+        fields=("parallel.offload_parameters", "parallel.zero_stage"),
+        condition="true only with parallel.zero_stage 3",
+        reason="only ZeRO 3 shards parameters, and what is not sharded stays on the device",
+        remedy="set parallel.zero_stage to 3 or parallel.offload_parameters to false",
+        broken=_offloaded_parameters,
+    ),
+    TopologyRule(
+        fields=("quantization.mode", "parallel.zero_stage"),
+        condition='"int8" only with parallel.zero_stage 0, 1 or 2',
+        reason="int8 weights cannot be stored in the compute dtype, so ZeRO 3 cannot shard them",
+        remedy='set quantization.mode to "nf4", "fp4" or "none", or lower parallel.zero_stage',
+        broken=_int8_sharded,
+    ),
+    TopologyRule(
+        fields=("training.optimizer",),
+        condition='other than "adamw" only on CUDA',
+        reason="bitsandbytes' 8-bit and paged optimisers save device memory, of which a CPU has none",
+        remedy='set training.optimizer to "adamw" or run on CUDA devices',
+        broken=_optimizer_on_cpu,
+    ),
+    TopologyRule(
+        fields=("training.optimizer", "parallel.offload_optimizer"),
+        condition='other than "adamw" only without parallel.offload_optimizer',
+        reason="an offloaded optimiser steps in host memory, where 8-bit and paged moments save nothing",
+        remedy='set training.optimizer to "adamw" or parallel.offload_optimizer to false',
+        broken=_optimizer_offloaded,
+    ),
+    TopologyRule(
+        fields=("model.attention",),
+        condition='"flash_attention_2" only on CUDA',
+        reason="its kernels exist for CUDA alone",
+        remedy='set model.attention to "auto" or run on CUDA devices',
+        broken=_flash_on_cpu,
+    ),
+    TopologyRule(
+        fields=("model.attention",),
+        condition='"flash_attention_2" only with the package flash_attn',
+        reason="it is not among the packages installed by default",
+        remedy='set model.attention to "auto" or install flash-attn',
+        broken=_flash_missing,
+    ),
+    TopologyRule(
+        fields=("model.attention", "model.compute_dtype"),
+        condition='"flash_attention_2" only with model.compute_dtype "bfloat16"',
+        reason="its kernels compute in 16 bits",
+        remedy='set model.attention to "auto" or model.compute_dtype to "bfloat16"',
+        broken=_flash_in_float32,
+    ),
+)
+
+
+def topology_problems(
+    config: RunConfig,
+    *,
+    world_size: int,
+    device_type: str | None = None,
+    flash_attention_installed: bool | None = None,
+    doubtful: Doubtful = NONE_DOUBTFUL,
+) -> list[str]:
+    """One line per rule of `RULES` that is broken.
+
+    Args:
+        config: the configuration.
+        world_size: number of ranks.
+        device_type: `cuda` or `cpu`; None leaves the rules about it unjudged.
+        flash_attention_installed: whether `flash_attn` is; None leaves the rule about it unjudged.
+        doubtful: fields that hold a stand-in; rules that read one of them are left out.
+    """
+    topology = Topology(config, world_size, device_type, flash_attention_installed)
+    lines = []
+    for rule in RULES:
+        given = rule.broken(topology) if doubtful.clear_of(*rule.fields) else None
+        if given is not None:
+            lines.append(
+                f"{rule.fields[0]}: {given}; allowed: {rule.condition}: {rule.reason}; {rule.remedy}"
+            )
+    return lines
+
+
+def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches per rank in one optimiser step.
+
+    Raises:
+        ConfigError: the global batch cannot be divided so.
+    """
+    given = _batch(Topology(config, world_size))
+    if given is not None:
+        rule = RULES[0]
+        raise ConfigError([f"{rule.fields[0]}: {given}; allowed: {rule.condition}; {rule.remedy}"])
+    return config.training.global_batch_size // (config.training.micro_batch_size * world_size)
+
+
+def markdown_table() -> str:
+    """The rules as a Markdown table."""
+    rows = ["| setting | allowed | because | remedy |", "| --- | --- | --- | --- |"]
+    rows += [f"| `{rule.fields[0]}` | {rule.condition} | {rule.reason} | {rule.remedy} |" for rule in RULES]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

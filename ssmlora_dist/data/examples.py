@@ -1,0 +1,88 @@
+"""What training and evaluation see of data: token ids with labels, and what became of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One sequence of tokens.
+
+    Args:
+        input_ids: token ids, [S], kept as int32.
+        labels: [S], kept as int32: at each position the token itself where it is trained, otherwise
+            `IGNORE_INDEX` (not shifted: the loss compares position t with the output at t - 1). The first
+            position never has a label, because nothing comes before it.
+        num_scored: how many of the first target tokens count for exact match; None: all of them.
+        metadata: what reports group by, such as `length` (tokens, a bucket) and `depth` (a fraction).
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    num_scored: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        input_ids: Sequence[int],
+        is_target: Sequence[bool],
+        num_scored: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Example:
+        """Makes the labels from a flag per token."""
+        ids = np.asarray(input_ids, dtype=np.int32)
+        labels = np.where(np.asarray(is_target, dtype=bool), ids, np.int32(IGNORE_INDEX))
+        labels[:1] = IGNORE_INDEX
+        return cls(ids, labels, num_scored, metadata or {})
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens the loss is taken over."""
+        return int(np.count_nonzero(self.labels != IGNORE_INDEX))
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What became of the rows of one source.
+
+    Args:
+        num_rows: records read (or generated).
+        num_examples: examples made of them; a record may give several (the queries of one meeting, the
+            pieces of a text file), so this is not always rows minus dropped.
+        num_dropped_too_long: examples left out because they exceed the longest length allowed.
+        num_truncated: examples that were shortened to it.
+        num_without_target: examples left out because no token of them would be trained.
+    """
+
+    num_rows: int
+    num_examples: int
+    num_dropped_too_long: int = 0
+    num_truncated: int = 0
+    num_without_target: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The examples of one source, in its order, and the report on how they came about."""
+
+    examples: Sequence[Example]
+    report: DatasetReport
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]

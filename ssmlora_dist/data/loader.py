@@ -1,0 +1,142 @@
+"""Which rank sees which examples when: functions of seed, step and topology, with no state to save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssmlora_dist.data.collation import collate
+from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, Example
+
+
+class GlobalBatches:
+    """The global batches of a run, and one data-parallel rank's share of each.
+
+    The examples are an endless row, a fresh permutation for each epoch, and global batch `step` is the next
+    `global_batch_size` of it: a batch may span the end of an epoch and no example is left out. The row
+    depends on the seed alone, so a run goes on at any step, on any number of ranks, with the batches it would
+    have had.
+
+    Args:
+        dataset: the examples.
+        global_batch_size: examples of one step over all ranks; a multiple of `micro_batch_size` times
+            `data_parallel_size`.
+        micro_batch_size: examples of one forward pass.
+        data_parallel_rank: this rank.
+        data_parallel_size: the number of ranks that share the batch.
+        seed: of the order.
+        pad_token_id: what fills a batch's shorter rows.
+
+    Raises:
+        ValueError: the sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        seed: int,
+        pad_token_id: int,
+    ) -> None:
+        if global_batch_size % (micro_batch_size * data_parallel_size):
+            raise ValueError(
+                f"global batch {global_batch_size} is no multiple of micro-batch {micro_batch_size} x "
+                f"{data_parallel_size} data-parallel ranks"
+            )
+        self._dataset = dataset
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._rank = data_parallel_rank
+        self._size = data_parallel_size
+        self._seed = seed
+        self._pad_token_id = pad_token_id
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Steps that are needed for `num_epochs` passes over the examples."""
+        # Rounding first keeps 0.1 x 30 from being a hair over 3.
+        return max(1, math.ceil(round(num_epochs * len(self._dataset) / self._global_batch_size, 6)))
+
+    def indices(self, step: int) -> list[int]:
+        """The examples of global batch `step` (from 0), in order, the same on every rank."""
+        begin = step * self._global_batch_size
+        return [self._index_at(position) for position in range(begin, begin + self._global_batch_size)]
+
+    def num_targets(self, step: int) -> int:
+        """Target tokens of global batch `step`, over all ranks."""
+        return sum(self._dataset[index].num_targets for index in self.indices(step))
+
+    def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
+        """This rank's micro-batches of global batch `step`, collated."""
+        share = self._global_batch_size // self._size
+        mine = self.indices(step)[self._rank * share : (self._rank + 1) * share]
+        return [
+            collate(
+                [self._dataset[index] for index in mine[k : k + self._micro_batch_size]], self._pad_token_id
+            )
+            for k in range(0, share, self._micro_batch_size)
+        ]
+
+    def _index_at(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self._dataset))
+        if epoch != self._epoch:
+            # RandomState's stream is frozen: a run resumes with the same order under any numpy version.
+            bits = np.random.MT19937(np.random.SeedSequence([self._seed, epoch]))
+            self._order = np.random.RandomState(bits).permutation(len(self._dataset))
+            self._epoch = epoch
+        return int(self._order[offset])
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """A batch of one rank.
+
+    Args:
+        tensors: as from `collate`.
+        indices: for each row its example's index in the data set, or None for a row that only fills the
+            batch: a repeated example whose labels are all `IGNORE_INDEX`.
+    """
+
+    tensors: dict[str, Tensor]
+    indices: list[int | None]
+
+
+def evaluation_batches(
+    dataset: Dataset, micro_batch_size: int, rank: int, size: int, pad_token_id: int
+) -> Iterator[EvaluationBatch]:
+    """One rank's share of a data set, each example on exactly one rank.
+
+    Every rank gets the same number of batches of the same number of rows, as forward passes under ZeRO-3 are
+    collective: the last ones are filled with rows that count for nothing. Examples of similar length go
+    together, the longest first, so that little is padded and a lack of memory shows at once.
+
+    Args:
+        dataset: the examples.
+        micro_batch_size: rows of a batch.
+        rank: this data-parallel rank.
+        size: the number of data-parallel ranks.
+        pad_token_id: what fills a batch's shorter rows.
+    """
+    by_length = sorted(range(len(dataset)), key=lambda index: -dataset[index].num_tokens)
+    num_per_round = micro_batch_size * size
+    for begin in range(0, len(by_length), num_per_round):
+        chosen: list[int | None] = list(by_length[begin : begin + num_per_round])
+        filler = _without_labels(dataset[by_length[-1]])
+        chosen += [None] * (num_per_round - len(chosen))
+        # Dealt in turn, so that a last round which is not full is spread over the ranks.
+        mine = chosen[rank::size]
+        rows = [filler if index is None else dataset[index] for index in mine]
+        yield EvaluationBatch(collate(rows, pad_token_id), mine)
+
+
+def _without_labels(example: Example) -> Example:
+    return replace(example, labels=np.full_like(example.labels, IGNORE_INDEX))

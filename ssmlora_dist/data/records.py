@@ -1,0 +1,180 @@
+"""A record with its place, values out of it by path, and templates over them."""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ssmlora_dist.errors import DataError
+
+MISSING = object()
+
+Paths = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a source yields.
+
+    Args:
+        values: field names to values, as read.
+        place: file and line, or row, for messages.
+        is_document: a whole text file rather than one row of many.
+    """
+
+    values: Mapping[str, Any]
+    place: str
+    is_document: bool = False
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """` (nearest: x)`, or nothing where no known name is similar."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (nearest: {matches[0]})" if matches else ""
+
+
+def resolve_path(value: Any, path: str) -> Any:
+    """Follows `a.b.c` into nested objects; through a list it gives the list of what each item has there.
+
+    Returns:
+        The value, or `MISSING` where any step of the path does not exist.
+    """
+    if isinstance(value, Mapping):
+        if path in value:
+            return value[path]
+        head, _, rest = path.partition(".")
+        return resolve_path(value[head], rest) if rest and head in value else MISSING
+    if isinstance(value, list):
+        items = [resolve_path(item, path) for item in value]
+        return MISSING if any(item is MISSING for item in items) else items
+    return MISSING
+
+
+class RecordView:
+    """A record under the names that a format uses.
+
+    Args:
+        record: the record.
+        fields: names to paths in the record (`question`, `target.span1_text`); a name that is not mapped is
+            its own path. Several paths for one name are for lists, which are joined in that order.
+    """
+
+    def __init__(self, record: Record, fields: Mapping[str, Paths]) -> None:
+        self.place = record.place
+        self._values = record.values
+        self._fields = fields
+
+    def has(self, name: str) -> bool:
+        """Whether the record has the field, and not null."""
+        return all(resolve_path(self._values, path) not in (MISSING, None) for path in self._paths(name))
+
+    def value(self, name: str) -> Any:
+        """The value of a field.
+
+        Raises:
+            DataError: the record lacks the field, or it is null.
+        """
+        paths = self._paths(name)
+        values = [self._value_at(name, path) for path in paths]
+        if len(values) == 1:
+            return values[0]
+        for path, value in zip(paths, values, strict=True):
+            if not isinstance(value, list):
+                raise DataError(
+                    f"{self.place}: field {path!r} is no list, but `fields.{name}` names several paths, "
+                    "whose lists are joined; name one path"
+                )
+        return [item for value in values for item in value]
+
+    def text(self, name: str) -> str:
+        """The value of a field that is text, a number or true/false, as text."""
+        return self.as_text(self.value(name), name)
+
+    def as_text(self, value: Any, name: str) -> str:
+        """A value that belongs to the field `name`, as text."""
+        if isinstance(value, str):
+            return value
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, int | float):
+            return str(value)
+        raise DataError(
+            f"{self.place}: field {name!r} holds a {_kind(value)} where text is needed; "
+            f"map `fields.{name}` to a text inside it, such as 'outer.inner'"
+        )
+
+    def _paths(self, name: str) -> Sequence[str]:
+        paths = self._fields.get(name, name)
+        return [paths] if isinstance(paths, str) else paths
+
+    def _value_at(self, name: str, path: str) -> Any:
+        value = resolve_path(self._values, path)
+        purpose = "" if name == path else f" for {name!r}"
+        if value is MISSING:
+            present = ", ".join(map(str, self._values)) or "none"
+            raise DataError(
+                f"{self.place}: the record has no field {path!r}{purpose}{nearest_name(path, self._values)}; "
+                f"it has: {present}; mend the record, or name the right field in `fields`"
+            )
+        if value is None:
+            raise DataError(
+                f"{self.place}: field {path!r}{purpose} is null; give it a value or remove the record"
+            )
+        return value
+
+
+class Template:
+    """Text with `{name}` in the places of a record's fields; `{{` and `}}` are braces.
+
+    Args:
+        text: the template.
+        setting: the setting it came from, for messages.
+
+    Raises:
+        DataError: the template is malformed.
+    """
+
+    def __init__(self, text: str, setting: str) -> None:
+        self.text = text
+        self.setting = setting
+        self._parts: list[tuple[str, str | None]] = []
+        try:
+            for literal, name, spec, conversion in string.Formatter().parse(text):
+                if name is not None and (not name or spec or conversion):
+                    raise ValueError("a place is a field's name in braces and nothing else")
+                self._parts.append((literal, name))
+        except ValueError as error:
+            raise DataError(
+                f"{setting}: {text!r} is no template ({error}); write {{name}} for a field and "
+                "{{ }} for braces"
+            ) from None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for _, name in self._parts if name is not None]
+
+    def render(self, view: RecordView) -> str:
+        return _render(self._parts, view)
+
+    def render_around(self, view: RecordView, inner: str) -> tuple[str, str]:
+        """The rendered text before and after the place of `inner`."""
+        at = [name for _, name in self._parts].index(inner)
+        literal, _ = self._parts[at]
+        return _render(self._parts[:at], view) + literal, _render(self._parts[at + 1 :], view)
+
+
+def _render(parts: Iterable[tuple[str, str | None]], view: RecordView) -> str:
+    return "".join(literal + ("" if name is None else view.text(name)) for literal, name in parts)
+
+
+def _kind(value: Any) -> str:
+    return (
+        "list"
+        if isinstance(value, list)
+        else "object"
+        if isinstance(value, Mapping)
+        else type(value).__name__
+    )

@@ -1,0 +1,187 @@
+"""Rows of text to examples, with the boundaries of prompt and answer exact and too long rows dealt with."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ssmlora_dist.data.examples import DatasetReport, Example
+from ssmlora_dist.data.tokenization import TextEncoder
+from ssmlora_dist.errors import DataError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a row's text.
+
+    Args:
+        text: the text.
+        is_target: whether it is trained.
+        may_shrink: whether its middle may be cut out of a row that is too long.
+    """
+
+    text: str
+    is_target: bool = False
+    may_shrink: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example as text.
+
+    Args:
+        place: where it came from, for messages.
+        segments: its text in order.
+        is_framed: whether the tokenizer's beginning and end of a sequence go around it.
+        may_split: whether it is a document to be cut into pieces of the longest length allowed.
+    """
+
+    place: str
+    segments: tuple[Segment, ...]
+    is_framed: bool = True
+    may_split: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Token ids that are all trained or all not."""
+
+    ids: list[int]
+    is_target: bool
+
+
+class RowEncoder:
+    """Turns rows into examples and counts what became of them.
+
+    Each run of context and each run of target is encoded on its own, so no token spans the boundary and a
+    prompt has the ids that it has at generation (cut documents aside). The end-of-sequence token is trained
+    with the answer, but not scored.
+
+    Args:
+        encoder: the tokenizer.
+        max_length: the most tokens of an example.
+        too_long: what happens to a row that is longer. `drop`: left out. `truncate`: the middle of what may
+            shrink is cut out, or without such a part the end is cut off; a row that still does not fit is
+            left out. `refuse`: an error.
+    """
+
+    def __init__(self, encoder: TextEncoder, max_length: int, too_long: str) -> None:
+        self._encoder = encoder
+        # The questions about one long document come one after another: it is encoded once for all of them.
+        self._encode_again = functools.lru_cache(maxsize=1)(self._encode_text)
+        self._max_length = max_length
+        self._too_long = too_long
+        self._num_dropped_too_long = 0
+        self._num_truncated = 0
+        self._num_without_target = 0
+
+    def report(self, num_rows: int, num_examples: int) -> DatasetReport:
+        return DatasetReport(
+            num_rows, num_examples, self._num_dropped_too_long, self._num_truncated, self._num_without_target
+        )
+
+    def encode(self, row: Row) -> list[Example]:
+        """The examples of one row: none, one, or the pieces of a document.
+
+        Raises:
+            DataError: the row is too long and that is refused, or the tokenizer has no end-of-sequence token.
+        """
+        if not any(segment.is_target and segment.text.strip() for segment in row.segments):
+            self._num_without_target += 1
+            return []
+        parts = self._encode_parts(row.segments, row.is_framed)
+        is_too_long = _num_tokens(parts) > self._max_length
+        if is_too_long and row.may_split:
+            return self._split(parts)
+        parts = self._shorten(row, parts) if is_too_long else self._join(row, parts)
+        if not parts:
+            self._num_dropped_too_long += 1
+            return []
+        has_answer = row.is_framed and not row.segments[0].is_target
+        example = _make_example(parts, num_scored=len(parts[-2].ids) if has_answer else None)
+        if example.num_targets == 0:
+            self._num_without_target += 1
+            return []
+        self._num_truncated += is_too_long
+        return [example]
+
+    def _encode_parts(self, segments: Iterable[Segment], is_framed: bool) -> list[Part]:
+        """Encodes each segment on its own and frames the whole."""
+        parts: list[Part] = []
+        for segment in segments:
+            encode = self._encode_again if segment.may_shrink else self._encode_text
+            follows = any(part.ids for part in parts)
+            parts.append(Part(encode(segment.text, follows), segment.is_target))
+        if is_framed:
+            return [Part(self._encoder.bos_ids, False), *parts, Part([self._encoder.eos_id], True)]
+        return parts
+
+    def _encode_text(self, text: str, follows: bool) -> list[int]:
+        return self._encoder.encode_continuation(text) if follows else self._encoder.encode(text)
+
+    def _join(self, row: Row, parts: list[Part]) -> list[Part]:
+        """Encodes neighbours of one kind together, as a prompt is encoded at generation."""
+        groups = itertools.groupby(row.segments, key=lambda segment: segment.is_target)
+        runs = [Segment("".join(s.text for s in group), is_target) for is_target, group in groups]
+        if len(runs) == len(row.segments):
+            return parts
+        joined = self._encode_parts(runs, row.is_framed)
+        # Together they are hardly ever more tokens than apart, but nothing guarantees it.
+        return joined if _num_tokens(joined) <= self._max_length else parts
+
+    def _shorten(self, row: Row, parts: list[Part]) -> list[Part]:
+        """Applies the policy to a row that is too long; nothing is left of one that is dropped."""
+        if self._too_long == "refuse":
+            raise DataError(
+                f"{row.place}: {_num_tokens(parts)} tokens are more than max_length {self._max_length}; "
+                "shorten the row, raise `data.max_length`, or set `data.too_long` to 'drop' or 'truncate'"
+            )
+        if self._too_long == "drop":
+            return []
+        shrinking = next((i for i, segment in enumerate(row.segments) if segment.may_shrink), None)
+        if shrinking is None:
+            return _cut_end(parts, self._max_length)
+        index = shrinking + row.is_framed
+        ids = parts[index].ids
+        room = self._max_length - (_num_tokens(parts) - len(ids))
+        if room < 1:
+            return []
+        tail = room // 2
+        shrunk = Part(ids[: room - tail] + ids[len(ids) - tail :], parts[index].is_target)
+        return [*parts[:index], shrunk, *parts[index + 1 :]]
+
+    def _split(self, parts: list[Part]) -> list[Example]:
+        """Cuts a document into pieces, each beginning as a sequence does."""
+        begin, *body = parts
+        ids = [token for part in body for token in part.ids]
+        step = self._max_length - len(begin.ids)
+        pieces = [[begin, Part(ids[k : k + step], True)] for k in range(0, len(ids), step)]
+        examples = [_make_example(piece) for piece in pieces]
+        # The last piece can be a single token, which nothing precedes if sequences begin without a token.
+        kept = [example for example in examples if example.num_targets]
+        self._num_without_target += len(examples) - len(kept)
+        return kept
+
+
+def _num_tokens(parts: Sequence[Part]) -> int:
+    return sum(len(part.ids) for part in parts)
+
+
+def _cut_end(parts: Sequence[Part], max_length: int) -> list[Part]:
+    kept: list[Part] = []
+    for part in parts:
+        kept.append(Part(part.ids[: max_length - _num_tokens(kept)], part.is_target))
+    return kept
+
+
+def _make_example(parts: Sequence[Part], num_scored: int | None = None) -> Example:
+    ids = [token for part in parts for token in part.ids]
+    is_target = [part.is_target for part in parts for _ in part.ids]
+    return Example.from_tokens(ids, is_target, num_scored, metadata={"length": _length_bucket(len(ids))})
+
+
+def _length_bucket(num_tokens: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << max(num_tokens - 1, 0).bit_length()

@@ -1,0 +1,1 @@
+"""Processes, DeepSpeed's configuration and engines; the only importer of deepspeed."""

@@ -1,0 +1,135 @@
+"""One training step and one evaluation pass over data-parallel ranks, ZeRO 0 to 3, on DeepSpeed's engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmlora_dist.distributed.process_group import ProcessGroup
+
+Batch = Mapping[str, Tensor]
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step of the optimiser did, over all ranks.
+
+    Attributes:
+        loss: mean cross-entropy over the target tokens of the global batch, in nats.
+        grad_norm: global gradient norm before clipping; not finite when the step was skipped.
+        num_tokens: tokens computed, padding included.
+        num_target_tokens: tokens with a loss.
+        skipped: whether loss or gradients were not finite, so that nothing was updated.
+    """
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    num_target_tokens: int
+    skipped: bool
+
+
+class DataParallelEngine:
+    """Data-parallel training of a model's adapters, at any ZeRO stage.
+
+    Args:
+        model: a module whose forward takes a batch's tensors by name and returns the sum of the token losses.
+        parameters: what is trained, by full name.
+        optimizer: over exactly these parameters, in the order of their names.
+        config: DeepSpeed's dictionary (`ds_config.deepspeed_config`).
+        group: this run's processes.
+        max_grad_norm: global norm to clip to; None leaves gradients as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        group: ProcessGroup,
+        max_grad_norm: float | None,
+    ) -> None:
+        import deepspeed
+
+        self.group = group
+        self.parameters = dict(sorted(parameters.items()))
+        self.max_grad_norm = max_grad_norm
+        self.zero_stage: int = config["zero_optimization"]["stage"]
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, to be called for evaluation."""
+        return self.engine.module
+
+    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """One step of the optimiser on this rank's share of the global batch.
+
+        The gradient is that of the mean over all target tokens of the global batch, however they are spread
+        over ranks and micro-batches.
+        """
+        for param_group in self.engine.optimizer.param_groups:
+            param_group["lr"] = learning_rate
+        counts = [sum(count_targets(batch) for batch in micro_batches), sum(b["labels"].numel() for b in micro_batches)]
+        num_targets, num_tokens = (int(count) for count in self.group.sum(counts))
+        # DeepSpeed averages gradients over the ranks; the mean wanted is over the tokens of all of them.
+        scale = self.group.world_size / num_targets
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.group.device)
+        self.module.train()
+        for index, batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            loss = self.engine(**{name: tensor.to(self.group.device) for name, tensor in batch.items()})
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            loss_sum += loss.detach()
+        loss_mean = self.group.sum([float(loss_sum)])[0] / num_targets
+        grad_norm, skipped = self._update(math.isfinite(loss_mean))
+        return StepResult(loss_mean, grad_norm, num_tokens, num_targets, skipped)
+
+    def _update(self, loss_is_finite: bool) -> tuple[float, bool]:
+        if self.zero_stage > 0:
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
+        grad_norm = clip_gradients(self.parameters, self.max_grad_norm)
+        if not (loss_is_finite and math.isfinite(grad_norm)):
+            self.engine.zero_grad()
+            return grad_norm, True
+        self.engine.step()
+        return grad_norm, False
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The trained parameters by full name, whole, on the CPU; every rank must call it."""
+        import deepspeed
+
+        parameters = list(self.parameters.values())
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
+            return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+
+
+def count_targets(batch: Batch) -> int:
+    """Target tokens of a batch: labels that are not -100, the first position of each row aside."""
+    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
+def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
+    """Scales gradients in place to a global norm of at most `max_norm`; returns the norm before that.
+
+    The norm is summed from per-parameter norms in the order of their names, in float64, so that it does not
+    depend on how parameters are spread over processes. Gradients are left alone when the norm is not finite.
+    """
+    with_grad = [p for _, p in sorted(parameters.items()) if p.grad is not None]
+    squares = [p.grad.double().square().sum() for p in with_grad if p.grad is not None]
+    norm = math.sqrt(sum(float(square) for square in torch.stack(squares).tolist())) if squares else 0.0
+    if max_norm is not None and math.isfinite(norm) and norm > max_norm:
+        for parameter in with_grad:
+            assert parameter.grad is not None
+            parameter.grad.mul_(max_norm / (norm + 1e-6))
+    return norm

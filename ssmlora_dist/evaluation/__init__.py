@@ -1,0 +1,1 @@
+"""Scores and how they are put together: pure functions of what a model answered."""

@@ -1,0 +1,92 @@
+"""The configuration of a backbone: from its directory, from the hub, or bare."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssmlora_dist.errors import ModelError
+from ssmlora_dist.models.families import require_supported
+from ssmlora_dist.models.location import CONFIG_FILE, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Accepted by transformers for what it stores under another name.
+LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
+
+
+def load_config(
+    path: str | None = None, *, config: Mapping[str, Any] | None = None, revision: str | None = None
+) -> PreTrainedConfig:
+    """The configuration of a supported model, without its weights.
+
+    Args:
+        path: directory or hub name; not read when `config` is given.
+        config: a bare transformers configuration with `model_type`; its keys must be known ones.
+        revision: on the hub.
+
+    Raises:
+        ModelError: it cannot be found or read, is not valid, or is of a family that is not supported.
+    """
+    if config is not None:
+        return _bare_config(config)
+    if path is None:
+        raise ModelError("model: name a model in `model.path`, or give its shapes in `model.config`")
+    loaded = read_config(locate(path, revision, weights=False))
+    loaded.name_or_path = path
+    return loaded
+
+
+def read_config(directory: Path) -> PreTrainedConfig:
+    """The configuration in `directory`; errors as for `load_config`."""
+    file = directory / CONFIG_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{directory}: holds no {CONFIG_FILE}, so it is not a model's directory") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON ({error}); fetch the file again") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ModelError(f"{file}: names no `model_type`, so it is not the configuration of a model")
+    if "quantization_config" in values:
+        raise ModelError(
+            f"{file}: the weights are stored quantised; name the original model, it is quantised while it is "
+            "loaded as `quantization.mode` says"
+        )
+    return _build(values, str(file))
+
+
+def _bare_config(values: Mapping[str, Any]) -> PreTrainedConfig:
+    if "model_type" not in values:
+        raise ModelError("model.config: `model_type` is missing; give one of the supported types, e.g. llama")
+    require_supported(values["model_type"])
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(values["model_type"])
+    known = [*default.to_dict(), *default.attribute_map, *LEGACY_KEYS]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
+        raise ModelError(
+            f"model.config: a {values['model_type']} configuration has no key {', '.join(unknown)}{hint}"
+        )
+    return _build(values, "model.config")
+
+
+def _build(values: Mapping[str, Any], place: str) -> PreTrainedConfig:
+    require_supported(values["model_type"])
+    from transformers import AutoConfig
+
+    rest = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(values["model_type"], **rest)
+    # transformers raises whatever its validators raise: type and value errors, and strict dataclass errors.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{place}: not a valid {values['model_type']} configuration: {reason}") from error
+    return config

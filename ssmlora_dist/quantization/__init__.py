@@ -1,0 +1,11 @@
+"""Frozen linear layers in 4 and 8 bits; the only importer of bitsandbytes."""
+
+from ssmlora_dist.quantization.linear import (
+    QuantizationMode,
+    QuantizedLinear,
+    dequantized_weight,
+    is_quantized,
+    quantize_linear,
+)
+
+__all__ = ["QuantizationMode", "QuantizedLinear", "dequantized_weight", "is_quantized", "quantize_linear"]

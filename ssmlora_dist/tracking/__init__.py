@@ -1,0 +1,27 @@
+"""Run records: experiment trackers, the run directory, the environment, the console and plots."""
+
+from __future__ import annotations
+
+from ssmlora_dist.tracking.console import BeforeAfter, Console, ProgressBar
+from ssmlora_dist.tracking.curves import plot_curves
+from ssmlora_dist.tracking.environment import environment_record
+from ssmlora_dist.tracking.mlflow import mlflow_tracker, store_uri
+from ssmlora_dist.tracking.protocol import NullTracker, RunStatus, Tracker, flat_parameters
+from ssmlora_dist.tracking.quiet import quiet_libraries
+from ssmlora_dist.tracking.run_directory import RunDirectory
+
+__all__ = [
+    "BeforeAfter",
+    "Console",
+    "NullTracker",
+    "ProgressBar",
+    "RunDirectory",
+    "RunStatus",
+    "Tracker",
+    "environment_record",
+    "flat_parameters",
+    "mlflow_tracker",
+    "plot_curves",
+    "quiet_libraries",
+    "store_uri",
+]

@@ -1,0 +1,1 @@
+"""The training loop and everything around it: schedule, optimiser, evaluation, metrics, one whole run."""

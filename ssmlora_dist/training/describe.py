@@ -1,0 +1,63 @@
+"""What a run would do, for `--dry-run`: everything is checked but the weights are not read."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.api import add_adapters
+from ssmlora_dist.config.build import build_data, build_tokenizer, check_model
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.topology import gradient_accumulation_steps
+from ssmlora_dist.data import Dataset
+from ssmlora_dist.models import load_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def meta_model(config: RunConfig) -> PreTrainedModel:
+    """The adapted model without storage, for counting."""
+    from transformers import AutoModelForCausalLM
+
+    section = config.model
+    model_config = load_config(section.path, config=section.config, revision=section.revision)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(model_config)
+        return add_adapters(model, config.adapter)
+
+
+def describe(config: RunConfig, world_size: int) -> str:
+    """The resolved configuration and what follows from it, as text.
+
+    Raises:
+        SSMLoRAError: whatever would stop the run before the weights are read.
+    """
+    check_model(config)
+    train, validation = build_data(config, build_tokenizer(config.model))
+    model = meta_model(config)
+    trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable
+    training = config.training
+    accumulation = gradient_accumulation_steps(config, world_size)
+    lines = [
+        json.dumps(config.model_dump(mode="json", by_alias=True), indent=2),
+        f"parameters   {trainable:,} trained, {frozen:,} frozen",
+        f"batch        {training.global_batch_size} = {world_size} ranks x {accumulation} micro-batches x "
+        f"{training.micro_batch_size} sequences",
+        f"train        {_data_line(train)}",
+    ]
+    if validation is not None:
+        lines.append(f"validation   {_data_line(validation)}")
+    return "\n".join(lines)
+
+
+def _data_line(dataset: Dataset) -> str:
+    report = dataset.report
+    return (
+        f"{report.num_examples} examples of {report.num_rows} rows; {report.num_dropped_too_long} too long and "
+        f"dropped, {report.num_truncated} truncated, {report.num_without_target} without target"
+    )

@@ -1,0 +1,69 @@
+"""Throughput and memory, measured; each name carries its unit."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ssmlora_dist.distributed.process_group import ProcessGroup
+
+GIB = 2**30
+# Dense bf16 tensor-core peaks by device name, TFLOP/s, from the makers' data sheets.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the FLOPs of a token depend on.
+
+    Attributes:
+        matmul_parameters: frozen weights that multiply each token, the output head aside.
+        num_layers: L.
+        attention_size: heads times head size.
+    """
+
+    matmul_parameters: int
+    num_layers: int
+    attention_size: int
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """Of a transformers configuration of a supported family."""
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_size, attention = config.num_key_value_heads * head_dim, heads * head_dim
+        per_layer = config.hidden_size * (2 * attention + 2 * kv_size + 3 * config.intermediate_size)
+        return cls(per_layer * config.num_hidden_layers, config.num_hidden_layers, attention)
+
+    def flops_per_token(self, sequence_length: float) -> float:
+        """Model FLOPs of a training step per token: forward and backward to the inputs, no recompute.
+
+        Frozen weights have no weight gradients, so both passes are 2 per weight; causal attention is
+        2 * 2 * S/2 per unit of width forward and twice that backward.
+        """
+        return 4.0 * self.matmul_parameters + 6.0 * self.num_layers * self.attention_size * sequence_length
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Peak of the device in bf16, TFLOP/s; None where it is not known (CPU, other GPUs)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def peak_memory_gib(group: ProcessGroup) -> list[float]:
+    """Largest memory use so far, by rank: allocated on the GPU, or resident in the host on a CPU."""
+    if group.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(group.device)
+    else:
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    mine = [0.0] * group.world_size
+    mine[group.rank] = peak / GIB
+    return group.sum(mine)

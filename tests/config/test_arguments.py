@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import NoReturn
+
+import pytest
+
+from ssmlora_dist.config.arguments import EXIT_INTERRUPTED, build_parser, run_command
+from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_TRAINING_FAILED, ConfigError, TrainingError
+
+
+def test_overrides_are_gathered_in_order() -> None:
+    command = (
+        "--config c.json --set a.b=1 c.d=2 --local_rank=3 --set e.f=x --dry-run --log-level info".split()
+    )
+    arguments = build_parser("test").parse_args(command)
+    assert arguments.config == "c.json"
+    assert arguments.overrides == ["a.b=1", "c.d=2", "e.f=x"]
+    assert arguments.dry_run
+    assert arguments.log_level == "info"
+    assert arguments.local_rank == 3
+
+
+def test_defaults() -> None:
+    arguments = build_parser("test").parse_args(["--config", "c.json"])
+    assert arguments.overrides == []
+    assert not arguments.dry_run
+    assert arguments.log_level == "warning"
+    # The parser must not keep one list for all calls.
+    build_parser("test").parse_args(["--config", "c.json", "--set", "a=1"])
+    assert build_parser("test").parse_args(["--config", "c.json"]).overrides == []
+
+
+@pytest.mark.parametrize("command", [[], ["--config"], ["--conf", "c.json"], ["--config", "c", "--nonsense"]])
+def test_usage_errors_exit_with_2(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        build_parser("test").parse_args(command)
+    assert caught.value.code == EXIT_BAD_INPUT
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_only_rank_0_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> NoReturn:
+        raise ConfigError(["run.name: missing"])
+
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert run_command(fail) == EXIT_BAD_INPUT
+        assert ("run.name: missing" in capsys.readouterr().err) is speaks
+        with pytest.raises(SystemExit) as caught:
+            build_parser("test").parse_args([])
+        assert caught.value.code == EXIT_BAD_INPUT
+        assert ("usage:" in capsys.readouterr().err) is speaks
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    def diverge() -> NoReturn:
+        raise TrainingError("diverged at step 3; the last good checkpoint is c/2")
+
+    def interrupt() -> NoReturn:
+        raise KeyboardInterrupt
+
+    assert run_command(lambda: None) == 0
+    assert run_command(lambda: 5) == 5
+    assert run_command(diverge) == EXIT_TRAINING_FAILED
+    assert capsys.readouterr().err == "error: diverged at step 3; the last good checkpoint is c/2\n"
+    assert run_command(interrupt) == EXIT_INTERRUPTED == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unexpected_exception_keeps_its_traceback() -> None:
+    script = (
+        "import sys\n"
+        "from ssmlora_dist.config.arguments import run_command\n"
+        "sys.exit(run_command(lambda: 1 / 0))\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert finished.returncode == 1
+    assert "Traceback" in finished.stderr
+    assert "ZeroDivisionError" in finished.stderr
+
+
+def test_the_configuration_tier_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "import ssmlora_dist.adapters.config\n"
+        "before = set(sys.modules)\n"
+        "import ssmlora_dist.config.arguments, ssmlora_dist.config.loading\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'datasets'}\n"
+        "print(heavy & (set(sys.modules) - before))\n"
+    )
+    command = [sys.executable, "-c", script]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert printed == "set()\n"

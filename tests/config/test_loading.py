@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssmlora_dist.config.loading import load_config
+
+from .conftest import Load, Problems, changed
+
+
+def test_sections_that_are_left_out_take_their_defaults(load: Load) -> None:
+    config = load()
+    assert config.run.output_dir == Path("runs")
+    assert config.quantization.mode == "nf4"
+    assert config.adapter.alternate == ("q_proj", "v_proj")
+    assert config.deepspeed == {}
+
+
+def test_a_whole_number_may_stand_for_a_fraction(load: Load) -> None:
+    assert load(("adapter.alpha", 4)).adapter.alpha == 4.0
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("training.max_steps=7", lambda config: config.training.max_steps, 7),
+        ("training.learning_rate=1e-3", lambda config: config.training.learning_rate, 1e-3),
+        ("parallel.offload_optimizer=false", lambda config: config.parallel.offload_optimizer, False),
+        ("run.output_dir=/data/runs", lambda config: config.run.output_dir, Path("/data/runs")),
+        ("run.name=other", lambda config: config.run.name, "other"),
+        ('run.name="7"', lambda config: config.run.name, "7"),
+        ("data.validation=null", lambda config: config.data.validation, None),
+        ('adapter.alternate=["k_proj"]', lambda config: config.adapter.alternate, ("k_proj",)),
+        ("model.config.hidden_size=32", lambda config: config.model.config["hidden_size"], 32),
+        ("deepspeed.aio.block_size=1", lambda config: config.deepspeed, {"aio": {"block_size": 1}}),
+        ("tracking.uri=sqlite:///a=b.db", lambda config: config.tracking.uri, "sqlite:///a=b.db"),
+    ],
+)
+def test_overrides(load: Load, override: str, read: Callable[[Any], Any], expected: object) -> None:
+    assert read(load(overrides=[override])) == expected
+
+
+def test_the_last_override_of_a_field_counts(load: Load) -> None:
+    assert load(overrides=["run.seed=1", "run.seed=2"]).run.seed == 2
+
+
+def test_an_override_mends_what_the_file_has_wrong(load: Load) -> None:
+    assert load(("training.max_steps", "x"), overrides=["training.max_steps=5"]).training.max_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        (
+            "training.learning_rte=1",
+            ("training.learning_rte: unknown key", "did you mean training.learning_rate?"),
+        ),
+        ("modle.path=x", ("modle: unknown key", "did you mean model?")),
+        ("training.max_steps", ("--set training.max_steps:", "section.key=value")),
+        ("=5", ("--set =5:", "section.key=value")),
+        ("training..max_steps=5", ("--set training..max_steps=5:", "section.key=value")),
+        ("run.name.first=a", ('--set run.name.first=a: run.name is "test"', "--set run.name=VALUE")),
+        (
+            "data.train.retrieval.lengths.0=512",
+            ("lengths is [512]", "--set data.train.retrieval.lengths=VALUE"),
+        ),
+        ("run.seed=NaN", ('run.seed: "NaN" given', "a whole number")),
+        ("adapter.alpha=1e999", ("adapter.alpha: Infinity given", "the default is 16.0")),
+        ("run.output_dir=5", ("run.output_dir: 5 given", 'write it in quotes: "5"')),
+        ("run.name=7", ("run.name: 7 given", 'write it in quotes: "7"')),
+    ],
+)
+def test_overrides_that_cannot_be(problems: Problems, override: str, fragments: tuple[str, ...]) -> None:
+    lines = problems(overrides=[override])
+    assert len(lines) == 1
+    assert all(fragment in lines[0] for fragment in fragments), lines[0]
+
+
+def test_the_launcher_says_how_many_ranks(
+    write: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(changed(("training.global_batch_size", 6)))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert load_config(path).training.global_batch_size == 6
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Exception, match="micro_batch_size 2 and 2 ranks"):
+        load_config(path)
+
+
+def test_a_source_may_be_files_by_name_and_glob(load: Load, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b1.jsonl", "b2.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b*.jsonl")]
+    source = load(("data.train", {"format": "instruction", "path": paths})).data.train
+    assert source.path == tuple(paths)
+
+
+def test_files_are_looked_for_only_when_asked(load: Load) -> None:
+    changes = [("data.train", {"format": "text", "path": "nowhere.txt"}), ("model", {"path": "./nowhere"})]
+    assert load(*changes, check_files=False).model.path == "./nowhere"
+
+
+@pytest.mark.parametrize("name", ["org/model", "model"])
+def test_a_hub_name_is_not_looked_for_among_the_files(load: Load, name: str) -> None:
+    assert load(("model", {"path": name})).model.path == name
+
+
+def test_a_name_in_an_existing_directory_is_a_path(
+    problems: Problems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "SmolLM").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    lines = problems(("model", {"path": "models/SmolLN"}))
+    assert len(lines) == 1
+    assert "did you mean models/SmolLM?" in lines[0]

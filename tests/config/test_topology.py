@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from ssmlora_dist.config.problems import field_places
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.topology import (
+    RULES,
+    gradient_accumulation_steps,
+    markdown_table,
+    topology_problems,
+)
+from ssmlora_dist.errors import ConfigError
+
+from .conftest import Change, changed
+
+CPU = {"device_type": "cpu"}
+CUDA = {"device_type": "cuda", "flash_attention_installed": True}
+
+# Overrides, where it runs, and the place of the one line about it (None: it may run).
+CASES: list[tuple[list[Change], dict[str, Any], str | None]] = [
+    ([], CPU, None),
+    ([("training.global_batch_size", 24)], {"world_size": 4}, None),
+    ([("training.global_batch_size", 24)], {"world_size": 5}, "training.global_batch_size"),
+    ([("parallel", {"zero_stage": 0, "offload_optimizer": True})], CPU, "parallel.offload_optimizer"),
+    ([("parallel", {"zero_stage": 1, "offload_optimizer": True})], CPU, None),
+    ([("parallel", {"zero_stage": 2, "offload_parameters": True})], CPU, "parallel.offload_parameters"),
+    ([("parallel", {"zero_stage": 3, "offload_parameters": True, "offload_optimizer": True})], CPU, None),
+    ([("quantization.mode", "int8"), ("parallel.zero_stage", 3)], CPU, "quantization.mode"),
+    ([("quantization.mode", "int8"), ("parallel.zero_stage", 2)], CPU, None),
+    (
+        [("quantization.mode", "nf4"), ("parallel.zero_stage", 3), ("model.compute_dtype", "float32")],
+        CPU,
+        None,
+    ),
+    ([("training.optimizer", "adamw_8bit")], CPU, "training.optimizer"),
+    ([("training.optimizer", "adamw_8bit"), ("parallel.zero_stage", 3)], CUDA, None),
+    ([("training.optimizer", "paged_adamw")], {"device_type": None}, None),
+    (
+        [("training.optimizer", "paged_adamw"), ("parallel", {"zero_stage": 2, "offload_optimizer": True})],
+        CUDA,
+        "training.optimizer",
+    ),
+    ([("model.attention", "flash_attention_2")], CPU, "model.attention"),
+    ([("model.attention", "flash_attention_2")], CUDA, None),
+    (
+        [("model.attention", "flash_attention_2")],
+        {"device_type": "cuda", "flash_attention_installed": False},
+        "model.attention",
+    ),
+    (
+        [("model.attention", "flash_attention_2"), ("model.compute_dtype", "float32")],
+        CUDA,
+        "model.attention",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "where", "place"), CASES)
+def test_what_may_run_where(changes: list[Change], where: dict[str, Any], place: str | None) -> None:
+    config = RunConfig.model_validate(changed(*changes))
+    lines = topology_problems(config, **{"world_size": 1, **where})
+    assert [line.partition(":")[0] for line in lines] == ([] if place is None else [place])
+
+
+def test_every_rule_can_be_broken() -> None:
+    everything: list[Change] = [
+        ("training", {"global_batch_size": 7, "optimizer": "paged_adamw_8bit"}),
+        ("model", {"attention": "flash_attention_2", "compute_dtype": "float32"}),
+        ("parallel", {"offload_optimizer": True, "offload_parameters": True}),
+    ]
+    int8: list[Change] = [("quantization.mode", "int8"), ("parallel.zero_stage", 3)]
+    lines = [
+        line
+        for changes in (everything, int8)
+        for line in topology_problems(
+            RunConfig.model_validate(changed(*changes)),
+            world_size=2,
+            device_type="cpu",
+            flash_attention_installed=False,
+        )
+    ]
+    for rule in RULES:
+        assert any(
+            line.startswith(f"{rule.fields[0]}: ") and rule.condition in line and line.endswith(rule.remedy)
+            for line in lines
+        ), rule.condition
+
+
+def test_rules_read_fields_that_exist() -> None:
+    known = {".".join(map(str, path)) for path in field_places()}
+    assert {field for rule in RULES for field in rule.fields} <= known
+
+
+@pytest.mark.parametrize(("world_size", "steps"), [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)])
+def test_gradient_accumulation_follows(world_size: int, steps: int) -> None:
+    config = RunConfig.model_validate(changed(("training.global_batch_size", 24)))
+    assert gradient_accumulation_steps(config, world_size) == steps
+
+
+def test_gradient_accumulation_refuses_what_does_not_divide() -> None:
+    config = RunConfig.model_validate(changed(("training.global_batch_size", 24)))
+    with pytest.raises(
+        ConfigError, match=re.escape("24 given with micro_batch_size 2 and 5 ranks (20 or 30")
+    ):
+        gradient_accumulation_steps(config, 5)
+
+
+def test_the_table_has_a_row_per_rule() -> None:
+    rows = markdown_table().splitlines()
+    assert len(rows) == 2 + len(RULES)
+    assert all(row.count("|") == 5 for row in rows)
+    command = [sys.executable, "-m", "ssmlora_dist.config.topology"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert printed == markdown_table() + "\n"

@@ -1,0 +1,181 @@
+"""Rows to examples: exact boundaries, what is trained, and the policies for rows that are too long."""
+
+from __future__ import annotations
+
+import pytest
+
+from ssmlora_dist.data.examples import IGNORE_INDEX, DatasetReport
+from ssmlora_dist.data.rows import Row, RowEncoder, Segment
+from ssmlora_dist.data.tokenization import TextEncoder
+from ssmlora_dist.errors import DataError
+
+
+def encode_row(tokenizer, row, max_length=1000, too_long="drop"):
+    """The examples of one row and what was counted."""
+    encoder = RowEncoder(TextEncoder(tokenizer), max_length, too_long)
+    examples = encoder.encode(row)
+    return examples, encoder.report(1, len(examples))
+
+
+def prompt_and_answer(prompt="aaaa", answer="bb", may_shrink=True):
+    return Row("rows.jsonl:1", (Segment(prompt, may_shrink=may_shrink), Segment(answer, is_target=True)))
+
+
+def document_row(before="[", document="dddddd", after="]q", answer=" b"):
+    segments = (
+        Segment(before),
+        Segment(document, may_shrink=True),
+        Segment(after),
+        Segment(answer, is_target=True),
+    )
+    return Row("rows.jsonl:1", segments)
+
+
+def test_prompt_and_answer(byte_tokenizer):
+    (example,), report = encode_row(byte_tokenizer, prompt_and_answer())
+    answer_ids = byte_tokenizer("bb")["input_ids"]
+    assert example.input_ids.tolist() == [
+        *byte_tokenizer("aaaa")["input_ids"],
+        *answer_ids,
+        byte_tokenizer.eos_token_id,
+    ]
+    assert example.labels.tolist() == [IGNORE_INDEX] * 4 + [*answer_ids, byte_tokenizer.eos_token_id]
+    assert example.num_scored == 2
+    assert example.metadata == {"length": 8}
+    assert report == DatasetReport(1, 1)
+
+
+def test_no_token_spans_the_boundary(bpe_tokenizer):
+    """`st` + `ring` is one token's worth of text that the tokenizer would merge across the boundary."""
+    (example,), _ = encode_row(bpe_tokenizer, prompt_and_answer("the st", "ring"))
+    prompt_ids = bpe_tokenizer("the st")["input_ids"]
+    answer_ids = bpe_tokenizer("ring", add_special_tokens=False)["input_ids"]
+    assert bpe_tokenizer("the string")["input_ids"] != prompt_ids + answer_ids
+    assert prompt_ids[0] == bpe_tokenizer.bos_token_id
+    assert example.input_ids.tolist() == [*prompt_ids, *answer_ids, bpe_tokenizer.eos_token_id]
+    assert example.num_targets == len(answer_ids) + 1
+    assert example.num_scored == len(answer_ids)
+
+
+def test_a_document_that_fits_is_encoded_with_its_prompt(bpe_tokenizer):
+    """The document ends within a word that goes on, which must be encoded as it is at generation."""
+    row = document_row("In ", "the st", "ring is", " here")
+    (example,), _ = encode_row(bpe_tokenizer, row)
+    prompt_ids = bpe_tokenizer("In the string is")["input_ids"]
+    assert example.input_ids.tolist()[: len(prompt_ids)] == prompt_ids
+
+
+def test_text_after_a_prompt_of_a_sentencepiece_tokenizer(sentencepiece_tokenizer):
+    (example,), _ = encode_row(sentencepiece_tokenizer, prompt_and_answer("Answer:", " yes"))
+    text = sentencepiece_tokenizer.decode(example.input_ids[:-1])
+    assert text == " Answer: yes"
+
+
+def test_text_is_trained_from_its_second_token(byte_tokenizer, bpe_tokenizer):
+    row = Row("rows.jsonl:1", (Segment("the set", is_target=True),))
+    (example,), _ = encode_row(byte_tokenizer, row)
+    assert example.labels.tolist() == [IGNORE_INDEX, *example.input_ids[1:].tolist()]
+    assert example.num_targets == 7
+    assert example.num_scored is None
+    (example,), _ = encode_row(bpe_tokenizer, row)
+    assert example.input_ids[0] == bpe_tokenizer.bos_token_id
+    assert example.labels.tolist() == [IGNORE_INDEX, *example.input_ids[1:].tolist()]
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "\n"])
+def test_rows_without_target(byte_tokenizer, answer):
+    examples, report = encode_row(byte_tokenizer, prompt_and_answer(answer=answer))
+    assert examples == []
+    assert report == DatasetReport(1, 0, num_without_target=1)
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "refuse"])
+def test_a_row_of_the_longest_length_stays(byte_tokenizer, too_long):
+    for row in (prompt_and_answer(), document_row(document="a", before="", after="")):
+        num_tokens = sum(len(segment.text) for segment in row.segments) + 1
+        (example,), report = encode_row(byte_tokenizer, row, num_tokens, too_long)
+        assert example.num_tokens == num_tokens
+        assert report == DatasetReport(1, 1)
+
+
+def test_drop(byte_tokenizer):
+    examples, report = encode_row(byte_tokenizer, prompt_and_answer(), max_length=6)
+    assert examples == []
+    assert report == DatasetReport(1, 0, num_dropped_too_long=1)
+
+
+def test_refuse(byte_tokenizer):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: 7 tokens are more than max_length 6.*too_long"):
+        encode_row(byte_tokenizer, prompt_and_answer(), max_length=6, too_long="refuse")
+
+
+@pytest.mark.parametrize(
+    ("row", "max_length", "expected"),
+    [
+        (prompt_and_answer("abcdef", "xy"), 8, "abcefxy"),
+        (prompt_and_answer("abcdef", "xy"), 4, "axy"),
+        (document_row(document="abcdef"), 9, "[abef]q b"[:4] + "f]q b"),
+        (document_row(document="abcdef"), 7, "[a]q b"),
+    ],
+)
+def test_truncate_takes_the_middle(byte_tokenizer, row, max_length, expected):
+    (example,), report = encode_row(byte_tokenizer, row, max_length, "truncate")
+    assert byte_tokenizer.decode(example.input_ids[:-1]) == expected
+    assert example.input_ids[-1] == byte_tokenizer.eos_token_id
+    assert example.num_tokens == max_length
+    assert example.num_scored == len(row.segments[-1].text)
+    assert report == DatasetReport(1, 1, num_truncated=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "max_length"), [(prompt_and_answer("abcdef", "xy"), 3), (document_row(document="abcdef"), 6)]
+)
+def test_truncate_never_takes_question_or_answer(byte_tokenizer, row, max_length):
+    examples, report = encode_row(byte_tokenizer, row, max_length, "truncate")
+    assert examples == []
+    assert report == DatasetReport(1, 0, num_dropped_too_long=1)
+
+
+def test_truncate_cuts_the_end_where_nothing_may_shrink(byte_tokenizer):
+    (example,), report = encode_row(
+        byte_tokenizer, prompt_and_answer("ab", "xyz", may_shrink=False), 4, "truncate"
+    )
+    assert byte_tokenizer.decode(example.input_ids) == "abxy"
+    assert example.num_scored == example.num_targets == 2
+    assert report == DatasetReport(1, 1, num_truncated=1)
+
+
+def test_truncate_that_leaves_no_target(byte_tokenizer):
+    examples, report = encode_row(
+        byte_tokenizer, prompt_and_answer("abcd", "xyz", may_shrink=False), 4, "truncate"
+    )
+    assert examples == []
+    assert report == DatasetReport(1, 0, num_without_target=1)
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "refuse"])
+def test_a_document_is_split(byte_tokenizer, bpe_tokenizer, too_long):
+    text = "The set of all the strings. " * 20
+    row = Row("book.txt", (Segment(text, is_target=True),), may_split=True)
+    for tokenizer in (byte_tokenizer, bpe_tokenizer):
+        num_bos = len(TextEncoder(tokenizer).bos_ids)
+        examples, report = encode_row(tokenizer, row, 64, too_long)
+        assert [example.num_tokens for example in examples[:-1]] == [64] * (len(examples) - 1)
+        assert all(example.labels[1:].tolist() == example.input_ids[1:].tolist() for example in examples)
+        body = [token for example in examples for token in example.input_ids[num_bos:].tolist()]
+        assert body == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        assert report == DatasetReport(1, len(examples))
+
+
+def test_a_last_piece_of_one_token_has_no_target(byte_tokenizer):
+    row = Row("book.txt", (Segment("a" * 16, is_target=True),), may_split=True)
+    examples, report = encode_row(byte_tokenizer, row, 8)
+    assert [example.num_tokens for example in examples] == [8, 8]
+    assert report.num_without_target == 1
+
+
+@pytest.mark.parametrize(("num_tokens", "bucket"), [(2, 2), (63, 64), (64, 64), (65, 128)])
+def test_length_buckets_are_powers_of_two(byte_tokenizer, num_tokens, bucket):
+    (example,), _ = encode_row(byte_tokenizer, prompt_and_answer("a" * (num_tokens - 2), "b"))
+    assert example.num_tokens == num_tokens
+    assert example.metadata["length"] == bucket

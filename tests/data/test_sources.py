@@ -1,0 +1,162 @@
+"""Reading records, and everything that can be wrong with files and hub names."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from ssmlora_dist.data.sources import read_records
+from ssmlora_dist.errors import DataError
+
+
+def read(**arguments):
+    return [(record.values, record.place) for record in read_records(**arguments)]
+
+
+def test_jsonl_with_blank_lines_and_byte_order_mark(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}\n\n  \n{"a": 2}')
+    assert read(path=str(file)) == [({"a": "é"}, f"{file}:1"), ({"a": 2}, f"{file}:4")]
+
+
+def test_parquet(tmp_path):
+    file = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"q": ["x", "y"], "spans": [[{"s": 1}], []]}), file)
+    expected = [
+        ({"q": "x", "spans": [{"s": 1}]}, f"{file}: row 1"),
+        ({"q": "y", "spans": []}, f"{file}: row 2"),
+    ]
+    assert read(path=str(file)) == expected
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("Line one.\n\nLine two.\n")
+    (record,) = read_records(path=str(file))
+    assert record.values == {"text": "Line one.\n\nLine two.\n"}
+    assert record.is_document
+
+
+def test_globs_lists_and_limit(tmp_path):
+    for name in ("b", "a", "c[1]"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"n": "{name}1"}}\n{{"n": "{name}2"}}\n')
+    in_glob = [values["n"] for values, _ in read(path=str(tmp_path / "?.jsonl"))]
+    assert in_glob == ["a1", "a2", "b1", "b2"]
+    listed = read(path=[str(tmp_path / "c[1].jsonl"), str(tmp_path / "a*.jsonl")], limit=3)
+    assert [values["n"] for values, _ in listed] == ["c[1]1", "c[1]2", "a1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: is not valid JSON"),
+        (b'{"a": 1}\n\n[1, 2]\n', r"rows\.jsonl:3: holds a list, but each line must be a JSON object"),
+        (b'{"a": 1}\n{"a": "\xff"}\n', r"rows\.jsonl:2: is not valid UTF-8"),
+        (b'{"a": "\\ud83d"}\n', r"rows\.jsonl:1: is not valid UTF-8"),
+        (b"[" * 100_000, r"rows\.jsonl:1: is not valid JSON"),
+        (b"\n \n", r"rows\.jsonl: holds no records"),
+        (b"", r"rows\.jsonl: holds no records"),
+    ],
+)
+def test_broken_jsonl(tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(path=str(tmp_path / "rows.jsonl"))
+
+
+def test_a_whole_surrogate_pair_is_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(r'{"a": "\ud83d\ude00"}')
+    assert read(path=str(tmp_path / "rows.jsonl"))[0][0] == {"a": "😀"}
+
+
+def test_other_broken_files(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 but not really")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes(b"fine\nna\xefve\n")
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    for name, message in [
+        ("rows.parquet", r"rows\.parquet: is not a readable Parquet file"),
+        ("empty.txt", r"empty\.txt: holds no records"),
+        ("latin.txt", r"latin\.txt:2: is not valid UTF-8"),
+        ("rows.csv", r"rows\.csv: unknown kind of file.*\.jsonl, \.parquet, \.txt"),
+        ("row.csv", r"row\.csv: no such file \(nearest: rows\.csv\)"),
+        ("*.jsonl", r"\*\.jsonl: no such file"),
+        ("nowhere/rows.jsonl", r"nowhere/rows\.jsonl: no such file"),
+        (".", r"is a directory; name its files"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            read(path=str(tmp_path / name))
+
+
+def test_all_files_are_found_before_any_is_read(tmp_path):
+    (tmp_path / "broken.jsonl").write_text("not JSON")
+    with pytest.raises(DataError, match="no such file"):
+        read(path=[str(tmp_path / "broken.jsonl"), str(tmp_path / "missing.jsonl")])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A data set that `datasets` takes by name: a directory with two splits."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for split, count in [("train", 3), ("validation", 1)]:
+        rows = [json.dumps({"q": f"{split} {i}"}) for i in range(count)]
+        (tmp_path / "set" / f"{split}.jsonl").write_text("\n".join(rows))
+    return str(tmp_path / "set")
+
+
+def test_hub(hub):
+    assert read(hub=hub, split="validation") == [({"q": "validation 0"}, f"{hub}, split validation: row 1")]
+    assert [values["q"] for values, _ in read(hub=hub, split="train[1:]", limit=1)] == ["train 1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "tain"}, r"Unknown split \"tain\". Should be one of \['train', 'validation'\]; check"),
+        (
+            {"split": "train", "subset": "hard"},
+            r"\(hard\): BuilderConfig 'hard' not found. Available: \['default'\]",
+        ),
+        (
+            {"split": "train[3:]"},
+            r"Instruction \"train\[3:\]\" corresponds to no data; check `subset` and `split`",
+        ),
+    ],
+)
+def test_wrong_split_or_subset(hub, arguments, message):
+    with pytest.raises(DataError, match=message):
+        read(hub=hub, **arguments)
+
+
+def test_empty_split(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [])
+    with pytest.raises(DataError, match=r"some/set: split 'test' holds no records"):
+        read(hub="some/set", split="test")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ConnectionError("Couldn't reach 'some/set' on the Hub"),
+            r"some/set: cannot be loaded \(ConnectionError: Could",
+        ),
+        (datasets.exceptions.DatasetNotFoundError("gone"), r"some/set: no such data set on the hub"),
+        (
+            RuntimeError("Dataset scripts are no longer supported"),
+            r"some/set: cannot be loaded.*scripts.*`path`",
+        ),
+    ],
+)
+def test_hub_out_of_reach(monkeypatch, error, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=message):
+        read(hub="some/set")

@@ -1,0 +1,36 @@
+"""The encoder: what goes around a text, and text that follows another."""
+
+from __future__ import annotations
+
+import pytest
+
+from ssmlora_dist.data.tokenization import TextEncoder
+from ssmlora_dist.errors import DataError
+
+
+def test_begins_a_sequence_as_the_tokenizer_does(byte_tokenizer, bpe_tokenizer):
+    assert TextEncoder(byte_tokenizer).bos_ids == []
+    assert TextEncoder(bpe_tokenizer).bos_ids == [bpe_tokenizer.bos_token_id]
+
+
+def test_a_continuation_brings_no_space_of_its_own(sentencepiece_tokenizer):
+    encoder = TextEncoder(sentencepiece_tokenizer)
+    ids = (
+        encoder.encode("The name")
+        + encoder.encode_continuation("s of the")
+        + encoder.encode_continuation(" set")
+    )
+    assert sentencepiece_tokenizer.decode(ids) == " The names of the set"
+    assert encoder.encode_continuation("s") != encoder.encode("s")
+
+
+@pytest.mark.parametrize("text", ["", "s of the set", " 48213", "\nnew line"])
+def test_a_continuation_is_plain_where_texts_begin_plainly(bpe_tokenizer, text):
+    encoder = TextEncoder(bpe_tokenizer)
+    assert encoder.encode_continuation(text) == bpe_tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_no_end_of_sequence_token(byte_tokenizer):
+    byte_tokenizer = byte_tokenizer.__class__(tokenizer_object=byte_tokenizer.backend_tokenizer)
+    with pytest.raises(DataError, match=r"model\.tokenizer.*eos_token"):
+        _ = TextEncoder(byte_tokenizer).eos_id

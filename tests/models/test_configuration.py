@@ -1,0 +1,85 @@
+"""Configurations from a directory or bare, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssmlora_dist.errors import ModelError
+from ssmlora_dist.models import FAMILIES, load_config
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_directory_gives_what_transformers_reads(model_type: str, checkpoints: dict[str, Path]) -> None:
+    from transformers import AutoConfig
+
+    directory = checkpoints[model_type]
+    assert load_config(str(directory)).to_dict() == AutoConfig.from_pretrained(directory).to_dict()
+
+
+def test_a_bare_configuration_is_completed_with_the_family_defaults(
+    tiny_config: Callable[..., dict[str, Any]],
+) -> None:
+    config = load_config(config=tiny_config("gemma2"))
+    assert config.hidden_size == 32
+    assert config.attn_logit_softcapping == 50.0
+
+
+def test_what_transformers_renames_is_accepted(tiny_config: Callable[..., dict[str, Any]]) -> None:
+    config = load_config(config=tiny_config("llama", rope_theta=500000.0, torch_dtype="float32"))
+    assert config.rope_parameters["rope_theta"] == 500000.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hiden_size": 32}, r"model\.config: a llama configuration has no key hiden_size; .*`hidden_size`"),
+        ({"hidden_size": "32"}, r"model\.config: not a valid llama configuration: .*hidden_size"),
+        ({"hidden_size": 33}, r"model\.config: not a valid llama configuration: .*33"),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are llama"),
+    ],
+)
+def test_a_bad_bare_configuration(
+    changes: dict[str, Any], message: str, tiny_config: Callable[..., dict[str, Any]]
+) -> None:
+    config = tiny_config("llama") | changes
+    with pytest.raises(ModelError, match=message):
+        load_config(config=config)
+
+
+def test_a_bare_configuration_without_type_or_nothing_at_all() -> None:
+    with pytest.raises(ModelError, match="`model_type` is missing"):
+        load_config(config={"hidden_size": 32})
+    with pytest.raises(ModelError, match=r"model\.path.*model\.config"):
+        load_config()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no config.json"),
+        ("{", r"config\.json: cannot be read as JSON"),
+        ("[]", r"config\.json: names no `model_type`"),
+        ('{"hidden_size": 32}', r"config\.json: names no `model_type`"),
+        ('{"model_type": "bert"}', "'bert' is not supported"),
+        ('{"model_type": "llama", "hidden_size": 33}', r"config\.json: not a valid llama configuration"),
+    ],
+)
+def test_a_bad_directory(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=message):
+        load_config(str(tmp_path))
+
+
+def test_quantised_checkpoints_are_refused(
+    tmp_path: Path, tiny_config: Callable[..., dict[str, Any]]
+) -> None:
+    config = tiny_config("llama", quantization_config={"quant_method": "gptq"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="stored quantised; name the original model"):
+        load_config(str(tmp_path))

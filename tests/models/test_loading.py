@@ -1,0 +1,434 @@
+"""Streamed loading against transformers' own loading of the same files, and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssmlora_dist.errors import ModelError
+from ssmlora_dist.models import FAMILIES, decoder_layers, load_model
+from ssmlora_dist.models import loading as loading_module
+from ssmlora_dist.models.loading import attention_implementation, build_skeleton, fill, part_names
+from ssmlora_dist.models.weights import RandomWeights, SafetensorsWeights
+from ssmlora_dist.quantization import dequantized_weight, is_quantized, quantize_linear
+
+DTYPES = [torch.float32, torch.bfloat16]
+MODES = ["none", "nf4", "fp4", "int8"]
+
+
+def hugging_face_model(directory: Path, dtype: torch.dtype, quantization: str, attention: str) -> Any:
+    """Loaded by transformers, in training mode: in evaluation bitsandbytes computes other numbers on CPU."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantized: dict[str, Any] = {}
+    if quantization == "int8":
+        quantized["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    elif quantization != "none":
+        quantized["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=attention, device_map="cpu", **quantized
+        ).train()
+
+
+def logits(model: Any, token_ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(token_ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", MODES)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_are_those_of_hugging_face_bitwise(
+    model_type: str,
+    quantization: Any,
+    dtype: torch.dtype,
+    checkpoints: dict[str, Path],
+    token_ids: Tensor,
+) -> None:
+    directory = checkpoints[model_type]
+    model = load_model(str(directory), quantization=quantization, compute_dtype=dtype)
+    expected = hugging_face_model(directory, dtype, quantization, model.config._attn_implementation)
+    assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
+    buffers = dict(expected.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in buffers:
+            assert torch.equal(buffer, buffers[name]), name
+            assert buffer.dtype == buffers[name].dtype, name
+
+
+def test_the_checkpoints_are_sharded(checkpoints: dict[str, Path]) -> None:
+    for directory in checkpoints.values():
+        assert len(list(directory.glob("model-*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_single_file_of_another_dtype_loads(
+    stored: torch.dtype, save_checkpoint: Callable[..., Path], token_ids: Tensor
+) -> None:
+    directory = save_checkpoint("llama", stored, "1GB")
+    assert (directory / "model.safetensors").is_file()
+    model = load_model(str(directory), compute_dtype=torch.float32)
+    expected = hugging_face_model(directory, torch.float32, "nf4", "sdpa")
+    assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32},
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaled_rotary_embeddings(
+    rope: dict[str, Any], save_checkpoint: Callable[..., Path], token_ids: Tensor
+) -> None:
+    directory = save_checkpoint("llama", rope_parameters=rope)
+    model = load_model(str(directory), quantization="none", compute_dtype=torch.float32)
+    expected = hugging_face_model(directory, torch.float32, "none", "sdpa")
+    assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize("quantization", MODES)
+def test_what_is_quantised_frozen_and_placed(
+    model_type: str, quantization: Any, checkpoints: dict[str, Path]
+) -> None:
+    model = load_model(str(checkpoints[model_type]), quantization=quantization)
+    projections = [
+        layer.get_submodule(path)
+        for layer in decoder_layers(model)
+        for path in FAMILIES[model_type].projections.values()
+    ]
+    assert len(projections) == 14
+    assert all(is_quantized(projection) == (quantization != "none") for projection in projections)
+    assert sum(is_quantized(module) for module in model.modules()) == 14 * (quantization != "none")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_tied_weights_are_one_parameter(
+    quantization: Any, save_checkpoint: Callable[..., Path], token_ids: Tensor
+) -> None:
+    directory = save_checkpoint("llama", tie_word_embeddings=True)
+    assert "lm_head.weight" not in SafetensorsWeights(directory).names
+    model = load_model(str(directory), quantization=quantization, compute_dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    expected = hugging_face_model(directory, torch.float32, quantization, "sdpa")
+    assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Changes the tensors of a single-file checkpoint."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def single(save_checkpoint: Callable[..., Path]) -> Path:
+    return save_checkpoint("llama", max_shard_size="1GB")
+
+
+def test_a_tied_weight_may_be_stored_as_the_head(
+    save_checkpoint: Callable[..., Path], token_ids: Tensor
+) -> None:
+    directory = save_checkpoint("llama", max_shard_size="1GB", tie_word_embeddings=True)
+    expected = logits(load_model(str(directory)), token_ids)
+    rewrite(directory, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert torch.equal(logits(load_model(str(directory)), token_ids), expected)
+
+
+def test_tied_weights_that_differ_are_refused(save_checkpoint: Callable[..., Path]) -> None:
+    directory = save_checkpoint("llama", max_shard_size="1GB", tie_word_embeddings=True)
+    rewrite(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(ModelError, match="tie_word_embeddings"):
+        load_model(str(directory))
+
+
+def test_generation_settings_of_the_directory_are_kept(single: Path) -> None:
+    file = single / "generation_config.json"
+    settings = {"do_sample": True, "temperature": 0.3, "eos_token_id": [5, 6]}
+    file.write_text(json.dumps(settings))
+    model = load_model(str(single))
+    assert model.generation_config.temperature == 0.3
+    assert model.generation_config.eos_token_id == [5, 6]
+    file.write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        load_model(str(single))
+
+
+def test_generate_works(checkpoints: dict[str, Path], token_ids: Tensor) -> None:
+    model = load_model(str(checkpoints["qwen3"]))
+    generated = model.generate(token_ids, max_new_tokens=3, do_sample=False, pad_token_id=3)
+    assert torch.equal(generated[:, : token_ids.shape[1]], token_ids)
+
+
+def test_an_evaluation_between_training_passes_changes_no_gradient(
+    checkpoints: dict[str, Path], token_ids: Tensor
+) -> None:
+    def gradient(model: Any) -> Tensor:
+        embedded = model.model.embed_tokens(token_ids).detach().requires_grad_()
+        model.train()(inputs_embeds=embedded, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        assert embedded.grad is not None
+        return embedded.grad
+
+    model, untouched = (load_model(str(checkpoints["llama"])) for _ in range(2))
+    gradient(model)
+    logits(model.eval(), token_ids)
+    result = gradient(model)
+    assert result.abs().max() > 0
+    assert torch.equal(result, gradient(untouched))
+
+
+def random_model(config: dict[str, Any], **changes: Any) -> Any:
+    return load_model(init="random", config=config, **({"seed": 3} | changes))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_random_weights_depend_on_seed_and_name_alone(
+    model_type: str, tiny_config: Callable[..., Any]
+) -> None:
+    config = tiny_config(model_type)
+    torch.manual_seed(0)
+    first = random_model(config, quantization="none", compute_dtype=torch.float32).state_dict()
+    torch.manual_seed(1)
+    second = random_model(config, quantization="none", compute_dtype=torch.float32).state_dict()
+    other = random_model(config, quantization="none", compute_dtype=torch.float32, seed=4).state_dict()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+        if tensor.dim() == 2:
+            assert not torch.equal(tensor, other[name]), name
+    deeper = random_model(
+        config | {"num_hidden_layers": 3}, quantization="none", compute_dtype=torch.float32
+    ).state_dict()
+    assert all(torch.equal(tensor, deeper[name]) for name, tensor in first.items())
+
+
+def test_random_weights_are_drawn_as_transformers_draws_them(tiny_config: Callable[..., Any]) -> None:
+    model = random_model(
+        tiny_config("qwen2", initializer_range=0.1), quantization="none", compute_dtype=torch.float32
+    )
+    layer = decoder_layers(model)[0]
+    # 5%: three standard errors of the standard deviation of 2,048 draws.
+    assert layer.mlp.up_proj.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    assert layer.self_attn.q_proj.bias.abs().max() == 0
+    assert torch.equal(layer.input_layernorm.weight, torch.ones(32))
+    assert model.model.embed_tokens.weight[3].abs().max() == 0
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_random_weights_are_quantised_as_others_are(
+    quantization: Any, tiny_config: Callable[..., Any]
+) -> None:
+    dense = random_model(tiny_config("llama"), quantization="none")
+    quantized = random_model(tiny_config("llama"), quantization=quantization)
+    for ours, original in zip(decoder_layers(quantized), decoder_layers(dense), strict=True):
+        expected = dequantized_weight(quantize_linear(original.mlp.up_proj, mode=quantization))
+        assert torch.equal(dequantized_weight(ours.mlp.up_proj), expected)
+    assert torch.equal(quantized.lm_head.weight, dense.lm_head.weight)
+
+
+def test_random_weights_take_their_shapes_from_a_path(single: Path) -> None:
+    model = load_model(str(single), init="random", seed=1)
+    assert model.config.hidden_size == 32
+    assert not torch.equal(model.lm_head.weight, load_model(str(single)).lm_head.weight)
+
+
+def test_any_part_can_be_filled_alone(single: Path) -> None:
+    whole = load_model(str(single), quantization="none", compute_dtype=torch.float32)
+    family, device = FAMILIES["llama"], torch.device("cpu")
+    skeleton = build_skeleton(whole.config, torch.float32, "sdpa", device)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    names = part_names(skeleton.config, family)
+    assert names == [
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.1",
+        "model.norm",
+        "lm_head",
+    ]
+    part = skeleton.get_submodule("model.layers.1")
+    fill(part, "model.layers.1", SafetensorsWeights(single), family, device=device, dtype=torch.float32)
+    for name, parameter in skeleton.named_parameters():
+        assert parameter.is_meta == (not name.startswith("model.layers.1.")), name
+        if not parameter.is_meta:
+            assert torch.equal(parameter, whole.get_parameter(name)), name
+
+
+def test_no_more_than_one_dense_projection_is_alive(
+    tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[nn.Linear] = weakref.WeakSet()
+    most = 0
+
+    def quantize(linear: nn.Linear, **settings: Any) -> nn.Module:
+        nonlocal most
+        alive.add(linear)
+        most = max(most, len([layer for layer in alive if not layer.weight.is_meta]))
+        return quantize_linear(linear, **settings)
+
+    monkeypatch.setattr(loading_module, "quantize_linear", quantize)
+    gc.disable()
+    try:
+        random_model(tiny_config("llama"))
+    finally:
+        gc.enable()
+    assert most == 1
+
+
+class TestBadInput:
+    """What cannot be loaded gives one ModelError that names the place and the remedy."""
+
+    def test_pretrained_weights_need_a_path(self, tiny_config: Callable[..., Any]) -> None:
+        with pytest.raises(ModelError, match=r"model\.path"):
+            load_model(config=tiny_config("llama"))
+        with pytest.raises(ModelError, match=r"model\.path"):
+            load_model()
+
+    def test_weights_stored_as_pickle(self, single: Path) -> None:
+        (single / "model.safetensors").unlink()
+        (single / "pytorch_model.bin").write_bytes(b"never read")
+        with pytest.raises(ModelError, match=r"pytorch_model\.bin: .*pickle.*save_pretrained"):
+            load_model(str(single))
+
+    def test_no_weights_at_all(self, single: Path) -> None:
+        (single / "model.safetensors").unlink()
+        with pytest.raises(ModelError, match="holds no safetensors weights"):
+            load_model(str(single))
+
+    def test_a_missing_tensor(self, single: Path) -> None:
+        rewrite(single, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+        with pytest.raises(ModelError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight;"):
+            load_model(str(single))
+
+    def test_a_tensor_of_another_shape(self, single: Path) -> None:
+        name = "model.layers.0.mlp.down_proj.weight"
+        rewrite(single, lambda tensors: tensors.update({name: tensors[name][:, :-1].contiguous()}))
+        with pytest.raises(
+            ModelError, match=r"model\.safetensors: model\.layers\.0\.mlp\.down_proj.*\[32, 63\].*\[32, 64\]"
+        ):
+            load_model(str(single))
+
+    def test_a_tensor_that_is_already_quantised(self, single: Path) -> None:
+        name = "model.layers.0.mlp.down_proj.weight"
+        rewrite(single, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+        with pytest.raises(ModelError, match=r"down_proj\.weight is stored as I8"):
+            load_model(str(single))
+
+    def test_a_truncated_file(self, single: Path) -> None:
+        file = single / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read.*download it again"):
+            load_model(str(single))
+
+    def test_a_file_damaged_after_the_check(self, single: Path) -> None:
+        weights = SafetensorsWeights(single)
+        (single / "model.safetensors").write_bytes(b"\x00" * 16)
+        with pytest.raises(
+            ModelError, match=r"model\.safetensors: cannot be read while reading lm_head\.weight"
+        ):
+            weights.read(
+                "lm_head.weight", shape=torch.Size([67, 32]), device=torch.device("cpu"), dtype=torch.float32
+            )
+
+    def test_a_missing_shard(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+        directory = shutil.copytree(checkpoints["llama"], tmp_path / "copy")
+        lost = sorted(directory.glob("model-*.safetensors"))[1]
+        lost.unlink()
+        with pytest.raises(ModelError, match=f"{lost.name}: missing.*index"):
+            load_model(str(directory))
+
+    @pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": 3}', "[]"])
+    def test_a_broken_index(self, content: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+        directory = shutil.copytree(checkpoints["llama"], tmp_path / "copy")
+        (directory / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
+            load_model(str(directory))
+
+    def test_an_index_that_names_the_wrong_shard(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+        directory = shutil.copytree(checkpoints["llama"], tmp_path / "copy")
+        index = directory / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        first, last = sorted(set(content["weight_map"].values()))[
+            :: len(set(content["weight_map"].values())) - 1
+        ]
+        name = next(name for name, file in content["weight_map"].items() if file == first)
+        content["weight_map"][name] = last
+        index.write_text(json.dumps(content))
+        with pytest.raises(ModelError, match=f"{last}: lacks {name}"):
+            load_model(str(directory))
+
+
+class TestAttention:
+    """Which attention implementation is taken where."""
+
+    CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+    def choose(self, attention: Any, model_type: str, device: torch.device, dtype: torch.dtype) -> str:
+        return attention_implementation(attention, FAMILIES[model_type], device, dtype)
+
+    def test_auto(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.choose("auto", "llama", self.CPU, torch.bfloat16) == "sdpa"
+        assert self.choose("auto", "gemma2", self.CPU, torch.bfloat16) == "eager"
+        installed = {"flash_attn": object()}
+        monkeypatch.setattr(loading_module.importlib.util, "find_spec", installed.get)
+        assert self.choose("auto", "llama", self.CUDA, torch.bfloat16) == "flash_attention_2"
+        assert self.choose("auto", "gemma2", self.CUDA, torch.bfloat16) == "flash_attention_2"
+        assert self.choose("auto", "llama", self.CUDA, torch.float32) == "sdpa"
+        assert self.choose("auto", "llama", self.CPU, torch.bfloat16) == "sdpa"
+        installed.clear()
+        assert self.choose("auto", "llama", self.CUDA, torch.bfloat16) == "sdpa"
+
+    def test_flash_attention_asked_for_where_it_cannot_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(loading_module.importlib.util, "find_spec", lambda name: None)
+        for device, dtype, reason in (
+            (self.CPU, torch.bfloat16, "needs a CUDA device"),
+            (self.CUDA, torch.float32, "16 bits"),
+            (self.CUDA, torch.bfloat16, "flash-attn, which is not installed"),
+        ):
+            with pytest.raises(ModelError, match=rf"model\.attention: flash_attention_2 .*{reason}"):
+                self.choose("flash_attention_2", "llama", device, dtype)
+
+    def test_sdpa_asked_for_where_it_would_be_wrong(self) -> None:
+        with pytest.raises(ModelError, match=r"model\.attention: sdpa cannot cap.*gemma2"):
+            self.choose("sdpa", "gemma2", self.CPU, torch.bfloat16)
+
+
+def test_random_weights_do_not_depend_on_what_was_read_before() -> None:
+    weights = RandomWeights(5, std=0.02, norm_weight=1.0)
+    where: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    shape = torch.Size([3, 4])
+    alone = weights.read("b.weight", shape=shape, **where)
+    weights.read("a.weight", shape=shape, **where)
+    assert torch.equal(weights.read("b.weight", shape=shape, **where), alone)
