@@ -13,7 +13,9 @@ from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
 def main() -> None:
-    arguments = build_parser("Train an SSMLoRA or LoRA adapter on a frozen, quantised decoder model.").parse_args()
+    arguments = build_parser(
+        "Train an SSMLoRA or LoRA adapter on a frozen, quantised decoder model."
+    ).parse_args()
     is_main = os.environ.get("RANK", "0") == "0"
     quiet_libraries(arguments.log_level, is_main)
 
@@ -24,12 +26,12 @@ def main() -> None:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(arguments.config, arguments.overrides, device_type=device_type)
 
-    from ssmlora_dist.tracking import Console
     from ssmlora_dist.distributed.process_group import (
         start_process_group,
         stop_process_group,
         world_size_from_environment,
     )
+    from ssmlora_dist.tracking import Console
 
     console = Console(enabled=is_main)
     if arguments.dry_run:
@@ -40,7 +42,9 @@ def main() -> None:
 
     from ssmlora_dist.training.run import run_training
 
-    group = start_process_group(config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug"))
+    group = start_process_group(
+        config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug")
+    )
     quiet_libraries(arguments.log_level, is_main)
     try:
         run_training(config, group, console)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def add_adapters(model: PreTrainedModel, config: AdapterConfig | None = None, *, seed: int = 0) -> PreTrainedModel:
+def add_adapters(
+    model: PreTrainedModel, config: AdapterConfig | None = None, *, seed: int = 0
+) -> PreTrainedModel:
     """Adapts `model` in place, freezes everything else, and returns it.
 
     At first the adapted model computes what `model` did, bit for bit (`lora_B` starts at zeros).
@@ -39,7 +41,9 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig | None = None, *,
     return model
 
 
-def save_adapter(model: PreTrainedModel, directory: str | Path, *, base_fingerprint: str | None = None) -> None:
+def save_adapter(
+    model: PreTrainedModel, directory: str | Path, *, base_fingerprint: str | None = None
+) -> None:
     """Writes the adapter of `model` in PEFT's layout; a plain LoRA directory loads in PEFT as it is.
 
     Args:
@@ -57,7 +61,7 @@ def save_adapter(model: PreTrainedModel, directory: str | Path, *, base_fingerpr
         Path(directory),
         config,
         adapter_parameters(model),
-        base_model=model.config.name_or_path or None,
+        base={"path": model.config.name_or_path or None},
         base_fingerprint=base_fingerprint,
     )
 
@@ -79,14 +83,16 @@ def load_adapter(
     saved = read_adapter(directory, num_layers=len(decoder_layers(model)))
     if base_fingerprint and saved.base_fingerprint and base_fingerprint != saved.base_fingerprint:
         raise AdapterError(
-            f"{directory}: was trained on another base model ({saved.base_model}, fingerprint "
+            f"{directory}: was trained on another base model ({saved.base.get('path')}, fingerprint "
             f"{saved.base_fingerprint[:12]}) than this one ({base_fingerprint[:12]}); load that base model"
         )
     present = _config_of(model)
     if present is None:
         add_adapters(model, saved.config)
     elif present != saved.config:
-        raise AdapterError(f"{directory}: its adapter configuration is {saved.config}, the model has {present}")
+        raise AdapterError(
+            f"{directory}: its adapter configuration is {saved.config}, the model has {present}"
+        )
     load_adapter_tensors(model, saved.tensors, str(directory))
     return model
 

@@ -2,7 +2,7 @@
 
     adapter_config.json          PEFT's (peft_type LORA for `method: "lora"`, so that PEFT loads it)
     adapter_model.safetensors    float32; keys `base_model.model.<full name>`
-    ssmlora.json                 format version, AdapterConfig, name and fingerprint of the base model
+    ssmlora.json                 format version, AdapterConfig, how to load the base model, its fingerprint
 
 Only JSON and safetensors are read: nothing is ever unpickled.
 """
@@ -51,13 +51,13 @@ class SavedAdapter:
     Attributes:
         config: where the adapters sit and how the state runs.
         tensors: parameters by full name in the model.
-        base_model: name or path of the base model, if recorded.
+        base: how to load the base model: keywords of `models.load_model`, and `tokenizer`; from PEFT only `path`.
         base_fingerprint: of the base model, if recorded.
     """
 
     config: AdapterConfig
     tensors: dict[str, Tensor]
-    base_model: str | None
+    base: dict[str, Any]
     base_fingerprint: str | None
 
 
@@ -66,7 +66,7 @@ def write_adapter(
     config: AdapterConfig,
     tensors: Mapping[str, Tensor],
     *,
-    base_model: str | None = None,
+    base: Mapping[str, Any] | None = None,
     base_fingerprint: str | None = None,
 ) -> None:
     """Writes an adapter directory; each file is replaced as a whole, the settings last.
@@ -75,22 +75,36 @@ def write_adapter(
         directory: made if it does not exist.
         config: of the adapters.
         tensors: every adapter parameter by full name.
-        base_model: name or path of the base model.
+        base: how to load the base model, in JSON types: keywords of `models.load_model`, and `tokenizer`.
         base_fingerprint: of the base model; loading compares it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     keyed = {KEY_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(directory / WEIGHTS_FILE) as beside:
         save_file(keyed, beside, metadata={"format": "pt"})
-    peft = _peft_config(config, tensors, base_model)
+    base = dict(base or {})
+    peft = _peft_config(config, tensors, base.get("path"))
     write_text(directory / PEFT_FILE, json.dumps(peft, indent=2) + "\n")
     settings = {
         "format_version": FORMAT_VERSION,
         "adapter": config.model_dump(mode="json"),
-        "base_model": base_model,
+        "base": base,
         "base_fingerprint": base_fingerprint,
     }
     write_text(directory / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+
+
+def read_base(directory: Path) -> dict[str, Any]:
+    """How to load the base model of an adapter directory: see `SavedAdapter.base`.
+
+    Raises:
+        AdapterError: there is no adapter directory, or it is damaged.
+    """
+    if not directory.is_dir():
+        raise AdapterError(f"{directory}: no such adapter directory; train one first, or correct the path")
+    if (directory / SETTINGS_FILE).exists():
+        return dict(_read_settings(directory / SETTINGS_FILE).get("base") or {})
+    return {"path": _read_json(directory / PEFT_FILE).get("base_model_name_or_path")}
 
 
 def read_adapter(directory: Path, num_layers: int) -> SavedAdapter:
@@ -103,38 +117,50 @@ def read_adapter(directory: Path, num_layers: int) -> SavedAdapter:
     Raises:
         AdapterError: a file is missing, damaged, of a later version, or uses what is not supported here.
     """
-    if not directory.is_dir():
-        raise AdapterError(f"{directory}: no such adapter directory; train one first, or correct the path")
+    base = read_base(directory)
     tensors = _read_tensors(directory)
-    if (directory / SETTINGS_FILE).exists():
-        settings = _read_json(directory / SETTINGS_FILE)
-        version = settings.get("format_version")
-        if version != FORMAT_VERSION:
-            raise AdapterError(
-                f"{directory / SETTINGS_FILE}: format version {version!r}, this release reads {FORMAT_VERSION}; "
-                "use the release that wrote it"
-            )
-        try:
-            config = AdapterConfig.model_validate(settings.get("adapter"))
-        except pydantic.ValidationError as error:
-            raise AdapterError(f"{directory / SETTINGS_FILE}: {error.errors()[0]['msg']}; it is damaged") from error
-        return SavedAdapter(config, tensors, settings.get("base_model"), settings.get("base_fingerprint"))
-    peft = _read_json(directory / PEFT_FILE)
-    config = _config_from_peft(peft, tensors, num_layers, directory / PEFT_FILE)
-    return SavedAdapter(config, tensors, peft.get("base_model_name_or_path"), None)
+    path = directory / SETTINGS_FILE
+    if not path.exists():
+        path = directory / PEFT_FILE
+        return SavedAdapter(
+            _config_from_peft(_read_json(path), tensors, num_layers, path), tensors, base, None
+        )
+    settings = _read_settings(path)
+    try:
+        config = AdapterConfig.model_validate(settings.get("adapter"))
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, ("adapter", *problem["loc"])))
+        raise AdapterError(f"{path}: {place}: {problem['msg']}; the file is damaged") from error
+    return SavedAdapter(config, tensors, base, settings.get("base_fingerprint"))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    settings = _read_json(path)
+    version = settings.get("format_version")
+    if version != FORMAT_VERSION:
+        raise AdapterError(
+            f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}; "
+            "use the release that wrote it"
+        )
+    return settings
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     path = directory / WEIGHTS_FILE
     if not path.exists():
-        pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt"))
+        pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(
+            p.name for p in directory.glob("*.pt")
+        )
         found = f"; {pickles[0]} is a pickle and is not read: save it again as safetensors" if pickles else ""
         raise AdapterError(f"{directory}: holds no {WEIGHTS_FILE}{found}")
     try:
         with safe_open(path, framework="pt") as file:
             return {key.removeprefix(KEY_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise AdapterError(f"{path}: not a whole safetensors file ({error}); copy or train it again") from error
+        raise AdapterError(
+            f"{path}: not a whole safetensors file ({error}); copy or train it again"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -171,11 +197,14 @@ def _config_from_peft(
         raise AdapterError(f"{source}: peft_type is {peft.get('peft_type')!r}; only LORA can be loaded")
     for key, unused in _UNSUPPORTED_PEFT.items():
         if peft.get(key, unused) not in (unused, None):
-            raise AdapterError(f"{source}: {key} is {peft[key]!r}, which is not supported here; allowed: {unused!r}")
+            raise AdapterError(
+                f"{source}: {key} is {peft[key]!r}, which is not supported here; allowed: {unused!r}"
+            )
     layers: dict[str, set[int]] = {}
     for name in tensors:
         if match := _KEY.fullmatch(name):
             layers.setdefault(match[2], set()).add(int(match[1]))
+    every_layer, alternate = _placement_of(layers, num_layers, source)
     rank, alpha = int(peft["r"]), float(peft["lora_alpha"])
     return AdapterConfig(
         method="lora",
@@ -183,11 +212,14 @@ def _config_from_peft(
         # rsLoRA scales by alpha / sqrt(rank): the same product as this alpha over rank.
         alpha=alpha * rank**0.5 if peft.get("use_rslora") else alpha,
         dropout=float(peft.get("lora_dropout") or 0.0),
-        **_placement_of(layers, num_layers, source),
+        alternate=alternate,
+        every_layer=every_layer,
     )
 
 
-def _placement_of(layers: Mapping[str, set[int]], num_layers: int, source: Path) -> dict[str, tuple[str, ...]]:
+def _placement_of(
+    layers: Mapping[str, set[int]], num_layers: int, source: Path
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     every = tuple(name for name, where in layers.items() if where == set(range(num_layers)))
     rest = {name: where for name, where in layers.items() if name not in every}
     alternate = tuple(sorted(rest, key=lambda name: min(rest[name])))
@@ -197,4 +229,4 @@ def _placement_of(layers: Mapping[str, set[int]], num_layers: int, source: Path)
             f"{source}: its placement over {num_layers} layers is neither `every_layer` nor `alternate`: "
             + "; ".join(f"{name} in layers {sorted(where)}" for name, where in rest.items())
         )
-    return {"every_layer": every, "alternate": alternate}
+    return every, alternate

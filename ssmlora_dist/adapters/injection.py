@@ -37,7 +37,9 @@ def insert_adapters(
     axes = time_axes(config)
     for layer_idx, layer in layers.items():
         if any(isinstance(module, LoRALinear) for module in layer.modules()):
-            raise AdapterError("the model carries adapters already; load the base model anew to adapt it again")
+            raise AdapterError(
+                "the model carries adapters already; load the base model anew to adapt it again"
+            )
         layer.requires_grad_(False)
         linears = _linear_paths(layer)
         for projection, method in placement(config, layer_idx).items():

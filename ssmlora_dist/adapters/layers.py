@@ -36,9 +36,9 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.rank, self.scaling, self.dropout = rank, alpha / rank, dropout
-        placed = {"device": base_layer.weight.device, "dtype": _adapter_dtype(base_layer), "bias": False}
-        self.lora_A = nn.Linear(self.in_features, rank, **placed)
-        self.lora_B = nn.Linear(rank, self.out_features, **placed)
+        device, dtype = base_layer.weight.device, _adapter_dtype(base_layer)
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=dtype)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=dtype)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws `lora_A` (Kaiming uniform, a = sqrt 5) on the CPU, so that every device gets the same; `lora_B` = 0."""
@@ -92,9 +92,8 @@ class SSMLoRALinear(LoRALinear):
         self.axis = axis
         self.normalization, self.carry, self.detach_state = normalization, carry, detach_state
         self.state_input_scale = state_input_scale
-        placed = {"device": base_layer.weight.device, "dtype": self.lora_A.weight.dtype}
-        self.state_transition = nn.Parameter(torch.empty(rank, rank, **placed))
-        self.state_input = nn.Parameter(torch.empty(rank, rank, **placed))
+        self.state_transition = nn.Parameter(self.lora_A.weight.new_empty(rank, rank))
+        self.state_input = nn.Parameter(self.lora_A.weight.new_empty(rank, rank))
         self.layer_state: LayerState | None = None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

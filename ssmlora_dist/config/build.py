@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ssmlora_dist.api import add_adapters
+from ssmlora_dist.adapters.files import read_base
+from ssmlora_dist.api import add_adapters, load_adapter
 from ssmlora_dist.config.schema import ModelSection, RetrievalSection, RunConfig, SourceSection
 from ssmlora_dist.data import Dataset, build_dataset
+from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models import (
     base_fingerprint,
     load_config,
@@ -50,27 +54,57 @@ def build_model(config: RunConfig, device: torch.device) -> PreTrainedModel:
 
 def build_backbone(config: RunConfig, device: torch.device) -> PreTrainedModel:
     """The frozen backbone on `device`."""
-    section = config.model
+    settings = backbone_settings(config)
     return load_model(
-        section.path,
-        init=section.init,
-        config=section.config,
-        revision=section.revision,
-        quantization=config.quantization.mode,
-        double_quantization=config.quantization.double_quantization,
-        compute_dtype=getattr(torch, section.compute_dtype),
-        attention=section.attention,
-        device=device,
-        seed=config.run.seed,
+        **{**settings, "compute_dtype": getattr(torch, config.model.compute_dtype)}, device=device
     )
+
+
+def backbone_settings(config: RunConfig) -> dict[str, Any]:
+    """The keywords of `load_model` in JSON types, kept with the adapter; place and device aside."""
+    section = config.model
+    return {
+        **section.model_dump(include={"path", "init", "config", "revision", "compute_dtype", "attention"}),
+        "quantization": config.quantization.mode,
+        "double_quantization": config.quantization.double_quantization,
+        "seed": config.run.seed,
+    }
 
 
 def build_fingerprint(config: RunConfig) -> str:
     """The backbone's fingerprint, kept with the adapter."""
-    section = config.model
-    return base_fingerprint(
-        section.path, init=section.init, config=section.config, revision=section.revision, seed=config.run.seed
-    )
+    return _fingerprint(backbone_settings(config))
+
+
+def load_trained(
+    directory: Path, *, path: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A trained adapter on its backbone, and the tokenizer.
+
+    Args:
+        directory: an adapter directory.
+        path: of the base model, where it is not where it was during training.
+        device: where the model computes.
+
+    Raises:
+        AdapterError: the directory cannot be read or belongs to another base model.
+        ModelError: the base model cannot be found or read.
+    """
+    base = read_base(directory)
+    tokenizer = base.pop("tokenizer", None)
+    base["path"] = path or base.get("path")
+    if base["path"] is None and base.get("config") is None:
+        raise AdapterError(f"{directory}: does not record its base model; name it with --model")
+    fingerprint = _fingerprint(base)
+    dtype = getattr(torch, base.pop("compute_dtype", "bfloat16"))
+    model = load_model(**base, compute_dtype=dtype, device=device)
+    load_adapter(model, directory, base_fingerprint=fingerprint)
+    return model, load_tokenizer(tokenizer or base["path"], None if tokenizer else base.get("revision"))
+
+
+def _fingerprint(base: Mapping[str, Any]) -> str:
+    known = {key: base[key] for key in ("init", "config", "revision", "seed") if key in base}
+    return base_fingerprint(base["path"], **known)
 
 
 def build_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:

@@ -79,7 +79,10 @@ class DataParallelEngine:
         """
         for param_group in self.engine.optimizer.param_groups:
             param_group["lr"] = learning_rate
-        counts = [sum(count_targets(batch) for batch in micro_batches), sum(b["labels"].numel() for b in micro_batches)]
+        counts = [
+            sum(count_targets(batch) for batch in micro_batches),
+            sum(b["labels"].numel() for b in micro_batches),
+        ]
         num_targets, num_tokens = (int(count) for count in self.group.sum(counts))
         # DeepSpeed averages gradients over the ranks; the mean wanted is over the tokens of all of them.
         scale = self.group.world_size / num_targets

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,12 +84,12 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
+    # DeepSpeed would compile shared-memory collectives for CPUs at the first run: a minute or more, and a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        # Building its CPU collectives, DeepSpeed prints to the standard output, which holds results.
-        with contextlib.redirect_stdout(sys.stderr if verbose else io.StringIO()):
-            deepspeed.init_distributed(
-                "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=verbose
-            )
+        deepspeed.init_distributed(
+            "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=verbose
+        )
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"the processes of this run could not connect ({error}); check that MASTER_ADDR and MASTER_PORT "

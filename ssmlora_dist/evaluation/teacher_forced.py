@@ -50,7 +50,9 @@ def summarize(
     for score in scores:
         for group in (score.length, OVERALL):
             row = table[group]
-            for column, value in enumerate((1.0, score.loss_sum, float(score.num_targets), float(score.exact))):
+            for column, value in enumerate(
+                (1.0, score.loss_sum, float(score.num_targets), float(score.exact))
+            ):
                 row[column] += value
     flat = sum_over_ranks([value for row in table.values() for value in row])
     summed = {group: flat[4 * i : 4 * i + 4] for i, group in enumerate(table)}

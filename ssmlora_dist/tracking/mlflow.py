@@ -31,7 +31,7 @@ MAX_METRICS_PER_BATCH = 1000
 MAX_PARAMETERS_PER_BATCH = 20
 
 FLUSH_SECONDS = 5.0
-START_TIMEOUT_SECONDS = 20.0
+START_TIMEOUT_SECONDS = 30.0
 FINISH_TIMEOUT_SECONDS = 120.0
 FINISH_TIMEOUT_AWAY_SECONDS = 10.0
 # A file that the artifact store goes on refusing must not hold up the metrics behind it.
@@ -328,8 +328,9 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def _in_short(error: Exception) -> str:
     """The first line of an error, of a length that a person reads, without passwords."""
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    # The cause that urllib3 puts at the end of a long account of the request.
-    line = _without_credentials(line.rpartition("(Caused by ")[2])
+    # urllib3 puts the cause, in brackets, at the end of a long account of the request.
+    cause = re.search(r"\(Caused by (.*)\)$", line)
+    line = _without_credentials(cause.group(1) if cause else line)
     return line if len(line) <= 200 else f"{line[:197]}..."
 
 

@@ -45,9 +45,9 @@ def quiet_libraries(level: LogLevel = "warning", is_main_rank: bool = True) -> N
     """Silences DeepSpeed, transformers and the others, unless `level` is `info` or `debug`.
 
     Imports none of them: what a library reads from the environment is set there before its import, the rest
-    is set on loggers by name. To be called before torch is imported (its C++ part reads its level once) and
-    once more after the others are: only then can DeepSpeed be made to say more than it does by itself, and
-    transformers' progress bars be turned off. Variables that the user has set stay as they are.
+    is set on loggers by name. To be called before they are imported and once more afterwards: only then can
+    DeepSpeed be made to say more than it does by itself, and transformers' progress bars be turned off.
+    Variables that the user has set stay as they are.
 
     Args:
         level: of the run's own messages; at `warning` and `error` only the libraries' errors are shown.
@@ -59,7 +59,6 @@ def quiet_libraries(level: LogLevel = "warning", is_main_rank: bool = True) -> N
         os.environ.setdefault(variable, library_level.lower())
     # MLflow logs the traceback of a failed request as an error; the tracker reports it in one line.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", library_level if is_open else "CRITICAL")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "INFO" if is_open else "ERROR")
     _set_log_levels(logging.getLevelNamesMapping()[library_level], is_open)
     if is_open:
         return

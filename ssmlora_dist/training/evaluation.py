@@ -29,7 +29,9 @@ def evaluate(
         examples = [dataset[index] if index is not None else None for index in batch.indices]
         result = module(scored=_scored(tensors["labels"], examples), **tensors)
         rows = zip(examples, *(values.tolist() for values in result), strict=True)
-        scores += [ExampleScore(_group(example), loss, n, exact) for example, loss, n, exact in rows if example]
+        scores += [
+            ExampleScore(_group(example), loss, n, exact) for example, loss, n, exact in rows if example
+        ]
     groups = sorted({_group(example) for example in dataset.examples}, key=int)
     return summarize(scores, groups, group.sum)
 

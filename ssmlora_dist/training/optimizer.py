@@ -29,7 +29,9 @@ def build_optimizer(
     """
     ordered = [parameter for _, parameter in sorted(parameters.items())]
     if kind == "adamw":
-        return torch.optim.AdamW(ordered, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
+        return torch.optim.AdamW(
+            ordered, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
+        )
     return low_memory_adamw(
         kind, ordered, learning_rate=learning_rate, betas=betas, epsilon=epsilon, weight_decay=weight_decay
     )

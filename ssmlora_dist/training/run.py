@@ -10,7 +10,14 @@ from typing import Any
 
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.injection import adapter_parameters
-from ssmlora_dist.config.build import build_data, build_fingerprint, build_model, build_tokenizer, check_model
+from ssmlora_dist.config.build import (
+    backbone_settings,
+    build_data,
+    build_fingerprint,
+    build_model,
+    build_tokenizer,
+    check_model,
+)
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset, GlobalBatches
@@ -186,11 +193,11 @@ class _Run:
             group=self.group,
         )
         if self.group.is_main:
-            row = {
-                f"validation/{name}_{length}": value
-                for length, score in scores.items()
-                for name, value in (("loss", score.loss), ("exact_match", score.exact_match))
-            }
+            row: dict[str, float] = {}
+            for length, score in scores.items():
+                suffix = "" if length == OVERALL else f"_{length}"
+                row[f"validation_loss{suffix}"] = score.loss
+                row[f"validation_exact_match{suffix}"] = score.exact_match
             self._log(row, step)
         return scores
 
@@ -231,13 +238,13 @@ class _Run:
     def _save_adapter(self) -> None:
         tensors = self.engine.adapter_tensors()
         fingerprint = build_fingerprint(self.config)
-        base = self.config.model.path
+        base = backbone_settings(self.config) | {"tokenizer": self.config.model.tokenizer}
         self.group.on_main(
             lambda: write_adapter(
                 self.directory.adapter,
                 self.config.adapter,
                 tensors,
-                base_model=base,
+                base=base,
                 base_fingerprint=fingerprint,
             )
         )
@@ -260,7 +267,9 @@ class _Run:
 def _tracker(config: RunConfig, group: ProcessGroup, console: Console) -> Tracker:
     if config.tracking.tracker == "none" or not group.is_main:
         return NullTracker()
-    return mlflow_tracker(config.run.output_dir, config.tracking.uri, config.tracking.experiment, console.warn)
+    return mlflow_tracker(
+        config.run.output_dir, config.tracking.uri, config.tracking.experiment, console.warn
+    )
 
 
 def _tags(environment: dict[str, Any]) -> dict[str, str]:

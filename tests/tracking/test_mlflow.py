@@ -237,6 +237,29 @@ def test_a_dead_server_neither_stops_nor_stalls(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_a_store_keeps_its_files(tmp_path: Path, current_directory: Path) -> None:
+    def files(uri: str) -> str | None:
+        return tracking_mlflow._artifact_location(uri, tmp_path)
+
+    assert store_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store_uri(tmp_path, "http://server") == "http://server"
+    assert files(store_uri(tmp_path)) == f"file://{tmp_path}/mlartifacts"
+    assert files("sqlite:////data/runs.db") == "file:///data/mlartifacts"
+    assert files("sqlite:///data/runs.db") == f"file://{current_directory}/data/mlartifacts"
+    assert files("postgresql+psycopg2://user@host/db") == f"file://{tmp_path}/mlartifacts"
+    assert files("https://server") is None
+    assert files("databricks") is None
+
+
+def test_what_is_said_of_a_failure_is_short_and_holds_no_password() -> None:
+    error = OSError(
+        "request to http://me:secret@host failed (Caused by NewConnection('http://me:secret@host: refused'))"
+    )
+    assert tracking_mlflow._in_short(error) == "NewConnection('http://***@host: refused')"
+    assert tracking_mlflow._in_short(KeyError()) == "KeyError"
+    assert len(tracking_mlflow._in_short(OSError("x" * 1000 + "\nmore"))) == 200
+
+
 def test_without_mlflow_training_goes_on(
     tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,130 @@
+"""The one entry: every format from a file to examples, and data of which nothing is left."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from ssmlora_dist.data import DatasetReport, build_dataset
+from ssmlora_dist.errors import DataError
+
+RECORDS = {
+    "instruction": {"instruction": "Say hi.", "output": "hi"},
+    "chat": {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "hi"}]},
+    "text": {"text": "hi"},
+    "multiple_choice": {"question": "Hi?", "choices": ["no", "hi"], "label": 1},
+    "long_document_qa": {"document": "Some said hi.", "question": "What?", "answer": "hi"},
+}
+
+
+def build(tokenizer, path, **settings):
+    return build_dataset(
+        **{
+            "format": "instruction",
+            "tokenizer": tokenizer,
+            "max_length": 256,
+            "partition": "train",
+            "path": path,
+            **settings,
+        }
+    )
+
+
+def trained_text(tokenizer, example):
+    return tokenizer.decode(example.labels[example.labels != -100], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("format", RECORDS)
+def test_every_format_from_jsonl_and_parquet(format, bpe_tokenizer, write_jsonl, tmp_path):
+    as_jsonl = build(bpe_tokenizer, write_jsonl([RECORDS[format]] * 3), format=format)
+    table = pa.Table.from_pylist([RECORDS[format]] * 3)
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    as_parquet = build(bpe_tokenizer, str(tmp_path / "rows.parquet"), format=format)
+    assert as_jsonl.report == as_parquet.report == DatasetReport(3, 3)
+    assert as_jsonl[0].input_ids.tolist() == as_parquet[0].input_ids.tolist()
+    assert trained_text(bpe_tokenizer, as_jsonl[0]).strip() == "hi"
+    assert as_jsonl[0].labels[-1] == bpe_tokenizer.eos_token_id
+
+
+def test_text_file(byte_tokenizer, tmp_path):
+    (tmp_path / "book.txt").write_text("word " * 100)
+    data = build(byte_tokenizer, str(tmp_path / "*.txt"), format="text", max_length=64)
+    assert data.report == DatasetReport(1, 8)
+    assert "".join(byte_tokenizer.decode(example.input_ids) for example in data.examples).startswith(
+        "word " * 100
+    )
+
+
+def test_counts_of_every_policy(byte_tokenizer, write_jsonl):
+    rows = [{"p": "short", "a": "ok"}, {"p": "x" * 99, "a": "ok"}, {"p": "none", "a": ""}]
+    path = write_jsonl(rows)
+    settings = {"prompt": "{p}", "answer": "{a}", "max_length": 20}
+    assert build(byte_tokenizer, path, **settings).report == DatasetReport(3, 1, 1, 0, 1)
+    truncated = build(byte_tokenizer, path, too_long="truncate", **settings)
+    assert truncated.report == DatasetReport(3, 2, 0, 1, 1)
+    assert [example.num_tokens for example in truncated.examples] == [8, 20]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: 102 tokens are more than max_length 20"):
+        build(byte_tokenizer, path, too_long="refuse", **settings)
+
+
+def test_limit_counts_records(byte_tokenizer, write_jsonl):
+    data = build(byte_tokenizer, write_jsonl([RECORDS["instruction"]] * 9), limit=4)
+    assert data.report == DatasetReport(4, 4)
+
+
+def test_nothing_to_train_on(byte_tokenizer, write_jsonl):
+    path = write_jsonl([{"instruction": "Say hi.", "output": ""}] * 2)
+    with pytest.raises(DataError, match=r"rows\.jsonl: none of 2 rows has target tokens"):
+        build(byte_tokenizer, path)
+    with pytest.raises(
+        DataError, match=r"nothing is left of 1 rows: 1 are longer than max_length 8 tokens, 0 have"
+    ):
+        build(byte_tokenizer, write_jsonl([RECORDS["instruction"]]), max_length=8)
+
+
+def test_a_source_must_be_named(byte_tokenizer):
+    with pytest.raises(DataError, match=r"train data: .*'instruction' needs either `path` .* or `hub`"):
+        build(byte_tokenizer, None)
+    with pytest.raises(DataError, match=r"train data: .*'retrieval' needs its settings"):
+        build(byte_tokenizer, None, format="retrieval")
+
+
+def test_the_partition_is_the_default_split(byte_tokenizer, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for split, count in [("train", 3), ("validation", 2)]:
+        lines = [json.dumps(RECORDS["instruction"])] * count
+        (tmp_path / "set" / f"{split}.jsonl").write_text("\n".join(lines))
+    hub = {"hub": str(tmp_path / "set")}
+    assert len(build(byte_tokenizer, None, **hub)) == 3
+    assert len(build(byte_tokenizer, None, partition="validation", **hub)) == 2
+    assert len(build(byte_tokenizer, None, partition="validation", split="train", **hub)) == 3
+
+
+def test_retrieval(byte_tokenizer):
+    retrieval = {
+        "lengths": (200, 256),
+        "depths": (0.5,),
+        "num_lookalikes": 1,
+        "num_digits": 3,
+        "num_examples": 5,
+    }
+    data = build(byte_tokenizer, None, format="retrieval", partition="test", seed=3, retrieval=retrieval)
+    assert data.report == DatasetReport(5, 5)
+    assert [example.num_tokens for example in data.examples] == [200, 256, 200, 256, 200]
+    with pytest.raises(DataError, match=r"retrieval\.lengths: 256 is more than max_length 255"):
+        build(byte_tokenizer, None, format="retrieval", max_length=255, retrieval=retrieval)
+
+
+def test_import_brings_no_heavy_library():
+    heavy = ("datasets", "transformers", "pyarrow")
+    code = f"import sys, ssmlora_dist.data; print([name for name in {heavy} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,113 @@
+"""The order of examples over steps, epochs, ranks and micro-batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from ssmlora_dist.data import Dataset, DatasetReport, Example, GlobalBatches, evaluation_batches
+
+PAD = 0
+
+
+def dataset(num_examples, lengths=None):
+    """Examples whose first token is their index + 1."""
+    lengths = lengths or [3] * num_examples
+    examples = [Example.from_tokens([i + 1] * n, [False] + [True] * (n - 1)) for i, n in enumerate(lengths)]
+    return Dataset(examples, DatasetReport(num_examples, num_examples))
+
+
+def batches(data, size=12, micro=1, rank=0, ranks=1, seed=0):
+    return GlobalBatches(data, size, micro, rank, ranks, seed, PAD)
+
+
+def shown(micro_batches):
+    return [index - 1 for batch in micro_batches for index in batch["input_ids"][:, 0].tolist()]
+
+
+@pytest.mark.parametrize("num_examples", [5, 12, 17, 100])
+def test_every_epoch_shows_every_example_once(num_examples):
+    loader = batches(dataset(num_examples), size=4)
+    num_steps = loader.num_steps(4)
+    row = [index for step in range(num_steps) for index in shown(loader.micro_batches(step))]
+    epochs = [row[k * num_examples : (k + 1) * num_examples] for k in range(4)]
+    assert all(sorted(epoch) == list(range(num_examples)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 12), (2, 3), (4, 1), (4, 3)])
+def test_the_same_global_batches_on_any_topology(ranks, micro):
+    data = dataset(17)
+    for step in (0, 1, 5):
+        expected = batches(data).indices(step)
+        per_rank = [batches(data, 12, micro, rank, ranks).micro_batches(step) for rank in range(ranks)]
+        assert [index for share in per_rank for index in shown(share)] == expected
+        assert all(len(share) == 12 // ranks // micro for share in per_rank)
+        assert all(len(batch["input_ids"]) == micro for share in per_rank for batch in share)
+
+
+def test_any_step_can_come_first():
+    data = dataset(17)
+    straight = batches(data)
+    in_order = [straight.indices(step) for step in range(8)]
+    assert [batches(data).indices(step) for step in range(8)] == in_order
+    assert [straight.indices(step) for step in reversed(range(8))] == in_order[::-1]
+
+
+def test_a_global_batch_may_hold_more_than_an_epoch():
+    counts = Counter(batches(dataset(5), size=12).indices(0))
+    assert sorted(counts.values()) == [2, 2, 2, 3, 3]
+
+
+def test_order_depends_on_the_seed_and_is_frozen():
+    """Written down so that a change of library or code that would break resuming is seen."""
+    assert batches(dataset(8), size=8, seed=0).indices(0) == [6, 3, 5, 0, 7, 2, 1, 4]
+    assert batches(dataset(8), size=8, seed=1).indices(0) != batches(dataset(8), size=8, seed=0).indices(0)
+
+
+def test_targets_are_counted_over_the_global_batch():
+    data = dataset(6, lengths=[2, 3, 4, 5, 6, 7])
+    loaders = [batches(data, 4, 2, rank, 2) for rank in range(2)]
+    for step in range(3):
+        labels = [batch["labels"] for loader in loaders for batch in loader.micro_batches(step)]
+        total = sum(int((label != -100).sum()) for label in labels)
+        assert [loader.num_targets(step) for loader in loaders] == [total, total]
+
+
+@pytest.mark.parametrize(("num_epochs", "num_steps"), [(1, 3), (2, 5), (0.5, 2), (0.01, 1), (1.2, 3)])
+def test_num_steps(num_epochs, num_steps):
+    assert batches(dataset(10), size=4).num_steps(num_epochs) == num_steps
+
+
+def test_sizes_must_divide():
+    with pytest.raises(ValueError, match="global batch 12 is no multiple of micro-batch 4 x 2"):
+        batches(dataset(3), 12, 4, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "ranks", "micro"), [(7, 1, 2), (7, 2, 2), (5, 4, 1), (3, 4, 2), (8, 2, 2)]
+)
+def test_evaluation_shows_each_example_once(num_examples, ranks, micro):
+    data = dataset(num_examples, lengths=[2 + (5 * i) % 7 for i in range(num_examples)])
+    shares = [list(evaluation_batches(data, micro, rank, ranks, PAD)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    seen = []
+    for batch in (batch for share in shares for batch in share):
+        assert len(batch.indices) == len(batch.tensors["input_ids"]) == micro
+        for row, index in enumerate(batch.indices):
+            labels = batch.tensors["labels"][row]
+            if index is None:
+                assert (labels == -100).all()
+                assert batch.tensors["attention_mask"][row].any()
+            else:
+                seen.append(index)
+                assert int((labels != -100).sum()) == data[index].num_targets
+                assert batch.tensors["input_ids"][row, 0] == index + 1
+    assert sorted(seen) == list(range(num_examples))
+
+
+def test_evaluation_begins_with_the_longest():
+    data = dataset(6, lengths=[2, 9, 4, 5, 9, 7])
+    widths = [batch.tensors["input_ids"].shape[1] for batch in evaluation_batches(data, 2, 0, 1, PAD)]
+    assert widths == [9, 7, 4]
