@@ -1,4 +1,4 @@
-"""Answers prompts with a trained adapter: `python launch/generate.py --adapter runs/quickstart/adapter --prompt "..."`."""
+"""Answers prompts with a trained adapter: `python launch/generate.py --adapter DIR --prompt "..."`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main() -> None:
     if arguments.retrieval:
         prompt, value = _retrieval(tokenizer, arguments.retrieval, arguments.seed)
         print(
-            f"{tokenizer.decode(prompt[-60:])}\n(a generated text of {len(prompt)} tokens; the true value is {value})"
+            f"... {tokenizer.decode(prompt[-60:])}\n({len(prompt)} generated tokens; the true value is {value})"
         )
         _answer(model, tokenizer, prompt, arguments)
     elif arguments.chat:

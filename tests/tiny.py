@@ -40,6 +40,8 @@ def tiny_config(model_type: str = "llama", num_layers: int = 6, **changes: Any) 
         config |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
     if model_type == "qwen3":
         config |= {"head_dim": 8}
+    if model_type in ("mistral", "gemma2"):
+        config |= {"sliding_window": 6}
     return config | changes
 
 

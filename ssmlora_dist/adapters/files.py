@@ -51,7 +51,8 @@ class SavedAdapter:
     Attributes:
         config: where the adapters sit and how the state runs.
         tensors: parameters by full name in the model.
-        base: how to load the base model: keywords of `models.load_model`, and `tokenizer`; from PEFT only `path`.
+        base: how to load the base model: keywords of `models.load_model`, and `tokenizer`; PEFT records
+            the `path` alone.
         base_fingerprint: of the base model, if recorded.
     """
 

@@ -113,9 +113,10 @@ def _find(projection: str, paths: Iterable[str]) -> str:
     by_name = {path.rpartition(".")[2]: path for path in paths}
     if projection not in by_name:
         nearest = difflib.get_close_matches(projection, by_name, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
         raise AdapterError(
-            f"adapter: the model's layers have no projection {projection!r}{hint} They have: {', '.join(by_name)}"
+            f"adapter: the model's layers have no projection {projection!r}{hint}; they have "
+            f"{', '.join(by_name)}"
         )
     return by_name[projection]
 

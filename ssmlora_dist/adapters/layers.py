@@ -1,7 +1,7 @@
 """Adapters on one frozen linear layer, dense or quantised.
 
-Shapes: B batch, S tokens, D in-features, O out-features, R rank. Adapter parameters are float32 (float64 under
-a float64 layer) whatever the layer's storage; products run in the dtype of the input.
+Shapes: B batch, S tokens, D in-features, O out-features, R rank. Adapter parameters are float32 (float64
+under a float64 layer) whatever the layer's storage; products run in the dtype of the input.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=dtype)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws `lora_A` (Kaiming uniform, a = sqrt 5) on the CPU, so that every device gets the same; `lora_B` = 0."""
+        """Draws `lora_A` (Kaiming uniform, a = sqrt 5), on the CPU for all devices alike; `lora_B` = 0."""
         drawn = torch.empty(self.lora_A.weight.shape, dtype=self.lora_A.weight.dtype)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
@@ -64,9 +64,9 @@ class LoRALinear(nn.Module):
 class SSMLoRALinear(LoRALinear):
     """A time module: LoRA whose low-rank code takes one state step along depth (arXiv 2502.04958).
 
-    The maths is `ops.reference.time_module`. `step` is the pure form, state in and state out. Inside a
-    decoder layer the projection is called as `layer.q_proj(x)`, so `forward` reads and writes the `LayerState`
-    that the decoder layer binds for the length of its own call (`adapters.state`).
+    The maths is `ops.reference.time_module`. `step` is the pure form, state in and state out. A decoder
+    layer calls its projection with the input alone, so `forward` reads and writes the `LayerState` that the
+    layer binds for the length of its own call (`adapters.state`).
 
     Args:
         base_layer, rank, alpha, dropout: as for `LoRALinear`; dropout acts on the normalised state.

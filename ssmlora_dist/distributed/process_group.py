@@ -48,7 +48,7 @@ class ProcessGroup:
         return [float(value) for value in largest.tolist()]
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Runs `action` on rank 0 while the others wait; an error the user can mend is raised on every rank."""
+        """Runs `action` on rank 0 while the others wait; its `SSMLoRAError` is raised on every rank."""
         outcome: list[SSMLoRAError | None] = [None]
         if self.is_main:
             try:
@@ -84,7 +84,7 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
-    # DeepSpeed would compile shared-memory collectives for CPUs at the first run: a minute or more, and a compiler.
+    # DeepSpeed would compile shared-memory collectives for CPUs at the first run: a minute, and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(

@@ -33,7 +33,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 
 class Scores(NamedTuple):
-    """What a batch of sequences scored: loss sums [B] float32 in nats, target counts [B], exact matches [B] bool."""
+    """Of a batch of sequences: loss sums [B] float32 in nats, target counts [B], exact matches [B] bool."""
 
     loss_sums: Tensor
     num_targets: Tensor

@@ -119,8 +119,8 @@ def time_module(
         dropout_mask_BSR: K, the keep mask divided by 1 - p; None keeps everything.
 
     Returns:
-        y [B,S,O] in the dtype of `base_BSO`, and the carried state [B,S,R] in the state's dtype. Differentiable
-        in x, base, the four matrices and (unless detached) h_prev.
+        y [B,S,O] in the dtype of `base_BSO`, and the carried state [B,S,R] in the state's dtype.
+        Differentiable in x, base, the four matrices and (unless detached) h_prev.
     """
     if detach_state:
         h_prev_BSR = h_prev_BSR.detach()

@@ -58,6 +58,6 @@ def describe(config: RunConfig, world_size: int) -> str:
 def _data_line(dataset: Dataset) -> str:
     report = dataset.report
     return (
-        f"{report.num_examples} examples of {report.num_rows} rows; {report.num_dropped_too_long} too long and "
-        f"dropped, {report.num_truncated} truncated, {report.num_without_target} without target"
+        f"{report.num_examples} examples of {report.num_rows} rows; {report.num_dropped_too_long} dropped as "
+        f"too long, {report.num_truncated} truncated, {report.num_without_target} without target"
     )

@@ -25,7 +25,9 @@ def build_optimizer(
         kind: `adamw`, or bitsandbytes' `adamw_8bit`, `paged_adamw`, `paged_adamw_8bit` (CUDA).
         parameters: what is trained, by full name.
         learning_rate: at the start; the loop sets it anew at every step.
-        betas, epsilon, weight_decay: AdamW's.
+        betas: decay rates of the two moments.
+        epsilon: added to the denominator.
+        weight_decay: decoupled, as a multiple of the learning rate.
     """
     ordered = [parameter for _, parameter in sorted(parameters.items())]
     if kind == "adamw":
