@@ -25,9 +25,7 @@ def main() -> None:
     quiet_libraries()
     if arguments.retrieval:
         prompt, value = _retrieval(tokenizer, arguments.retrieval, arguments.seed)
-        print(
-            f"... {tokenizer.decode(prompt[-60:])}\n({len(prompt)} generated tokens; the true value is {value})"
-        )
+        print(f"... {tokenizer.decode(prompt[-60:])}\n({len(prompt)} tokens; the true value is {value})")
         _answer(model, tokenizer, prompt, arguments)
     elif arguments.chat:
         _chat(model, tokenizer, arguments)

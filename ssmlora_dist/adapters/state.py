@@ -1,10 +1,10 @@
 """The decoder layer as a function (hidden, state) -> (hidden, state): the state contract of DESIGN section 3.
 
-Shapes: B batch, S tokens, D hidden size, A time axes, R rank. `thread_state` makes such a function of a decoder
-layer, in place. Between layers the pair is the tuple (hidden [B,S,D], state [B,S,A,R]), handed from each layer
-to the next by the model's own loop; the first layer receives the bare hidden states and starts the state at
-zeros, the last returns the bare hidden states. The state is therefore among the inputs and outputs of whatever
-wraps a layer, gradient checkpointing above all: there is no side holder.
+Shapes: B batch, S tokens, D hidden size, A time axes, R rank. `thread_state` makes such a function of a
+decoder layer, in place. Between layers the pair is the tuple (hidden [B,S,D], state [B,S,A,R]), handed from
+each layer to the next by the model's own loop; the first layer receives the bare hidden states and starts the
+state at zeros, the last returns the bare hidden states. The state is therefore among the inputs and outputs
+of whatever wraps a layer, gradient checkpointing above all: there is no side holder.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any
 
 from ssmlora_dist.adapters.files import write_adapter
+from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.config.build import (
     backbone_settings,
     build_data,
@@ -185,15 +187,17 @@ class _Run:
     def _evaluate(self, step: int) -> Scores | None:
         if self.validation is None:
             return None
-        scores = evaluate(
-            self.engine.module,
-            self.validation,
-            micro_batch_size=self.config.evaluation.micro_batch_size,
-            pad_token_id=self.pad_token_id,
-            group=self.group,
-        )
+        module = self.engine.module
+        with watch_state(module, time_axes(self.config.adapter), self.group.device) as health:
+            scores = evaluate(
+                module,
+                self.validation,
+                micro_batch_size=self.config.evaluation.micro_batch_size,
+                pad_token_id=self.pad_token_id,
+                group=self.group,
+            )
+        row = health.metrics(self.group.sum(health.sums.flatten().tolist()))
         if self.group.is_main:
-            row: dict[str, float] = {}
             for length, score in scores.items():
                 suffix = "" if length == OVERALL else f"_{length}"
                 row[f"validation_loss{suffix}"] = score.loss

@@ -7,99 +7,144 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck
 
 from ssmlora_dist.ops.reference import EPSILON
 from tests.ops.recurrence import (
     SCALING,
+    Chain,
     Module,
+    Options,
     assert_away_from_ties,
-    random_modules,
-    run,
-    run_chain,
+    random_chain,
+    weights_like,
 )
 
 # Both sides are float64 sums of at most some hundred terms of order 1, taken in different orders.
 FLOAT64_TOLERANCE = 1e-12
-CHAIN_LENGTH = 4
 
 normalizations = pytest.mark.parametrize("normalization", ["minmax", "rms", "none"])
 carries = pytest.mark.parametrize("carry", ["normalized", "raw"])
-dropouts = pytest.mark.parametrize("dropout", [False, True], ids=["whole", "dropout"])
-state_gradients = pytest.mark.parametrize("detach_state", [False, True], ids=["full", "detached"])
+dropouts = pytest.mark.parametrize("dropout", [False, True], ids=["no_dropout", "dropout"])
+lengths = pytest.mark.parametrize("num_modules", [1, 4])
 
 
 @normalizations
 @carries
 @dropouts
-@state_gradients
-def test_gradcheck_of_one_time_module(
-    normalization: str, carry: str, dropout: bool, detach_state: bool
+@lengths
+def test_gradcheck(normalization: str, carry: str, dropout: bool, num_modules: int) -> None:
+    x_BSD, h_prev_BSR, chain = random_chain(num_modules, dropout=dropout)
+    options = Options(normalization, carry)
+    assert_away_from_ties(chain.run(x_BSD, h_prev_BSR, options)[1])
+
+    def outputs(x_BSD: Tensor, h_prev_BSR: Tensor, *matrices: Tensor) -> tuple[Tensor, Tensor]:
+        y_BSD, states = chain.with_matrices(matrices).run(x_BSD, h_prev_BSR, options)
+        return y_BSD, states[-1]
+
+    assert gradcheck(outputs, (x_BSD, h_prev_BSR, *chain.matrices))
+
+
+@normalizations
+@carries
+@dropouts
+@lengths
+def test_gradcheck_detached(normalization: str, carry: str, dropout: bool, num_modules: int) -> None:
+    """A detached gradient is that of modules which receive constants: differences must not move the state."""
+    x_BSD, h_prev_BSR, chain = random_chain(num_modules, dropout=dropout)
+    detached, attached = Options(normalization, carry, detach_state=True), Options(normalization, carry)
+    y_BSD, states = chain.run(x_BSD, h_prev_BSR, detached)
+    assert_away_from_ties(states)
+    constants = [state.detach().clone() for state in (h_prev_BSR, *states[:-1])]
+
+    def outputs(x_BSD: Tensor, *matrices: Tensor) -> tuple[Tensor, Tensor]:
+        moved = chain.with_matrices(matrices)
+        y_BSD, states = moved.run(x_BSD, h_prev_BSR, attached, received=constants)
+        return y_BSD, states[-1]
+
+    leaves = (x_BSD, *chain.matrices)
+    assert gradcheck(outputs, leaves)
+    expected = _gradients(outputs(*leaves), leaves)
+    for gradient, wanted in zip(_gradients((y_BSD, states[-1]), leaves), expected, strict=True):
+        assert torch.equal(gradient, wanted)
+    received = torch.autograd.grad(chain.run(x_BSD, h_prev_BSR, detached)[0].sum(), h_prev_BSR, allow_unused=True)
+    assert received == (None,)
+
+
+@carries
+@dropouts
+@lengths
+@pytest.mark.parametrize("detach_state", [False, True], ids=["full", "detached"])
+def test_gradients_are_those_derived_by_hand(
+    carry: str, dropout: bool, num_modules: int, detach_state: bool
 ) -> None:
-    x_BSD, h_prev_BSR, (module,) = random_modules(1, dropout=dropout)
-    options = {"normalization": normalization, "carry": carry, "detach_state": detach_state}
-
-    def outputs(x_BSD: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        *matrices, state_BSR = (*tensors, h_prev_BSR)[:5]
-        return run(Module(module.frozen_DO, *matrices, module.mask_BSR), x_BSD, state_BSR, **options)
-
-    assert_away_from_ties([outputs(x_BSD, *module.matrices, h_prev_BSR)[1]])
-    # A detached state has no gradient to compare with a difference quotient, so it stays constant there.
-    received = () if detach_state else (h_prev_BSR,)
-    assert torch.autograd.gradcheck(outputs, (x_BSD, *module.matrices, *received))
-
-
-@normalizations
-@carries
-@dropouts
-def test_gradcheck_of_a_chain_of_four(normalization: str, carry: str, dropout: bool) -> None:
-    x_BSD, h_prev_BSR, modules = random_modules(CHAIN_LENGTH, dropout=dropout)
-    options = {"normalization": normalization, "carry": carry, "detach_state": False}
-    assert_away_from_ties(run_chain(modules, x_BSD, h_prev_BSR, **options)[1])
-    assert torch.autograd.gradcheck(*_chain_of(modules, x_BSD, (h_prev_BSR,), None, options))
-
-
-@normalizations
-@carries
-@dropouts
-def test_gradcheck_of_a_detached_chain_of_four(normalization: str, carry: str, dropout: bool) -> None:
-    """Its gradient is that of the chain whose modules receive constants; differences see only those."""
-    x_BSD, h_prev_BSR, modules = random_modules(CHAIN_LENGTH, dropout=dropout)
-    options = {"normalization": normalization, "carry": carry, "detach_state": True}
-    y_BSD, carried = run_chain(modules, x_BSD, h_prev_BSR, **options)
-    assert_away_from_ties(carried)
-    received = [state.detach() for state in (h_prev_BSR, *carried[:-1])]
-    attached = options | {"detach_state": False}
-    assert torch.autograd.gradcheck(*_chain_of(modules, x_BSD, (), received, attached))
-    y_constant, carried_constant = run_chain(modules, x_BSD, h_prev_BSR, received=received, **attached)
-    leaves = [x_BSD, *(matrix for module in modules for matrix in module.matrices)]
-    gradients = _gradients((y_BSD, carried[-1]), leaves)
-    expected = _gradients((y_constant, carried_constant[-1]), leaves)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
-
-
-def _chain_of(modules: Sequence[Module], x: Tensor, state: tuple[Tensor, ...], received, options):  # type: ignore[no-untyped-def]
-    """The chain as a function of its tensors alone, and those tensors: what gradcheck takes."""
-    constant = torch.zeros_like(modules[0].lora_A_RD[0, 0]).expand(*x.shape[:2], len(modules[0].input_RR))
-
-    def outputs(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        moved = [
-            Module(module.frozen_DO, *tensors[4 * i : 4 * i + 4], module.mask_BSR)
-            for i, module in enumerate(modules)
-        ]
-        first = tensors[-1] if state else constant
-        y_BSD, carried = run_chain(moved, x, first, received=received, **options)
-        return y_BSD, carried[-1]
-
-    return outputs, (x, *(matrix for module in modules for matrix in module.matrices), *state)
+    x_BSD, h_prev_BSR, chain = random_chain(num_modules, dropout=dropout)
+    options = Options("minmax", carry, detach_state)
+    y_BSD, states = chain.run(x_BSD, h_prev_BSR, options)
+    state_leaf = () if detach_state else (h_prev_BSR,)
+    leaves = (x_BSD, *chain.matrices, *state_leaf)
+    gradients = _gradients((y_BSD, states[-1]), leaves)
+    d_x, d_matrices, d_state = _by_hand(chain, x_BSD.detach(), h_prev_BSR.detach(), options)
+    expected = [d_x, *d_matrices, *(() if detach_state else (d_state,))]
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        error = (gradient - wanted).abs().max() / wanted.abs().max()
+        assert error <= FLOAT64_TOLERANCE, f"relative error {error:.1e}"
 
 
 def _gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a fixed weighted sum of the outputs."""
-    total = sum((output * _weights(output)).sum() for output in outputs)
-    assert isinstance(total, Tensor)
-    return list(torch.autograd.grad(total, leaves, allow_unused=False))
+    return list(torch.autograd.grad(outputs, leaves, [weights_like(output) for output in outputs]))
 
 
-def _weights(output: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(output.shape[-1])
-    return torch.randn(output.shape, generator=generator, dtype=output.dtype)
+@torch.no_grad()
+def _by_hand(
+    chain: Chain, x_BSD: Tensor, h_prev_BSR: Tensor, options: Options
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Backpropagation through the chain by the formulas: gradients of x, of all matrices and of the state."""
+    inputs, received = [], []
+    for module in chain.modules:
+        inputs.append(x_BSD)
+        received.append(h_prev_BSR)
+        y_BSD, h_prev_BSR = module.run(x_BSD, h_prev_BSR, options)
+        x_BSD = y_BSD.tanh()
+    d_y, d_state = weights_like(y_BSD), weights_like(h_prev_BSR)
+    d_matrices: list[Tensor] = []
+    for depth in reversed(range(len(chain.modules))):
+        module = chain.modules[depth]
+        d_x, own, d_received = _backward(module, inputs[depth], received[depth], d_y, d_state, options.carry)
+        d_matrices = own + d_matrices
+        d_state = torch.zeros_like(d_received) if options.detach_state else d_received
+        d_y = d_x * (1 - inputs[depth].square())  # of the tanh between modules
+    return d_x, d_matrices, d_state
+
+
+def _backward(
+    module: Module, x: Tensor, g: Tensor, dy: Tensor, d_state: Tensor, carry: str
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The formulas of ops/README.md, in its letters; W_a [D,R] and W_b [R,O] are the paper's orientation."""
+    w_a, w_b = module.lora_A_RD.T, module.lora_B_DR.T
+    w_c, w_d, s = module.transition_RR, module.input_RR, SCALING
+    keep = torch.ones_like(g) if module.mask_BSR is None else module.mask_BSR
+
+    z = x @ w_a
+    h = g + g @ w_c + z @ w_d
+    low, i = h.min(-1, keepdim=True)
+    high, k = h.max(-1, keepdim=True)
+    q = 1 / (high - low + EPSILON)
+    n = (h - low) * q
+    u = z + keep * n
+
+    du = s * dy @ w_b.T
+    dn = keep * du + (d_state if carry == "normalized" else 0)
+    s_0, s_1 = dn.sum(-1, keepdim=True), (dn * n).sum(-1, keepdim=True)
+    columns = torch.arange(h.shape[-1])
+    dh = q * (dn + (columns == i) * (s_1 - s_0) - (columns == k) * s_1)
+    dh = dh + (d_state if carry == "raw" else 0)
+    dz = du + dh @ w_d.T
+    dx = dy @ module.frozen_DD.T + dz @ w_a.T
+    dg = dh + dh @ w_c.T
+
+    def summed(left: Tensor, right: Tensor) -> Tensor:
+        return left.flatten(0, 1).T @ right.flatten(0, 1)
+
+    dw_a, dw_b = summed(x, dz), s * summed(u, dy)
+    return dx, [dw_a.T, dw_b.T, summed(g, dh), summed(z, dh)], dg
