@@ -41,7 +41,17 @@ _UNSUPPORTED_PEFT = {
     "fan_in_fan_out": False,
     "lora_bias": False,
     "trainable_token_indices": None,
+    "target_parameters": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
 }
+# Starts that also change the base model's weights: on the untouched base such a LoRA is another model.
+_BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -153,8 +163,8 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(
             p.name for p in directory.glob("*.pt")
         )
-        found = f"; {pickles[0]} is a pickle and is not read: save it again as safetensors" if pickles else ""
-        raise AdapterError(f"{directory}: holds no {WEIGHTS_FILE}{found}")
+        remedy = f"{pickles[0]} is a pickle and is not read: save it again as safetensors" if pickles else ""
+        raise AdapterError(f"{directory}: holds no {WEIGHTS_FILE}; {remedy or 'copy or train it again'}")
     try:
         with safe_open(path, framework="pt") as file:
             return {key.removeprefix(KEY_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -195,39 +205,56 @@ def _config_from_peft(
     peft: Mapping[str, Any], tensors: Iterable[str], num_layers: int, source: Path
 ) -> AdapterConfig:
     if peft.get("peft_type") != "LORA":
-        raise AdapterError(f"{source}: peft_type is {peft.get('peft_type')!r}; only LORA can be loaded")
+        raise AdapterError(
+            f"{source}: peft_type is {peft.get('peft_type')!r}; "
+            f"without {SETTINGS_FILE} only LORA can be loaded"
+        )
     for key, unused in _UNSUPPORTED_PEFT.items():
         if peft.get(key, unused) not in (unused, None):
             raise AdapterError(
                 f"{source}: {key} is {peft[key]!r}, which is not supported here; allowed: {unused!r}"
             )
+    if str(start := peft.get("init_lora_weights")).startswith(_BASE_CHANGING_STARTS):
+        raise AdapterError(
+            f"{source}: init_lora_weights is {start!r}, which changes the base model too; "
+            "have PEFT convert it to a plain LoRA when saving"
+        )
     layers: dict[str, set[int]] = {}
     for name in tensors:
         if match := _KEY.fullmatch(name):
             layers.setdefault(match[2], set()).add(int(match[1]))
     every_layer, alternate = _placement_of(layers, num_layers, source)
-    rank, alpha = int(peft["r"]), float(peft["lora_alpha"])
-    return AdapterConfig(
-        method="lora",
-        rank=rank,
-        # rsLoRA scales by alpha / sqrt(rank): the same product as this alpha over rank.
-        alpha=alpha * rank**0.5 if peft.get("use_rslora") else alpha,
-        dropout=float(peft.get("lora_dropout") or 0.0),
-        alternate=alternate,
-        every_layer=every_layer,
-    )
+    try:
+        rank, alpha = int(peft["r"]), float(peft["lora_alpha"])
+        return AdapterConfig(
+            method="lora",
+            rank=rank,
+            # rsLoRA scales by alpha / sqrt(rank): the same product as this alpha over rank.
+            alpha=alpha * rank**0.5 if peft.get("use_rslora") else alpha,
+            dropout=float(peft.get("lora_dropout") or 0.0),
+            alternate=alternate,
+            every_layer=every_layer,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        given = ", ".join(f"{key} is {peft.get(key)!r}" for key in ("r", "lora_alpha", "lora_dropout"))
+        raise AdapterError(f"{source}: {given}; the file is damaged, or not for this release") from error
 
 
 def _placement_of(
     layers: Mapping[str, set[int]], num_layers: int, source: Path
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if not layers:
+        raise AdapterError(
+            f"{source}: holds no LoRA of a decoder layer; it was saved for another kind of model"
+        )
     every = tuple(name for name, where in layers.items() if where == set(range(num_layers)))
     rest = {name: where for name, where in layers.items() if name not in every}
     alternate = tuple(sorted(rest, key=lambda name: min(rest[name])))
     expected = {name: set(range(i, num_layers, len(alternate))) for i, name in enumerate(alternate)}
-    if not layers or rest != expected:
+    if rest != expected:
+        placed = "; ".join(f"{name} in layers {sorted(where)}" for name, where in rest.items())
         raise AdapterError(
             f"{source}: its placement over {num_layers} layers is neither `every_layer` nor `alternate`: "
-            + "; ".join(f"{name} in layers {sorted(where)}" for name, where in rest.items())
+            f"{placed}; it was saved for another model, or with `layers_to_transform`"
         )
     return every, alternate

@@ -35,15 +35,12 @@ def insert_adapters(
         AdapterError: a projection that a layer lacks, or layers that are adapted already.
     """
     axes = time_axes(config)
+    # Every layer is checked before the first is changed.
+    paths = {layer_idx: _paths(layer, placement(config, layer_idx)) for layer_idx, layer in layers.items()}
     for layer_idx, layer in layers.items():
-        if any(isinstance(module, LoRALinear) for module in layer.modules()):
-            raise AdapterError(
-                "the model carries adapters already; load the base model anew to adapt it again"
-            )
         layer.requires_grad_(False)
-        linears = _linear_paths(layer)
         for projection, method in placement(config, layer_idx).items():
-            path = _find(projection, linears)
+            path = paths[layer_idx][projection]
             parent = layer.get_submodule(path.rpartition(".")[0])
             base_layer = layer.get_submodule(path)
             assert isinstance(base_layer, nn.Linear)
@@ -70,7 +67,7 @@ def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def load_adapter_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copies `tensors` (by full name) into the adapters of `module`; every adapter parameter must be given.
+    """Copies `tensors` (by full name) into the adapters of `module`: one for each parameter, and no others.
 
     Raises:
         AdapterError: names or shapes that do not fit, naming `source`.
@@ -83,6 +80,12 @@ def load_adapter_tensors(module: nn.Module, tensors: Mapping[str, Tensor], sourc
             raise AdapterError(
                 f"{source}: {name} is {list(tensors[name].shape)}, the model needs {list(parameter.shape)}; "
                 "it was saved for another base model or rank"
+            )
+    for name in tensors:
+        if name not in parameters:
+            raise AdapterError(
+                f"{source}: holds {name}, which the model has no adapter for; "
+                "it was saved for another model or placement"
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -105,20 +108,21 @@ def _build(base_layer: nn.Linear, config: AdapterConfig, method: str, axis: int)
     )
 
 
-def _linear_paths(layer: nn.Module) -> list[str]:
-    return [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _find(projection: str, paths: Iterable[str]) -> str:
-    by_name = {path.rpartition(".")[2]: path for path in paths}
-    if projection not in by_name:
-        nearest = difflib.get_close_matches(projection, by_name, n=1)
-        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-        raise AdapterError(
-            f"adapter: the model's layers have no projection {projection!r}{hint}; they have "
-            f"{', '.join(by_name)}"
-        )
-    return by_name[projection]
+def _paths(layer: nn.Module, projections: Iterable[str]) -> dict[str, str]:
+    """Paths in `layer` of the linear layers that `projections` name."""
+    if any(isinstance(module, LoRALinear) for module in layer.modules()):
+        raise AdapterError("the model carries adapters already; load the base model anew to adapt it again")
+    linears = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    by_name = {path.rpartition(".")[2]: path for path in linears}
+    for projection in projections:
+        if projection not in by_name:
+            nearest = difflib.get_close_matches(projection, by_name, n=1)
+            hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+            raise AdapterError(
+                f"adapter: the model's layers have no projection {projection!r}{hint}; they have "
+                f"{', '.join(by_name)}"
+            )
+    return {projection: by_name[projection] for projection in projections}
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

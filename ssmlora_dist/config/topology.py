@@ -74,11 +74,6 @@ def _offloaded_parameters(topology: Topology) -> str | None:
     return f"true given with zero_stage {parallel.zero_stage}" if wrong else None
 
 
-def _int8_sharded(topology: Topology) -> str | None:
-    wrong = topology.config.quantization.mode == "int8" and topology.config.parallel.zero_stage == 3
-    return '"int8" given with zero_stage 3' if wrong else None
-
-
 def _optimizer_on_cpu(topology: Topology) -> str | None:
     optimizer = topology.config.training.optimizer
     wrong = optimizer != "adamw" and topology.device_type not in (None, "cuda")
@@ -135,13 +130,6 @@ RULES = (
         reason="only ZeRO 3 shards parameters, and what is not sharded stays on the device",
         remedy="set parallel.zero_stage to 3 or parallel.offload_parameters to false",
         broken=_offloaded_parameters,
-    ),
-    TopologyRule(
-        fields=("quantization.mode", "parallel.zero_stage"),
-        condition='"int8" only with parallel.zero_stage 0, 1 or 2',
-        reason="int8 weights cannot be stored in the compute dtype, so ZeRO 3 cannot shard them",
-        remedy='set quantization.mode to "nf4", "fp4" or "none", or lower parallel.zero_stage',
-        broken=_int8_sharded,
     ),
     TopologyRule(
         fields=("training.optimizer",),

@@ -76,7 +76,9 @@ def load_model(
     device = torch.device(device)
     model_config = load_config(path, config=config, revision=revision)
     family = require_supported(model_config.model_type)
-    directory = None if path is None else locate(path, revision, weights=init == "pretrained")
+    directory = None
+    if path is not None and config is None:
+        directory = locate(path, revision, weights=init == "pretrained")
     if init == "random":
         source: WeightSource = _random_weights(model_config, family, seed)
     else:
@@ -84,29 +86,11 @@ def load_model(
         source = _stored_weights(directory, model_config, family)
     implementation = attention_implementation(attention, family, device, compute_dtype)
     model = build_skeleton(model_config, compute_dtype, implementation, device)
-    names = part_names(model_config, family)
-    parts = {name: model.get_submodule(name) for name in names}
-    source.check(
-        {
-            f"{name}.{key}": value.shape
-            for name, part in parts.items()
-            for key, value in part.named_parameters()
-        }
-    )
-    quantize = None
-    if quantization != "none":
-        quantize = partial(
-            quantize_linear,
-            mode=quantization,
-            double_quantization=double_quantization,
-            compute_dtype=compute_dtype,
-        )
-    for name, part in parts.items():
-        fill(part, name, source, family, device=device, dtype=compute_dtype, quantize=quantize)
-    model.tie_weights()
+    settings: dict[str, Any] = {"double_quantization": double_quantization, "compute_dtype": compute_dtype}
+    quantize = None if quantization == "none" else partial(quantize_linear, mode=quantization, **settings)
+    _fill_all(model, source, family, device=device, dtype=compute_dtype, quantize=quantize)
     if directory is not None:
         _take_generation_config(model, directory)
-    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     return model.requires_grad_(False).eval()
 
 
@@ -189,6 +173,22 @@ def fill(
     # By path, and in a function: any name that outlived its turn would keep a dense layer alive.
     for path in [path for path, _ in part.named_modules()]:
         fill_module(path)
+
+
+def _fill_all(model: PreTrainedModel, source: WeightSource, family: Family, **settings: Any) -> None:
+    """Fills every part of `model`, once all their tensors are known to be there."""
+    parts = {name: model.get_submodule(name) for name in part_names(model.config, family)}
+    source.check(
+        {
+            f"{name}.{key}": value.shape
+            for name, part in parts.items()
+            for key, value in part.named_parameters()
+        }
+    )
+    for name, part in parts.items():
+        fill(part, name, source, family, **settings)
+    model.tie_weights()
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def attention_implementation(

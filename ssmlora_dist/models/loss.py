@@ -5,7 +5,6 @@ Shapes: B batch, S tokens, D hidden size, N supervised tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +39,58 @@ class Scores(NamedTuple):
     exact: Tensor
 
 
+class ChunkedHead(nn.Module):
+    """The output head and the cross-entropy behind it, a chunk of tokens at a time.
+
+    A module of its own, entered once in every forward pass however many chunks there are: ZeRO 3 gathers the
+    weight when the module is entered, which every rank must do equally often, whatever its rows hold.
+
+    Args:
+        head: the model's output head.
+        chunk_size: supervised tokens whose logits exist at a time.
+        logit_cap: bound of the logits, for models that have one.
+    """
+
+    def __init__(self, head: nn.Linear, chunk_size: int, logit_cap: float | None) -> None:
+        super().__init__()
+        # In a tuple, so that its weight keeps one name: that in the model.
+        self._head = (head,)
+        self.chunk_size = chunk_size
+        self.logit_cap = logit_cap
+
+    def forward(self, hidden_ND: Tensor, targets_N: Tensor, per_token: bool = False) -> Any:
+        """Sum of the cross-entropies, a float32 scalar; of each token its own with `per_token`.
+
+        Args:
+            hidden_ND: what the head is applied to.
+            targets_N: the true tokens.
+            per_token: return the cross-entropies [N] float32 and whether the arg-max is another token, [N]
+                bool, to be called without gradients.
+        """
+        weight_VD, bias_V = self._head[0].weight, self._head[0].bias
+        chunks = zip(hidden_ND.split(self.chunk_size), targets_N.split(self.chunk_size), strict=True)
+        if not per_token:
+            total = hidden_ND[:0].sum(dtype=torch.float32)
+            for hidden_CD, targets_C in chunks:
+                total = total + checkpoint(
+                    self._loss, hidden_CD, targets_C, weight_VD, bias_V, use_reentrant=False
+                )
+            return total
+        losses, misses = [], []
+        for hidden_CD, targets_C in chunks:
+            logits_CV = self._logits(hidden_CD, weight_VD, bias_V)
+            losses.append(F.cross_entropy(logits_CV, targets_C, reduction="none"))
+            misses.append(logits_CV.argmax(-1) != targets_C)
+        return torch.cat(losses), torch.cat(misses)
+
+    def _logits(self, hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        logits_CV, cap = F.linear(hidden_CD, weight_VD, bias_V), self.logit_cap
+        return (logits_CV if cap is None else torch.tanh(logits_CV / cap) * cap).float()
+
+    def _loss(self, hidden_CD: Tensor, targets_C: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        return F.cross_entropy(self._logits(hidden_CD, weight_VD, bias_V), targets_C, reduction="sum")
+
+
 class CausalLMLoss(nn.Module):
     """A causal language model whose output is its loss, or its scores.
 
@@ -53,7 +104,8 @@ class CausalLMLoss(nn.Module):
     def __init__(self, model: nn.Module, chunk_size: int) -> None:
         super().__init__()
         self.model = model
-        self.chunk_size = chunk_size
+        logit_cap = getattr(model.config, "final_logit_softcapping", None)
+        self.head = ChunkedHead(model.lm_head, chunk_size, logit_cap)  # type: ignore[arg-type]
 
     def forward(self, labels: Tensor, scored: Tensor | None = None, **inputs: Tensor) -> Any:
         """Sum of the cross-entropies of the supervised tokens, a float32 scalar, in nats.
@@ -68,27 +120,17 @@ class CausalLMLoss(nn.Module):
             with torch.no_grad():
                 return self._scores(labels, scored, inputs)
         hidden_ND, targets_N, _ = self._supervised(labels, inputs)
-        total = hidden_ND[:0].sum(dtype=torch.float32)
-        for hidden_CD, targets_C in self._chunks(hidden_ND, targets_N):
-            total = total + checkpoint(self._chunk_loss, hidden_CD, targets_C, use_reentrant=False)
-        return total
+        return self.head(hidden_ND, targets_N)
 
     def _scores(self, labels: Tensor, scored: Tensor, inputs: dict[str, Tensor]) -> Scores:
         hidden_ND, targets_N, rows_N = self._supervised(labels, inputs)
         scored_N = scored[:, 1:][labels[:, 1:] != IGNORED_LABEL]
-        loss_N = hidden_ND.new_zeros(len(targets_N), dtype=torch.float32)
-        wrong_N = torch.zeros_like(targets_N)
-        start = 0
-        for hidden_CD, targets_C in self._chunks(hidden_ND, targets_N):
-            logits_CV, chunk = self._logits(hidden_CD), slice(start, start + len(targets_C))
-            loss_N[chunk] = F.cross_entropy(logits_CV, targets_C, reduction="none")
-            wrong_N[chunk] = (logits_CV.argmax(-1) != targets_C) & scored_N[chunk]
-            start = chunk.stop
+        loss_N, missed_N = self.head(hidden_ND, targets_N, per_token=True)
         num_rows = labels.shape[0]
         return Scores(
             loss_sums=loss_N.new_zeros(num_rows).index_add_(0, rows_N, loss_N),
             num_targets=torch.bincount(rows_N, minlength=num_rows),
-            exact=wrong_N.new_zeros(num_rows).index_add_(0, rows_N, wrong_N) == 0,
+            exact=rows_N.new_zeros(num_rows).index_add_(0, rows_N, (missed_N & scored_N).long()) == 0,
         )
 
     def _supervised(self, labels: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,15 +138,3 @@ class CausalLMLoss(nn.Module):
         hidden_BSD = decoder(**inputs, use_cache=False).last_hidden_state
         mask_BS = labels[:, 1:] != IGNORED_LABEL
         return hidden_BSD[:, :-1][mask_BS], labels[:, 1:][mask_BS], mask_BS.nonzero()[:, 0]
-
-    def _chunks(self, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        if len(targets_N):
-            yield from zip(hidden_ND.split(self.chunk_size), targets_N.split(self.chunk_size), strict=True)
-
-    def _logits(self, hidden_CD: Tensor) -> Tensor:
-        logits_CV = self.model.lm_head(hidden_CD)  # type: ignore[operator]
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return (logits_CV if cap is None else torch.tanh(logits_CV / cap) * cap).float()
-
-    def _chunk_loss(self, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(hidden_CD), targets_C, reduction="sum")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,23 +56,39 @@ class RunDirectory:
                 cannot be written.
         """
         directory = cls(path)
-        with _explained(path):
-            path.mkdir(parents=True, exist_ok=True)
-            if directory.metrics_file.exists():
-                if not resume:
-                    raise CheckpointError(_taken(path))
+        if resume and directory.metrics_file.exists():
+            with _explained(path):
                 _drop_unfinished_line(directory.metrics_file)
-                return directory
-            if any(path.iterdir()):
-                raise CheckpointError(
-                    f"{path}: exists, is not empty and holds no run (it has no metrics.jsonl); choose "
-                    "another run.name, or remove the directory"
-                )
+            return directory
+        cls.check_free(path)
+        with _explained(path):
+            path.mkdir(exist_ok=True)
             try:
                 directory.metrics_file.open("x").close()
             except FileExistsError:
                 raise CheckpointError(_taken(path)) from None
         return directory
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Checks, before any long work, that `create` would find the place free and writable.
+
+        Raises:
+            CheckpointError: as for `create`.
+        """
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path if path.exists() else path.parent, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if not path.exists():
+                return
+            if (path / "metrics.jsonl").exists():
+                raise CheckpointError(_taken(path))
+            if any(path.iterdir()):
+                raise CheckpointError(
+                    f"{path}: exists, is not empty and holds no run (it has no metrics.jsonl); choose "
+                    "another run.name, or remove the directory"
+                )
 
     def write_config(self, config: Mapping[str, Any]) -> Path:
         """Writes the resolved configuration and returns the file.

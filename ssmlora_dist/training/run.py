@@ -58,19 +58,21 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console) -> No
             failed; the run directory and the tracker then say so.
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
+    group.on_main(lambda: RunDirectory.check_free(directory.path))
     check_model(config)
     tokenizer = build_tokenizer(config.model)
     train_data, validation = build_data(config, tokenizer)
-    group.on_main(lambda: RunDirectory.create(directory.path))
     tracker = _tracker(config, group, console)
+    run = _Run(config, group, console, tracker, directory, tokenizer.pad_token_id, train_data, validation)
+    run.build()
+    # Only now: what a run refused for bad input would leave behind would block the next one of its name.
+    group.on_main(lambda: RunDirectory.create(directory.path))
     status: RunStatus = "FAILED"
     try:
         if group.is_main:
             resolved = config.model_dump(mode="json", by_alias=True)
             directory.write_config(resolved)
-            environment = environment_record()
-            tracker.start(config.run.name, flat_parameters(resolved), _tags(environment))
-        run = _Run(config, group, console, tracker, directory, tokenizer.pad_token_id, train_data, validation)
+            tracker.start(config.run.name, flat_parameters(resolved), _tags(environment_record()))
         run.execute()
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -94,9 +96,8 @@ class _Run:
     validation: Dataset | None
 
     def execute(self) -> None:
-        """Build, evaluate, train, evaluate, save, summarise."""
+        """Evaluate, train, evaluate, save, summarise."""
         started = time.perf_counter()
-        self._build()
         before = self._evaluate(step=0)
         records: list[StepRecord] = []
         training_started = time.perf_counter()
@@ -128,7 +129,8 @@ class _Run:
         if self.group.is_main:
             self._finish(summary, before, after)
 
-    def _build(self) -> None:
+    def build(self) -> None:
+        """Loads the backbone, adapts it and hands it to the engine."""
         training, parallel = self.config.training, self.config.parallel
         model = build_model(self.config, self.group.device)
         if training.gradient_checkpointing:

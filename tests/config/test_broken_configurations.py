@@ -198,10 +198,6 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
         [("parallel.offload_optimizer", True)],
         ("parallel.offload_optimizer:", "to 1 or higher"),
     ),
-    "int8 under ZeRO 3": (
-        [("quantization.mode", "int8"), ("parallel.zero_stage", 3)],
-        ('quantization.mode: "int8" given', "lower parallel.zero_stage"),
-    ),
 }
 
 BROKEN_FILES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -299,7 +295,6 @@ def test_all_kinds_are_shown_at_once(problems: Problems) -> None:
         ("data.train.format", "json"),
         ("data.max_length", 600),
         ("parallel", {"zero_stage": 3, "zero": 1}),
-        ("quantization.mode", "int8"),
         ("training.warmup_steps", 200),
         ("training.micro_batch_size", 3),
         ("deepspeed.bf16", {"enabled": True}),
@@ -319,7 +314,6 @@ def test_all_kinds_are_shown_at_once(problems: Problems) -> None:
         "deepspeed.bf16",
         "data.validation.retrieval.lengths",
         "training.global_batch_size",
-        "quantization.mode",
     ]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,8 +32,7 @@ CASES: list[tuple[list[Change], dict[str, Any], str | None]] = [
     ([("parallel", {"zero_stage": 1, "offload_optimizer": True})], CPU, None),
     ([("parallel", {"zero_stage": 2, "offload_parameters": True})], CPU, "parallel.offload_parameters"),
     ([("parallel", {"zero_stage": 3, "offload_parameters": True, "offload_optimizer": True})], CPU, None),
-    ([("quantization.mode", "int8"), ("parallel.zero_stage", 3)], CPU, "quantization.mode"),
-    ([("quantization.mode", "int8"), ("parallel.zero_stage", 2)], CPU, None),
+    ([("quantization.mode", "int8"), ("parallel.zero_stage", 3)], CPU, None),
     (
         [("quantization.mode", "nf4"), ("parallel.zero_stage", 3), ("model.compute_dtype", "float32")],
         CPU,
@@ -74,17 +74,12 @@ def test_every_rule_can_be_broken() -> None:
         ("model", {"attention": "flash_attention_2", "compute_dtype": "float32"}),
         ("parallel", {"offload_optimizer": True, "offload_parameters": True}),
     ]
-    int8: list[Change] = [("quantization.mode", "int8"), ("parallel.zero_stage", 3)]
-    lines = [
-        line
-        for changes in (everything, int8)
-        for line in topology_problems(
-            RunConfig.model_validate(changed(*changes)),
-            world_size=2,
-            device_type="cpu",
-            flash_attention_installed=False,
-        )
-    ]
+    lines = topology_problems(
+        RunConfig.model_validate(changed(*everything)),
+        world_size=2,
+        device_type="cpu",
+        flash_attention_installed=False,
+    )
     for rule in RULES:
         assert any(
             line.startswith(f"{rule.fields[0]}: ") and rule.condition in line and line.endswith(rule.remedy)
@@ -118,3 +113,9 @@ def test_the_table_has_a_row_per_rule() -> None:
     command = [sys.executable, "-m", "ssmlora_dist.config.topology"]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert printed == markdown_table() + "\n"
+
+
+def test_the_readme_holds_the_table() -> None:
+    readme = Path("README.md").read_text(encoding="utf-8")
+    shown = readme.partition("<!-- topology:begin -->\n")[2].partition("<!-- topology:end -->")[0]
+    assert shown == markdown_table().strip() + "\n", "run `python -m ssmlora_dist.config.topology` and paste it"

@@ -70,3 +70,26 @@ def checkpoints(save_checkpoint: Callable[..., Path]) -> dict[str, Path]:
 def token_ids() -> torch.Tensor:
     """Two rows of nine tokens."""
     return torch.randint(0, 67, (2, 9), generator=torch.Generator().manual_seed(SEED))
+
+
+@pytest.fixture
+def single(save_checkpoint: Callable[..., Path]) -> Path:
+    """A checkpoint in one file, to be changed by the test."""
+    return save_checkpoint("llama", max_shard_size="1GB")
+
+
+@pytest.fixture
+def rewrite() -> Callable[..., None]:
+    """Applies a function to the dictionary of tensors of a single-file checkpoint."""
+
+    def apply(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+        from safetensors.torch import load_file, save_file
+
+        # Copies: a loaded tensor is a view of the file that is about to be replaced.
+        tensors = {
+            name: tensor.clone() for name, tensor in load_file(directory / "model.safetensors").items()
+        }
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    return apply

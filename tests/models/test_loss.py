@@ -1,0 +1,193 @@
+"""Loss and scores in chunks against transformers' own loss and against a direct computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmlora_dist.models.loss import IGNORED_LABEL, CausalLMLoss, Scores, checkpoint_layers
+from tests.tiny import FAMILY_NAMES, VOCAB_SIZE, adapted_model, layers_of, token_ids
+
+SEED = 17
+# Float32: sums of some twenty losses of order 5, and their gradients, in another order.
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-5
+BATCH, LENGTH = 3, 9
+
+
+def batch() -> dict[str, Tensor]:
+    """Rows with 5, 0 and 8 targets: a prompt before an answer, nothing to learn, everything."""
+    input_ids = token_ids(BATCH, LENGTH, SEED)
+    labels = input_ids.clone()
+    labels[0, :4] = IGNORED_LABEL
+    labels[1] = IGNORED_LABEL
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+
+
+NUM_TARGETS = [5, 0, 8]  # the first token of a row is never predicted
+
+
+def gradients(total: Tensor, model: Any) -> dict[str, Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(total, list(trained.values())), strict=True))
+
+
+def assert_near(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Relative to the largest gradient of all."""
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        error = ((got[name] - gradient).abs().max() / largest).item()
+        assert error <= GRADIENT_TOLERANCE, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_the_loss_and_its_gradient_are_those_of_transformers(model_type: str) -> None:
+    model = adapted_model(model_type)
+    inputs = batch()
+    total = CausalLMLoss(model, chunk_size=4)(**inputs)
+    expected = model(**inputs, use_cache=False).loss * sum(NUM_TARGETS)
+    assert total.dtype == torch.float32
+    assert total.shape == ()
+    torch.testing.assert_close(total, expected, rtol=LOSS_TOLERANCE, atol=0)
+    assert_near(gradients(total, model), gradients(expected, model))
+
+
+def test_the_cap_of_gemma_2_is_in_the_loss() -> None:
+    """With logits as large as these it changes the loss by far more than the tolerance."""
+    model = adapted_model("gemma2")
+    capped = CausalLMLoss(model, chunk_size=4)(**batch())
+    model.config.final_logit_softcapping = None
+    assert (CausalLMLoss(model, chunk_size=4)(**batch()) - capped).abs() > 0.1
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 12, 14, 1000])
+def test_the_chunk_size_does_not_show(chunk_size: int) -> None:
+    model = adapted_model()
+    expected = CausalLMLoss(model, chunk_size=13)(**batch())  # all targets at once
+    total = CausalLMLoss(model, chunk_size)(**batch())
+    torch.testing.assert_close(total, expected, rtol=LOSS_TOLERANCE, atol=0)
+    assert_near(gradients(total, model), gradients(expected, model))
+
+
+def in_training(module: CausalLMLoss, inputs: dict[str, Tensor]) -> Any:
+    total = module(**inputs)
+    total.backward()
+    return total
+
+
+def in_scoring(module: CausalLMLoss, inputs: dict[str, Tensor]) -> Any:
+    return module(scored=inputs["labels"] != IGNORED_LABEL, **inputs)
+
+
+@pytest.mark.parametrize("run", [in_training, in_scoring])
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+def test_the_logits_of_a_chunk_are_all_that_exists(
+    run: Callable[[CausalLMLoss, dict[str, Tensor]], Any], chunk_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted_model()
+    rows: list[int] = []
+    linear = F.linear
+
+    def count(*arguments: Any) -> Tensor:
+        output = linear(*arguments)
+        if output.shape[-1] == VOCAB_SIZE:
+            rows.append(len(output))
+        return output
+
+    monkeypatch.setattr(F, "linear", count)
+    run(CausalLMLoss(model, chunk_size), batch())
+    assert max(rows) <= chunk_size
+    # Supervised tokens alone; in training once more in the backward pass.
+    assert sum(rows) == sum(NUM_TARGETS) * (2 if run is in_training else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_without_targets_gives_0_with_a_graph(dtype: torch.dtype) -> None:
+    """Every rank takes part in the backward pass, whatever its rows hold."""
+    model = adapted_model(dtype=dtype)
+    inputs = batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], IGNORED_LABEL)
+    inputs["labels"][:, 0] = 5  # nothing comes before it to predict it from
+    total = CausalLMLoss(model, chunk_size=4)(**inputs)
+    assert total.dtype == torch.float32
+    assert total == 0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(total, model).values())
+    scores = CausalLMLoss(model, chunk_size=4)(
+        scored=torch.ones_like(inputs["labels"], dtype=torch.bool), **inputs
+    )
+    assert scores.loss_sums.tolist() == [0.0, 0.0, 0.0]
+    assert scores.num_targets.tolist() == [0, 0, 0]
+
+
+def greedy_labels(model: Any) -> dict[str, Tensor]:
+    """A batch whose targets are mostly what the model predicts: row 0 misses one, row 2 none."""
+    inputs = batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], IGNORED_LABEL)
+    with torch.no_grad():
+        best = model(input_ids=inputs["input_ids"], use_cache=False).logits.argmax(-1)
+    inputs["labels"][0, 5:] = best[0, 4:-1]
+    inputs["labels"][2, 1:] = best[2, :-1]
+    inputs["labels"][0, 7] = (best[0, 6] + 1) % VOCAB_SIZE
+    return inputs
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 1000])
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_scores_are_those_computed_directly(model_type: str, chunk_size: int) -> None:
+    model = adapted_model(model_type)
+    inputs = greedy_labels(model)
+    labels = inputs["labels"]
+    scored = labels != IGNORED_LABEL
+    scores = CausalLMLoss(model, chunk_size)(scored=scored, **inputs)
+    with torch.no_grad():
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED_LABEL, reduction="none"
+    ).sum(1)
+    assert isinstance(scores, Scores)
+    assert scores.loss_sums.dtype == torch.float32
+    assert not scores.loss_sums.requires_grad
+    torch.testing.assert_close(scores.loss_sums, losses, rtol=LOSS_TOLERANCE, atol=LOSS_TOLERANCE)
+    assert scores.num_targets.tolist() == [4, 0, 8]
+    assert scores.exact.tolist() == [False, True, True]
+    total = CausalLMLoss(model, chunk_size)(**inputs)
+    torch.testing.assert_close(scores.loss_sums.sum(), total, rtol=LOSS_TOLERANCE, atol=0)
+
+
+def test_only_scored_tokens_count_for_the_exact_match() -> None:
+    model = adapted_model()
+    inputs = greedy_labels(model)
+    everything = inputs["labels"] != IGNORED_LABEL
+    without_the_miss = everything.clone()
+    without_the_miss[0, 7] = False
+    module = CausalLMLoss(model, chunk_size=3)
+    whole, partly = (module(scored=scored, **inputs) for scored in (everything, without_the_miss))
+    assert whole.exact.tolist() == [False, True, True]
+    assert partly.exact.tolist() == [True, True, True]
+    assert torch.equal(whole.loss_sums, partly.loss_sums)
+    assert torch.equal(whole.num_targets, partly.num_targets)
+
+
+def test_layers_are_checkpointed_in_training_only() -> None:
+    model = adapted_model()
+    checkpoint_layers(model)
+    calls = dict.fromkeys(range(len(layers_of(model))), 0)
+
+    def count(layer_idx: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[layer_idx] += 1
+
+        return hook
+
+    for layer_idx, layer in enumerate(layers_of(model)):
+        layer.mlp.register_forward_pre_hook(count(layer_idx))
+    module = CausalLMLoss(model, chunk_size=4)
+    module.eval()(**batch()).backward()
+    assert set(calls.values()) == {1}
+    module.train()(**batch()).backward()
+    assert set(calls.values()) == {1 + 2}
