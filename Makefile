@@ -10,9 +10,6 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Only a shell other than make's default one is sure to look commands up in the PATH exported above.
 SHELL := /bin/bash
 
-RETRIEVAL_PROMPT := $$'The access code for blue lantern is 30418. The access code for quiet harbor is 92751. \
-The access code for tidy falcon is 57360.\nWhat is the access code for quiet harbor?\nAnswer:'
-
 .PHONY: install test quickstart clean
 
 install: $(INSTALLED)
@@ -41,7 +38,7 @@ test: install
 quickstart: install
 	python launch/prepare_smollm2.py
 	deepspeed launch/train.py --config configs/quickstart.json
-	python launch/generate.py --adapter runs/quickstart/adapter --prompt $(RETRIEVAL_PROMPT)
+	python launch/generate.py --adapter runs/quickstart/adapter --retrieval 1024
 
 # Leaves runs/ and models/ alone: they are results and downloads.
 clean:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
-from ssmlora_dist.models import FAMILIES, load_model
+from ssmlora_dist.models import FAMILIES, decoder_layers, load_model
 
 SEED = 20250204
 VOCAB_SIZE = 67
@@ -68,6 +68,11 @@ def adapted_model(model_type: str = "llama", config: AdapterConfig = QV_AND_MLP,
     model = add_adapters(tiny_model(model_type, **settings), config)
     randomize_adapters(model)
     return model
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The decoder layers, in order."""
+    return list(decoder_layers(model))
 
 
 def randomize_adapters(model: nn.Module, seed: int = SEED) -> None:

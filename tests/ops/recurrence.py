@@ -6,7 +6,7 @@ Shapes: B batch, S tokens, D features in and out, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,9 +71,10 @@ class Chain:
         return tuple(matrix for module in self.modules for matrix in module.matrices)
 
     def with_matrices(self, matrices: Sequence[Tensor]) -> Chain:
+        names = ("lora_A_RD", "lora_B_DR", "transition_RR", "input_RR")
         return Chain(
             [
-                Module(module.frozen_DD, *matrices[4 * i : 4 * i + 4], mask_BSR=module.mask_BSR)
+                replace(module, **dict(zip(names, matrices[4 * i : 4 * i + 4], strict=True)))
                 for i, module in enumerate(self.modules)
             ]
         )

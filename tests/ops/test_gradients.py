@@ -1,4 +1,4 @@
-"""Gradients of the reference recurrence: against finite differences, and against the formulas of ops/README.md."""
+"""Gradients of the reference: against finite differences, and against the formulas of ops/README.md."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def test_gradcheck_detached(normalization: str, carry: str, dropout: bool, num_m
     expected = _gradients(outputs(*leaves), leaves)
     for gradient, wanted in zip(_gradients((y_BSD, states[-1]), leaves), expected, strict=True):
         assert torch.equal(gradient, wanted)
-    received = torch.autograd.grad(chain.run(x_BSD, h_prev_BSR, detached)[0].sum(), h_prev_BSR, allow_unused=True)
+    received = torch.autograd.grad(
+        chain.run(x_BSD, h_prev_BSR, detached)[0].sum(), h_prev_BSR, allow_unused=True
+    )
     assert received == (None,)
 
 

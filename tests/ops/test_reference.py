@@ -76,7 +76,10 @@ def test_the_dropout_mask_acts_on_the_normalised_state_alone() -> None:
 
 @pytest.mark.parametrize(
     ("normalization", "expected"),
-    [("rms", [2 / 110**0.5 * 3**0.5, 5 / 110**0.5 * 3**0.5, 9 / 110**0.5 * 3**0.5]), ("none", [2.0, 5.0, 9.0])],
+    [
+        ("rms", [2 / 110**0.5 * 3**0.5, 5 / 110**0.5 * 3**0.5, 9 / 110**0.5 * 3**0.5]),
+        ("none", [2.0, 5.0, 9.0]),
+    ],
 )
 def test_other_normalisations_by_hand(normalization: str, expected: list[float]) -> None:
     _, state = by_hand(normalization=normalization)

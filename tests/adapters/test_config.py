@@ -1,0 +1,45 @@
+"""What an adapter configuration allows, by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ssmlora_dist import AdapterConfig
+
+
+def test_by_default_q_and_v_alternate_with_a_full_state_gradient() -> None:
+    config = AdapterConfig()
+    assert config.targets == ("q_proj", "v_proj")
+    assert (config.method, config.rank, config.scaling) == ("ssmlora", 8, 2.0)
+    assert (config.state_gradient, config.carry, config.normalization) == ("full", "normalized", "minmax")
+    assert config.state_dtype is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alternate": ()}, "names no module to adapt"),
+        ({"alternate": ("q_proj",), "every_layer": ("q_proj",)}, "names q_proj more than once"),
+        (
+            {"method": "lora", "every_layer": ("o_proj",), "every_layer_method": "ssmlora"},
+            'needs `method` "ssmlora"',
+        ),
+        ({"state_input_scale": 0.0}, "greater than 0"),
+        ({"rank": 0}, "greater than or equal to 1"),
+        ({"dropout": 1.0}, "less than 1"),
+        ({"alpha": float("nan")}, "finite"),
+        ({"rnak": 8}, "rnak"),
+        ({"carry": "cooked"}, "'normalized' or 'raw'"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AdapterConfig(**settings)
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        AdapterConfig().rank = 4  # type: ignore[misc]

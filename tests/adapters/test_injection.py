@@ -1,0 +1,191 @@
+"""Adapters put into decoder layers in place: start values, what is frozen, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssmlora_dist import AdapterConfig, add_adapters
+from ssmlora_dist.adapters.injection import adapter_parameters, insert_adapters, load_adapter_tensors
+from ssmlora_dist.adapters.layers import LoRALinear, SSMLoRALinear
+from ssmlora_dist.errors import AdapterError, ModelError
+from ssmlora_dist.models import FAMILIES
+from tests.tiny import FAMILY_NAMES, QV_AND_MLP, layers_of, tiny_model
+
+PREFIX = "model.layers"
+NUM_LAYERS = 6
+
+
+def start_values(
+    only: tuple[int, ...] = tuple(range(NUM_LAYERS)), seed: int = 0, **settings: Any
+) -> dict[str, Tensor]:
+    """Adapter parameters by full name, of a model in which `only` some layers were adapted."""
+    model = tiny_model(**settings)
+    layers = {layer_idx: layers_of(model)[layer_idx] for layer_idx in only}
+    insert_adapters(layers, QV_AND_MLP, num_layers=NUM_LAYERS, prefix=PREFIX, seed=seed)
+    return {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+
+
+def assert_same(some: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert some.keys() == other.keys()
+    assert [name for name in some if not torch.equal(some[name], other[name])] == []
+
+
+@pytest.mark.parametrize("only", [(0,), (3,), (2, 5), (5, 4, 1)])
+def test_start_values_do_not_depend_on_which_layers_are_here(only: tuple[int, ...]) -> None:
+    whole = start_values()
+    here = {name for name in whole if int(name.split(".")[2]) in only}
+    assert_same(start_values(only), {name: whole[name] for name in sorted(here)})
+
+
+def test_start_values_depend_on_the_seed_and_the_name_alone() -> None:
+    first = start_values()
+    torch.manual_seed(99)
+    torch.rand(7)
+    assert_same(start_values(), first)
+    drawn = [tensor for name, tensor in first.items() if name.endswith("lora_A.weight")]
+    drawn += [tensor for name, tensor in start_values(seed=1).items() if name.endswith("lora_A.weight")]
+    assert len(drawn) == 2 * 2 * NUM_LAYERS
+    assert len({tuple(tensor.flatten().tolist()) for tensor in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_start_values_do_not_depend_on_how_the_base_is_stored(quantization: str, dtype: torch.dtype) -> None:
+    assert_same(start_values(quantization=quantization, dtype=dtype), start_values())
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_adapters_alone_are_trained(model_type: str) -> None:
+    model = tiny_model(model_type).requires_grad_(True)
+    before = dict(model.named_parameters())
+    add_adapters(model, QV_AND_MLP)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == set(adapter_parameters(model))
+    # What was there is there still, under its old name or as a base layer.
+    after = {
+        name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if not p.requires_grad
+    }
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_names_are_those_of_peft() -> None:
+    names = list(adapter_parameters(add_adapters(tiny_model(num_layers=2), QV_AND_MLP)))
+    assert names == sorted(names)
+    time_module = ["lora_A.weight", "lora_B.weight", "state_input", "state_transition"]
+    assert names == [
+        *(f"{PREFIX}.0.mlp.down_proj.{name}" for name in time_module[:2]),
+        *(f"{PREFIX}.0.self_attn.q_proj.{name}" for name in time_module),
+        *(f"{PREFIX}.1.mlp.down_proj.{name}" for name in time_module[:2]),
+        *(f"{PREFIX}.1.self_attn.v_proj.{name}" for name in time_module),
+    ]
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_every_projection_of_a_family_can_be_adapted(model_type: str) -> None:
+    projections = tuple(FAMILIES[model_type].projections)
+    config = AdapterConfig(rank=2, alternate=(), every_layer=projections, every_layer_method="ssmlora")
+    model = add_adapters(tiny_model(model_type, num_layers=2), config)
+    for layer in layers_of(model):
+        for axis, path in enumerate(FAMILIES[model_type].projections.values()):
+            module = layer.get_submodule(path)
+            assert isinstance(module, SSMLoRALinear)
+            assert module.axis == axis
+
+
+def test_plain_lora_leaves_the_decoder_layers_as_they_are() -> None:
+    model = tiny_model()
+    classes = [type(layer) for layer in layers_of(model)]
+    add_adapters(model, AdapterConfig(method="lora"))
+    assert [type(layer) for layer in layers_of(model)] == classes
+    assert sum(type(module) is LoRALinear for module in model.modules()) == NUM_LAYERS
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_adapters_take_over_the_mode_of_the_layer(training: bool) -> None:
+    model = add_adapters(tiny_model().train(training), QV_AND_MLP)
+    assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize(
+    ("projection", "message"),
+    [
+        ("q_porj", r"no projection 'q_porj' \(did you mean q_proj\?\); they have q_proj, k_proj.*down_proj"),
+        ("wqkv", r"no projection 'wqkv'; they have q_proj"),
+        ("input_layernorm", r"no projection 'input_layernorm'"),
+    ],
+)
+@pytest.mark.parametrize("field", ["alternate", "every_layer"])
+def test_a_projection_that_the_model_lacks_is_named_with_the_nearest(
+    field: str, projection: str, message: str
+) -> None:
+    model = tiny_model()
+    settings: dict[str, Any] = {"alternate": ("v_proj",), "every_layer": ("o_proj",)}
+    settings[field] = (*settings[field], projection)
+    with pytest.raises(AdapterError, match=message):
+        add_adapters(model, AdapterConfig(**settings))
+    # Nothing was done by halves: the corrected configuration can follow.
+    assert adapter_parameters(model) == {}
+    add_adapters(model, QV_AND_MLP)
+
+
+def test_a_model_is_adapted_once() -> None:
+    model = add_adapters(tiny_model(), QV_AND_MLP)
+    with pytest.raises(AdapterError, match="adapters already; load the base model anew"):
+        add_adapters(model, QV_AND_MLP)
+
+
+def test_other_families_are_refused() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model: Any = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=11, n_positions=8))
+    with pytest.raises(ModelError, match="'gpt2' is not supported; supported are llama"):
+        add_adapters(model)
+
+
+def test_values_are_copied_by_name() -> None:
+    model = add_adapters(tiny_model(), QV_AND_MLP)
+    generator = torch.Generator().manual_seed(1)
+    wanted = {
+        name: torch.randn(p.shape, generator=generator) for name, p in adapter_parameters(model).items()
+    }
+    load_adapter_tensors(model, wanted, "here")
+    assert_same({name: p.detach() for name, p in adapter_parameters(model).items()}, wanted)
+    assert all(p.requires_grad for p in adapter_parameters(model).values())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t, name: t.pop(name), "here: lacks {name}; it was saved for another model or placement"),
+        (
+            lambda t, name: t.update({name: torch.zeros(1, 3)}),
+            r"here: {name} is \[1, 3\], the model needs \[4, 24\]; it was saved for another",
+        ),
+        (
+            lambda t, name: t.update({name.replace("5", "6"): torch.zeros(4, 24)}),
+            r"here: holds {other}, which the model has no adapter for; it was saved for another",
+        ),
+    ],
+    ids=["lacking", "shape", "unknown"],
+)
+def test_values_that_do_not_fit_are_refused_and_nothing_is_copied(spoil: Any, message: str) -> None:
+    model = add_adapters(tiny_model(), QV_AND_MLP)
+    tensors = {name: torch.ones_like(parameter) for name, parameter in adapter_parameters(model).items()}
+    name = f"{PREFIX}.5.mlp.down_proj.lora_A.weight"
+    spoil(tensors, name)
+    before = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    with pytest.raises(AdapterError, match=message.format(name=name, other=name.replace("5", "6"))):
+        load_adapter_tensors(model, tensors, "here")
+    assert_same({name: p.detach() for name, p in adapter_parameters(model).items()}, before)
+
+
+def test_quantised_base_layers_stay_quantised() -> None:
+    model = tiny_model(quantization="nf4")
+    before = layers_of(model)[0].self_attn.q_proj
+    add_adapters(model, QV_AND_MLP)
+    assert layers_of(model)[0].self_attn.q_proj.base_layer is before

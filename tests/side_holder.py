@@ -1,0 +1,59 @@
+"""The mistake that invariant I2 is there to catch: a state that goes from layer to layer beside the function.
+
+`hold_state_aside` makes the decoder layers of an adapted model hand on the state through an attribute of an
+object that they share. A forward pass computes the same numbers; a recompute finds what the last layer
+left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ssmlora_dist.adapters.layers import LayerState
+from ssmlora_dist.adapters.state import StatefulDecoderLayer, bind_state
+from ssmlora_dist.models import decoder_layers
+
+
+class SideHolder:
+    """Outlives the call of a layer, which is what is wrong with it.
+
+    Attributes:
+        state: [B,S,A,R], as the layer that ran last left it.
+        detach: whether layers receive it without its graph.
+    """
+
+    def __init__(self, detach: bool) -> None:
+        self.state: Tensor | None = None
+        self.detach = detach
+
+
+class SideHolderLayer(StatefulDecoderLayer):
+    """Mixed into a decoder layer's class by `hold_state_aside`."""
+
+    holder: SideHolder
+    is_first: bool
+
+    def forward(self, hidden_and_state: Any, *args: Any, **kwargs: Any) -> Any:
+        """hidden [B,S,D] -> hidden [B,S,D]; the state is neither argument nor result."""
+        hidden_BSD: Tensor = hidden_and_state
+        held = None if self.is_first else self.holder.state
+        if held is None:
+            held = self.initial_state(hidden_BSD)
+        state = LayerState(held.detach() if self.holder.detach else held)
+        with bind_state(self.time_modules, state):
+            hidden_BSD = super(StatefulDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
+        self.holder.state = state.packed()
+        return hidden_BSD
+
+
+def hold_state_aside(model: Any, *, detach: bool) -> None:
+    """Spoils an adapted model, in place."""
+    holder = SideHolder(detach)
+    for layer_idx, layer in enumerate(decoder_layers(model)):
+        assert isinstance(layer, StatefulDecoderLayer)
+        family_class = type(layer).__mro__[2]
+        layer.__class__ = type("SideHolderDecoderLayer", (SideHolderLayer, family_class), {})
+        layer.__dict__["holder"] = holder
+        layer.__dict__["is_first"] = layer_idx == 0

@@ -1,0 +1,202 @@
+"""The public interface: adapt, save, load, generate; whatever else a model of transformers is asked for."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ssmlora_dist import AdapterConfig, add_adapters, load_adapter, save_adapter
+from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.errors import AdapterError
+from tests.tiny import FAMILY_NAMES, QV_AND_MLP, adapted_model, randomize_adapters, tiny_model, token_ids
+
+FINGERPRINT = "0123456789abcdef" * 4
+CONFIGS = {
+    "ssmlora": QV_AND_MLP,
+    "everywhere": AdapterConfig(
+        rank=3,
+        alpha=5.0,
+        every_layer=("gate_proj",),
+        every_layer_method="ssmlora",
+        carry="raw",
+        normalization="rms",
+        state_gradient="detached",
+        state_dtype="float32",
+    ),
+    "lora": AdapterConfig(method="lora", rank=4, every_layer=("o_proj",)),
+}
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(token_ids(2, 9), use_cache=False).logits
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_what_is_saved_is_loaded_bitwise(config: AdapterConfig, quantization: str, tmp_path: Path) -> None:
+    model = adapted_model(config=config, quantization=quantization)
+    save_adapter(model, tmp_path / "made" / "adapter")
+    loaded = load_adapter(tiny_model(quantization=quantization), tmp_path / "made" / "adapter")
+    expected, parameters = adapter_parameters(model), adapter_parameters(loaded)
+    assert parameters.keys() == expected.keys()
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == set(parameters)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_every_family_is_saved_and_loaded(model_type: str, tmp_path: Path) -> None:
+    model = adapted_model(model_type)
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(tiny_model(model_type), tmp_path)), logits(model))
+
+
+def test_values_of_an_adapted_model_are_replaced(tmp_path: Path) -> None:
+    model = adapted_model()
+    save_adapter(model, tmp_path)
+    expected = logits(model)
+    randomize_adapters(model, seed=1)
+    assert not torch.equal(logits(model), expected)
+    assert load_adapter(model, tmp_path) is model
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_model_without_adapter_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="carries no adapter; call add_adapters first"):
+        save_adapter(tiny_model(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "refused"),
+    [
+        (FINGERPRINT, FINGERPRINT, False),
+        (FINGERPRINT, FINGERPRINT[::-1], True),
+        (FINGERPRINT, None, False),
+        (None, FINGERPRINT, False),
+    ],
+)
+def test_the_fingerprint_of_another_base_is_refused(
+    saved: str | None, loaded: str | None, refused: bool, tmp_path: Path
+) -> None:
+    save_adapter(adapted_model(), tmp_path, base_fingerprint=saved)
+    model = tiny_model()
+    if not refused:
+        load_adapter(model, tmp_path, base_fingerprint=loaded)
+        return
+    with pytest.raises(
+        AdapterError, match=r"trained on another base model .*0123456789ab.*load that base"
+    ) as caught:
+        load_adapter(model, tmp_path, base_fingerprint=loaded)
+    assert str(tmp_path) in str(caught.value)
+    assert adapter_parameters(model) == {}
+
+
+def set_rank(directory: Path, rank: int) -> None:
+    settings = json.loads((directory / "ssmlora.json").read_text())
+    settings["adapter"]["rank"] = rank
+    (directory / "ssmlora.json").write_text(json.dumps(settings))
+
+
+def drop_a_tensor(directory: Path) -> None:
+    tensors = load_file(directory / "adapter_model.safetensors")
+    tensors.pop("base_model.model.model.layers.2.self_attn.q_proj.state_input")
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "base", "message"),
+    [
+        (
+            None,
+            {"hidden_size": 32},
+            r"lora_B.weight is \[16, 4\], the model needs \[32, 4\]; .*another base model",
+        ),
+        (None, {"num_layers": 7}, r"lacks model.layers.6\..*; it was saved for another model or placement"),
+        (None, {"num_layers": 5}, r"holds model.layers.5\..*, which the model has no adapter for"),
+        (
+            lambda d: set_rank(d, 8),
+            {},
+            r"is \[4, 24\], the model needs \[8, 24\]; .*another base model or rank",
+        ),
+        (drop_a_tensor, {}, "lacks model.layers.2.self_attn.q_proj.state_input"),
+    ],
+    ids=["width", "deeper", "shallower", "rank", "tensor"],
+)
+def test_an_adapter_of_another_shape_is_refused(
+    spoil: Callable[[Path], None] | None, base: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save_adapter(adapted_model(), tmp_path)
+    if spoil:
+        spoil(tmp_path)
+    with pytest.raises(AdapterError, match=message) as caught:
+        load_adapter(tiny_model(**base), tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_an_adapter_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    save_adapter(adapted_model(), tmp_path)
+    model = adapted_model(config=QV_AND_MLP.model_copy(update={"carry": "raw"}))
+    before = logits(model)
+    with pytest.raises(AdapterError, match=r"its adapter configuration is .*the model has .*carry='raw'"):
+        load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_generation_works_after_loading(model_type: str, tmp_path: Path) -> None:
+    model = adapted_model(model_type)
+    save_adapter(model, tmp_path)
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    prompt = token_ids(1, 6)
+    loaded = load_adapter(tiny_model(model_type), tmp_path)
+    generated = loaded.generate(prompt, **settings)
+    assert generated.shape == (1, 11)
+    assert torch.equal(generated, model.generate(prompt, **settings))
+    assert not torch.equal(logits(loaded), logits(tiny_model(model_type)))
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True}], ids=["beams", "sampling"])
+def test_other_ways_to_generate_work(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    generated = adapted_model().generate(token_ids(2, 6), max_new_tokens=4, **settings)
+    assert generated.shape == (2, 10)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_copy_is_equal_and_independent(quantization: str) -> None:
+    model = adapted_model(quantization=quantization)
+    expected = logits(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), expected)
+    randomize_adapters(model, seed=1)
+    assert torch.equal(logits(copied), expected)
+    assert not torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_hidden_states_of_every_layer_can_be_had(model_type: str) -> None:
+    model = adapted_model(model_type)
+    base = tiny_model(model_type)
+    tokens = token_ids(2, 9)
+    output = model(tokens, use_cache=False, output_hidden_states=True)
+    assert [tuple(hidden.shape) for hidden in output.hidden_states] == [(2, 9, 16)] * 7
+    assert torch.equal(output.logits, model(tokens, use_cache=False).logits)
+    unadapted = base(tokens, use_cache=False, output_hidden_states=True).hidden_states
+    changed = [not torch.equal(a, b) for a, b in zip(output.hidden_states, unadapted, strict=True)]
+    assert changed == [False] + [True] * 6
+
+
+def test_the_seed_decides_the_start() -> None:
+    first, again, other = (adapter_parameters(add_adapters(tiny_model(), seed=seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
