@@ -36,7 +36,7 @@ def add_adapters(
     prefix = require_supported(model.config.model_type).layers
     layers = decoder_layers(model)
     model.requires_grad_(False)
-    insert_adapters(dict(enumerate(layers)), config, num_layers=len(layers), prefix=prefix, seed=seed)
+    insert_adapters(layers, config, num_layers=model.config.num_hidden_layers, prefix=prefix, seed=seed)
     model.ssmlora_config = config
     return model
 
@@ -80,7 +80,7 @@ def load_adapter(
         AdapterError: the directory cannot be read, or was saved for another base model or configuration.
     """
     directory = Path(directory)
-    saved = read_adapter(directory, num_layers=len(decoder_layers(model)))
+    saved = read_adapter(directory, num_layers=model.config.num_hidden_layers)
     if base_fingerprint and saved.base_fingerprint and base_fingerprint != saved.base_fingerprint:
         raise AdapterError(
             f"{directory}: was trained on another base model ({saved.base.get('path')}, fingerprint "

@@ -51,7 +51,7 @@ class SideHolderLayer(StatefulDecoderLayer):
 def hold_state_aside(model: Any, *, detach: bool) -> None:
     """Spoils an adapted model, in place."""
     holder = SideHolder(detach)
-    for layer_idx, layer in enumerate(decoder_layers(model)):
+    for layer_idx, layer in decoder_layers(model).items():
         assert isinstance(layer, StatefulDecoderLayer)
         family_class = type(layer).__mro__[2]
         layer.__class__ = type("SideHolderDecoderLayer", (SideHolderLayer, family_class), {})

@@ -72,7 +72,7 @@ def adapted_model(model_type: str = "llama", config: AdapterConfig = QV_AND_MLP,
 
 def layers_of(model: Any) -> list[Any]:
     """The decoder layers, in order."""
-    return list(decoder_layers(model))
+    return list(decoder_layers(model).values())
 
 
 def randomize_adapters(model: nn.Module, seed: int = SEED) -> None:

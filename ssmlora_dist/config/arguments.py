@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,13 +13,17 @@ from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, SSMLoRAError
 
 EXIT_INTERRUPTED = 130
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# Launchers end every rank as soon as one has ended: the others leave rank 0 this time to say why and to close
+# its run at the tracker.
+SECONDS_FOR_RANK_0 = 30.0
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """An argument parser that names its usage on one rank only."""
 
     def error(self, message: str) -> NoReturn:
-        if not _speaks():
+        if _rank() != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
             sys.exit(EXIT_BAD_INPUT)
         super().error(message)
 
@@ -49,18 +54,22 @@ def build_parser(description: str) -> ArgumentParser:
 def run_command(main: Callable[[], int | None]) -> int:
     """Runs a script's `main` and gives the exit code: `sys.exit(run_command(main))`.
 
-    An error that the user can mend is shown without traceback, on rank 0 only, since every rank meets it;
-    any other exception passes through with its traceback (exit code 1).
+    An error that the user can mend is shown without traceback, by rank 0: as a rule every rank meets it, and
+    the launcher ends those that wait. One that is still there after a while met it alone, and shows it. Any
+    other exception passes through with its traceback (exit code 1).
     """
     try:
         return main() or EXIT_DONE
     except SSMLoRAError as error:
-        if _speaks():
-            print(f"error: {error}", file=sys.stderr)
+        place = ""
+        if _rank() != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
+            place = f" on rank {_rank()}"
+        print(f"error{place}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
 
-def _speaks() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _rank() -> str:
+    return os.environ.get("RANK", "0")

@@ -91,18 +91,19 @@ class DataParallelEngine:
         for index, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss = self.engine(**{name: tensor.to(self.group.device) for name, tensor in batch.items()})
-            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            # 0 x infinity: a loss that is not finite makes the gradients so, and every stage skips the step.
+            self.engine.backward(loss * (scale + 0.0 * loss.detach()), scale_wrt_gas=False)
             loss_sum += loss.detach()
         loss_mean = self.group.sum([float(loss_sum)])[0] / num_targets
-        grad_norm, skipped = self._update(math.isfinite(loss_mean))
+        grad_norm, skipped = self._update()
         return StepResult(loss_mean, grad_norm, num_tokens, num_targets, skipped)
 
-    def _update(self, loss_is_finite: bool) -> tuple[float, bool]:
+    def _update(self) -> tuple[float, bool]:
         if self.zero_stage > 0:
             self.engine.step()
             return float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
         grad_norm = clip_gradients(self.parameters, self.max_grad_norm)
-        if not (loss_is_finite and math.isfinite(grad_norm)):
+        if not math.isfinite(grad_norm):
             self.engine.zero_grad()
             return grad_norm, True
         self.engine.step()
@@ -122,17 +123,36 @@ def count_targets(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
 
 
+def squared_norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+    """Squared gradient norm of each parameter that has a gradient, in float64, by name in order."""
+    grads = {name: p.grad for name, p in sorted(parameters.items()) if p.grad is not None}
+    if not grads:
+        return {}
+    squares = torch.stack([grad.double().square().sum() for grad in grads.values()])
+    return dict(zip(grads, squares.tolist(), strict=True))
+
+
+def clip_coefficient(norm: float, max_norm: float | None) -> float:
+    """What gradients of global norm `norm` are multiplied with, so that it is at most `max_norm`."""
+    if max_norm is None or not math.isfinite(norm) or norm <= max_norm:
+        return 1.0
+    return max_norm / (norm + 1e-6)
+
+
 def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
     """Scales gradients in place to a global norm of at most `max_norm`; returns the norm before that.
 
     The norm is summed from per-parameter norms in the order of their names, in float64, so that it does not
     depend on how parameters are spread over processes. Gradients are left alone when the norm is not finite.
     """
-    with_grad = [p for _, p in sorted(parameters.items()) if p.grad is not None]
-    squares = [p.grad.double().square().sum() for p in with_grad if p.grad is not None]
-    norm = math.sqrt(sum(float(square) for square in torch.stack(squares).tolist())) if squares else 0.0
-    if max_norm is not None and math.isfinite(norm) and norm > max_norm:
-        for parameter in with_grad:
-            assert parameter.grad is not None
-            parameter.grad.mul_(max_norm / (norm + 1e-6))
+    norm = math.sqrt(sum(squared_norms(parameters).values()))
+    scale_gradients(parameters, clip_coefficient(norm, max_norm))
     return norm
+
+
+def scale_gradients(parameters: Mapping[str, nn.Parameter], coefficient: float) -> None:
+    """Multiplies gradients in place; 1 leaves every bit as it is."""
+    if coefficient != 1.0:
+        for parameter in parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(coefficient)

@@ -105,12 +105,11 @@ def projection_path(family: Family, projection: str) -> str:
     return path
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a supported model, in order.
+def decoder_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The decoder layers that a supported model holds, by their index: all, or those of a pipeline stage.
 
     Raises:
         ModelError: the model's type is not supported.
     """
     layers = model.get_submodule(require_supported(model.config.model_type).layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+    return {int(index): layer for index, layer in layers.named_children()}

@@ -26,7 +26,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
     Non-reentrant, with hidden states and adapter state as the explicit inputs and outputs of a layer.
     """
-    for layer in decoder_layers(model):
+    for layer in decoder_layers(model).values():
         layer.gradient_checkpointing = True  # type: ignore[assignment]
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 

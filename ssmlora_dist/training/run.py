@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.injection import adapter_parameters
@@ -101,6 +103,8 @@ class _Run:
         before = self._evaluate(step=0)
         records: list[StepRecord] = []
         training_started = time.perf_counter()
+        # Of dropout: masks of their own on every rank, and other ones with every seed.
+        torch.manual_seed(self.config.run.seed * self.group.world_size + self.group.rank)
         with self.console.progress(self.num_steps, "training") as progress:
             train(
                 self.engine,

@@ -40,18 +40,28 @@ def test_usage_errors_exit_with_2(command: list[str], capsys: pytest.CaptureFixt
     assert "usage:" in capsys.readouterr().err
 
 
-def test_only_rank_0_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_let_rank_0_speak_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends them in that time, unless the error is theirs alone."""
+    waited: list[float] = []
+    monkeypatch.setattr("ssmlora_dist.config.arguments.time.sleep", waited.append)
+
     def fail() -> NoReturn:
         raise ConfigError(["run.name: missing"])
 
-    for rank, speaks in (("0", True), ("1", False)):
+    for rank, usage, start, waits in (("0", "usage:", "error: ", []), ("1", "", "error on rank 1: ", [30.0])):
         monkeypatch.setenv("RANK", rank)
         assert run_command(fail) == EXIT_BAD_INPUT
-        assert ("run.name: missing" in capsys.readouterr().err) is speaks
+        shown = capsys.readouterr().err
+        assert shown.startswith(start)
+        assert "run.name: missing" in shown
+        assert waited == waits
         with pytest.raises(SystemExit) as caught:
             build_parser("test").parse_args([])
         assert caught.value.code == EXIT_BAD_INPUT
-        assert ("usage:" in capsys.readouterr().err) is speaks
+        assert usage in capsys.readouterr().err
+        assert waited == waits * 2
 
 
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,4 +118,6 @@ def test_the_table_has_a_row_per_rule() -> None:
 def test_the_readme_holds_the_table() -> None:
     readme = Path("README.md").read_text(encoding="utf-8")
     shown = readme.partition("<!-- topology:begin -->\n")[2].partition("<!-- topology:end -->")[0]
-    assert shown == markdown_table().strip() + "\n", "run `python -m ssmlora_dist.config.topology` and paste it"
+    assert shown == markdown_table().strip() + "\n", (
+        "run `python -m ssmlora_dist.config.topology` and paste it"
+    )

@@ -17,7 +17,7 @@ from ssmlora_dist.models import FAMILIES, decoder_layers, load_model, projection
 def test_every_path_leads_to_the_module_it_names(model_type: str, tiny_config: Callable[..., Any]) -> None:
     family = FAMILIES[model_type]
     model = load_model(init="random", config=tiny_config(model_type), quantization="none")
-    layers = decoder_layers(model)
+    layers = list(decoder_layers(model).values())
     assert len(layers) == 2
     assert {type(layer).__name__ for layer in layers} == {family.decoder_layer}
     for layer in layers:

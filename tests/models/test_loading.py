@@ -121,7 +121,7 @@ def test_what_is_quantised_frozen_and_placed(
     model = load_model(str(checkpoints[model_type]), quantization=quantization)
     projections = [
         layer.get_submodule(path)
-        for layer in decoder_layers(model)
+        for layer in decoder_layers(model).values()
         for path in FAMILIES[model_type].projections.values()
     ]
     assert len(projections) == 14
@@ -240,7 +240,9 @@ def test_random_weights_are_quantised_as_others_are(
 ) -> None:
     dense = random_model(tiny_config("llama"), quantization="none")
     quantized = random_model(tiny_config("llama"), quantization=quantization)
-    for ours, original in zip(decoder_layers(quantized), decoder_layers(dense), strict=True):
+    for ours, original in zip(
+        decoder_layers(quantized).values(), decoder_layers(dense).values(), strict=True
+    ):
         expected = dequantized_weight(quantize_linear(original.mlp.up_proj, mode=quantization))
         assert torch.equal(dequantized_weight(ours.mlp.up_proj), expected)
     assert torch.equal(quantized.lm_head.weight, dense.lm_head.weight)

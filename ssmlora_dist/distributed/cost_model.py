@@ -1,0 +1,234 @@
+"""What the parts of an adapted decoder cost in time and memory, from plain numbers.
+
+Arithmetic stands for time. Everything is counted in whole numbers, per micro-batch of one pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ssmlora_dist.distributed.schedule import Recompute
+
+FLOAT32_BYTES = 4
+ADAPTER_BYTES_PER_PARAMETER = 4 * FLOAT32_BYTES  # parameter, gradient and AdamW's two moments
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a decoder, by the names of transformers.
+
+    Attributes:
+        head_dim: width of one attention head; `hidden_size / num_attention_heads` in most models.
+        tied_embeddings: whether the output head is the embedding's matrix; two stages hold a copy each.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+
+    @property
+    def attention_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all key heads together, which is that of all value heads."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the seven projections of one layer."""
+        attention = 2 * self.attention_size + 2 * self.key_value_size
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Sizes of the adapters.
+
+    Attributes:
+        parameters_by_layer: trained parameters of each decoder layer.
+        num_axes: A of the state [B,S,A,R]; 0 for plain LoRA.
+        rank: R.
+        state_dtype_bytes: bytes of one number of the state between layers.
+    """
+
+    parameters_by_layer: tuple[int, ...]
+    num_axes: int
+    rank: int
+    state_dtype_bytes: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one pipeline computes in one step.
+
+    Attributes:
+        sequence_length: S, in tokens.
+        micro_batch_size: B, in sequences.
+        num_micro_batches: per step.
+        supervised_tokens: per sequence; output head and loss see only these.
+        loss_chunk_size: supervised tokens whose logits exist at one time.
+        recompute: when activations are recomputed; `none` without gradient checkpointing.
+    """
+
+    sequence_length: int
+    micro_batch_size: int
+    num_micro_batches: int
+    supervised_tokens: int
+    loss_chunk_size: int
+    recompute: Recompute
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """Cost of one part of the model - a layer, the embedding, or norm, head and loss - per micro-batch.
+
+    Attributes:
+        forward_flops: F.
+        recompute_flops: R, what `Workload.recompute` decides over; 0 where nothing is recomputed.
+        backward_flops: B, the gradients of the inputs and of the adapters.
+        frozen_bytes: weights of the backbone.
+        adapter_bytes: adapters with their gradients and moments.
+        input_bytes: of the part's input, which is kept where the rest is recomputed.
+        saved_bytes: what the backward pass needs.
+    """
+
+    forward_flops: int
+    recompute_flops: int
+    backward_flops: int
+    frozen_bytes: int
+    adapter_bytes: int
+    input_bytes: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """Costs of all parts of a model.
+
+    Attributes:
+        embedding: of the token embedding.
+        layers: of each decoder layer.
+        head: of final norm, output head and loss.
+        shared_bytes: what embedding and head hold in common when they are on the same stage.
+        num_micro_batches: per step.
+        recompute: when activations are recomputed.
+    """
+
+    embedding: PartCost
+    layers: tuple[PartCost, ...]
+    head: PartCost
+    shared_bytes: int
+    num_micro_batches: int
+    recompute: Recompute
+
+
+def bytes_per_weight(
+    mode: Literal["nf4", "fp4", "int8", "none"], *, double_quantization: bool, compute_dtype_bytes: int
+) -> float:
+    """Bytes that one weight of a frozen linear layer takes, its share of the block scales included.
+
+    Four bits come with a float32 scale for each 64 weights or, quantised doubly, with an 8-bit scale for each
+    64 and a float32 scale for each 256 of these. The row scales of int8 are too few to count.
+    """
+    if mode == "none":
+        return float(compute_dtype_bytes)
+    if mode == "int8":
+        return 1.0
+    scale_bytes = 1 + FLOAT32_BYTES / 256 if double_quantization else FLOAT32_BYTES
+    return 0.5 + scale_bytes / 64
+
+
+def model_costs(
+    shape: DecoderShape,
+    adapters: AdapterShape,
+    workload: Workload,
+    *,
+    bytes_per_linear_weight: float,
+    compute_dtype_bytes: int,
+) -> ModelCosts:
+    """Costs of every part of an adapted model with a frozen backbone.
+
+    Per token a weight costs 2 FLOPs forward and 2 backward, the latter for the input's gradient alone; an
+    adapter's parameter 2 and 4. Causal attention costs 2 FLOPs per token, position and unit of width forward
+    and 4 backward. Norms, activation functions and the embedding's look-up count as nothing.
+
+    Args:
+        shape: of the decoder.
+        adapters: their sizes.
+        workload: what is computed.
+        bytes_per_linear_weight: of the projections of the layers (`bytes_per_weight`); embedding and head are
+            stored in the compute dtype.
+        compute_dtype_bytes: bytes of one activation.
+    """
+    assert len(adapters.parameters_by_layer) == shape.num_layers, "one number of parameters for each layer"
+    table_bytes = shape.vocab_size * shape.hidden_size * compute_dtype_bytes
+    return ModelCosts(
+        embedding=PartCost(0, 0, 0, table_bytes, 0, 0, 0),
+        layers=tuple(
+            _layer_cost(shape, adapters, parameters, workload, bytes_per_linear_weight, compute_dtype_bytes)
+            for parameters in adapters.parameters_by_layer
+        ),
+        head=_head_cost(shape, workload, compute_dtype_bytes),
+        shared_bytes=table_bytes if shape.tied_embeddings else 0,
+        num_micro_batches=workload.num_micro_batches,
+        recompute=workload.recompute,
+    )
+
+
+def _layer_cost(
+    shape: DecoderShape,
+    adapters: AdapterShape,
+    parameters: int,
+    workload: Workload,
+    bytes_per_linear_weight: float,
+    compute_dtype_bytes: int,
+) -> PartCost:
+    hidden, state = shape.hidden_size, adapters.num_axes * adapters.rank
+    tokens = workload.micro_batch_size * workload.sequence_length
+    linear = 2 * tokens * shape.linear_weights
+    attention = 2 * tokens * workload.sequence_length * shape.attention_size
+    forward = linear + attention + 2 * tokens * parameters
+    # Queries, keys, values and the attention's output; three tensors of the MLP's width; the two norms'
+    # inputs in float32; the adapters' input. A frozen product keeps nothing.
+    saved = 2 * shape.attention_size + 2 * shape.key_value_size + 3 * shape.intermediate_size + hidden
+    norm_bytes = 2 * hidden * compute_dtype_bytes
+    return PartCost(
+        forward_flops=forward,
+        recompute_flops=forward if workload.recompute != "none" else 0,
+        backward_flops=linear + 2 * attention + 4 * tokens * parameters,
+        frozen_bytes=math.ceil(shape.linear_weights * bytes_per_linear_weight) + norm_bytes,
+        adapter_bytes=parameters * ADAPTER_BYTES_PER_PARAMETER,
+        input_bytes=tokens * (hidden * compute_dtype_bytes + state * adapters.state_dtype_bytes),
+        saved_bytes=tokens * (saved * compute_dtype_bytes + 2 * hidden * FLOAT32_BYTES),
+    )
+
+
+def _head_cost(shape: DecoderShape, workload: Workload, compute_dtype_bytes: int) -> PartCost:
+    hidden, vocabulary = shape.hidden_size, shape.vocab_size
+    tokens = workload.micro_batch_size * workload.sequence_length
+    supervised = workload.micro_batch_size * workload.supervised_tokens
+    product = 2 * supervised * hidden * vocabulary
+    # Of one chunk: logits, their logarithms of probability in float32 and the gradient in float32.
+    logits = (
+        min(supervised, workload.loss_chunk_size) * vocabulary * (compute_dtype_bytes + 2 * FLOAT32_BYTES)
+    )
+    return PartCost(
+        forward_flops=product,
+        recompute_flops=0,
+        # The chunks of the loss recompute their logits whatever is done with the layers.
+        backward_flops=2 * product,
+        frozen_bytes=(vocabulary + 1) * hidden * compute_dtype_bytes,
+        adapter_bytes=0,
+        input_bytes=tokens * hidden * compute_dtype_bytes,
+        saved_bytes=tokens * hidden * FLOAT32_BYTES + supervised * hidden * compute_dtype_bytes + logits,
+    )

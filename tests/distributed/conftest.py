@@ -1,0 +1,77 @@
+"""One start of one rank and of two, side by side, for all tests of this directory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ..launch.processes import finish, free_port
+from .jobs import ROWS, ROWS_FILE, result_file, run_name
+
+WORLD_SIZES = (1, 2)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the ranks of `worker.py` left in a directory."""
+
+    directory: Path
+
+    def found(self, num_ranks: int, key: str) -> list[Any]:
+        """What every rank found under `key`, by rank."""
+        files = [self.directory / result_file(rank, num_ranks) for rank in range(num_ranks)]
+        return [json.loads(file.read_text())[key] for file in files]
+
+    def all_rows(self, job: str, num_ranks: int) -> list[dict[str, float]]:
+        """The rows that a job logged."""
+        lines = (self._run(job, num_ranks) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def rows(self, job: str, num_ranks: int) -> list[dict[str, float]]:
+        """The rows of a job's training steps."""
+        return [row for row in self.all_rows(job, num_ranks) if "loss" in row]
+
+    def summary(self, job: str, num_ranks: int) -> dict[str, Any]:
+        """A job's summary."""
+        summary: dict[str, Any] = json.loads((self._run(job, num_ranks) / "summary.json").read_text())
+        return summary
+
+    def adapter(self, job: str, num_ranks: int) -> dict[str, torch.Tensor]:
+        """The adapter that a job ended with."""
+        return load_file(self._run(job, num_ranks) / "adapter" / "adapter_model.safetensors")
+
+    def _run(self, job: str, num_ranks: int) -> Path:
+        return self.directory / "runs" / run_name(job, num_ranks)
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Starts the ranks and waits for them."""
+    directory = tmp_path_factory.mktemp("ranks")
+    (directory / ROWS_FILE).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    variables = []
+    for num_ranks in WORLD_SIZES:
+        port = str(free_port())
+        for rank in map(str, range(num_ranks)):
+            variables.append(
+                {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": str(num_ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "DS_ACCELERATOR": "cpu",
+                }
+            )
+    command = [sys.executable, "-m", "tests.distributed.worker"]
+    finished = finish([command] * len(variables), directory, variables)
+    assert {rank.exit_code for rank in finished} == {0}, "\n".join(rank.stderr for rank in finished)
+    return Results(directory)

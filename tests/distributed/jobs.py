@@ -1,0 +1,125 @@
+"""What the ranks of `worker.py` do: training runs as overrides of `configs/debug_tiny.json`, and steps."""
+
+from __future__ import annotations
+
+Overrides = tuple[str, ...]
+
+# Rows of 3 to 60 target tokens: a mean of means is far from the mean over all target tokens.
+ROWS_FILE = "rows.jsonl"
+ROWS = [
+    {"instruction": f"Repeat {word} {count} times.", "output": " ".join([word] * count)}
+    for word, count in (
+        ("ab", 1),
+        ("xyz", 15),
+        ("q", 4),
+        ("mno", 9),
+        ("k", 1),
+        ("uvw", 12),
+        ("d", 2),
+        ("ef", 20),
+    )
+]
+_SOURCE = f'{{"format":"instruction","path":"{ROWS_FILE}"}}'
+
+# Four steps of four sequences. The norm is clipped in each of them, so that DeepSpeed's clipping is compared
+# with our own as well.
+COMMON: Overrides = (
+    "model.config.num_hidden_layers=4",
+    f"data.train={_SOURCE}",
+    "data.validation=null",
+    "training.max_steps=4",
+    "training.global_batch_size=4",
+    "training.warmup_steps=1",
+    "training.max_grad_norm=0.25",
+    "evaluation.every_steps=null",
+    "tracking.tracker=none",
+)
+
+REFERENCE = "zero 0"
+TOPOLOGIES: dict[str, Overrides] = {
+    REFERENCE: ("parallel.zero_stage=0",),
+    "zero 1": ("parallel.zero_stage=1",),
+    "zero 2": ("parallel.zero_stage=2",),
+    "zero 3": ("parallel.zero_stage=3",),
+    "zero 1, optimizer offloaded": ("parallel.zero_stage=1", "parallel.offload_optimizer=true"),
+    "zero 2, optimizer offloaded": ("parallel.zero_stage=2", "parallel.offload_optimizer=true"),
+    "zero 3, optimizer offloaded": ("parallel.zero_stage=3", "parallel.offload_optimizer=true"),
+    "zero 3, parameters offloaded": ("parallel.zero_stage=3", "parallel.offload_parameters=true"),
+    # As with a real backbone, whose matrices are too large to stay gathered.
+    "zero 3, nothing persistent": (
+        "parallel.zero_stage=3",
+        'deepspeed.zero_optimization={"stage3_param_persistence_threshold":0}',
+    ),
+    "zero 3, both offloaded": (
+        "parallel.zero_stage=3",
+        "parallel.offload_optimizer=true",
+        "parallel.offload_parameters=true",
+    ),
+}
+
+# Evaluation must leave dropout on and draw no random number.
+DROPOUT = "dropout"
+_WITHOUT_EVALUATION: dict[str, Overrides] = {**TOPOLOGIES, DROPOUT: ("adapter.dropout=0.3",)}
+
+# Three examples, so that two ranks do not share them evenly.
+_EVALUATION: Overrides = (
+    f"data.validation={_SOURCE}",
+    "evaluation.num_examples=3",
+    "evaluation.every_steps=1",
+)
+EVALUATED: dict[str, Overrides] = {
+    f"{name}, evaluated": (*_WITHOUT_EVALUATION[name], *_EVALUATION)
+    for name in (REFERENCE, "zero 3, nothing persistent", DROPOUT)
+}
+
+# As a real backbone is kept, and evaluated in between: bitsandbytes' own 4-bit layers pass no gradient then.
+QUANTIZED: dict[str, Overrides] = {
+    f"{mode} in bfloat16, {name}": (
+        *TOPOLOGIES[name],
+        f"quantization.mode={mode}",
+        "model.compute_dtype=bfloat16",
+        *_EVALUATION,
+    )
+    for mode in ("nf4", "int8")
+    for name in (REFERENCE, "zero 3, nothing persistent")
+}
+
+# Chunks of the loss so short that the ranks have different numbers of them.
+MICRO_BATCHES: dict[str, Overrides] = {
+    f"micro-batch {size}, {name}": (
+        f"training.micro_batch_size={size}",
+        "training.loss_chunk_size=16",
+        "quantization.mode=none",
+        *TOPOLOGIES[name],
+    )
+    for size, name in (
+        (1, REFERENCE),
+        (2, REFERENCE),
+        (4, REFERENCE),
+        (1, "zero 2"),
+        (2, "zero 2"),
+        (1, "zero 3, nothing persistent"),
+    )
+}
+
+JOBS: dict[str, Overrides] = {**_WITHOUT_EVALUATION, **EVALUATED, **QUANTIZED, **MICRO_BATCHES}
+
+
+STAGES = (0, 1, 2, 3)
+POISONS = ("no poison", "gradients", "loss")
+"""What makes the second of three steps of a tiny model not finite."""
+
+
+def fits(name: str, num_ranks: int) -> bool:
+    """Whether a job's micro-batches fit into the global batch on so many ranks."""
+    return not name.startswith("micro-batch 4") or num_ranks == 1
+
+
+def run_name(name: str, num_ranks: int) -> str:
+    """The name of a job's run directory."""
+    return f"{name.replace(',', '').replace(' ', '-')}-on-{num_ranks}"
+
+
+def result_file(rank: int, num_ranks: int) -> str:
+    """Where a rank writes what it found."""
+    return f"rank-{rank}-of-{num_ranks}.json"

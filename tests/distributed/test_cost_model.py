@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssmlora_dist import AdapterConfig, add_adapters
+from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.distributed.cost_model import (
+    AdapterShape,
+    DecoderShape,
+    ModelCosts,
+    Workload,
+    bytes_per_weight,
+    model_costs,
+)
+from ssmlora_dist.distributed.schedule import Recompute
+from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
+from ssmlora_dist.training.metrics import ModelShape
+
+from ..tiny import QV_AND_MLP, layers_of, tiny_model
+
+BATCH, TOKENS, SUPERVISED, CHUNK = 2, 32, 5, 4
+# Non-reentrant checkpointing ends a layer's recompute once its last saved tensor is there, one product early.
+RECOMPUTE_TOLERANCE = 0.03
+# Rotary tables, adapter codes and the norms' scales are left out of the estimate; all are small.
+SAVED_TOLERANCE = 0.06
+BYTES = {torch.float32: 4, torch.bfloat16: 2}
+
+
+def adapted(num_layers: int, config: AdapterConfig = QV_AND_MLP, **changes: Any) -> Any:
+    return add_adapters(tiny_model(num_layers=num_layers, **changes), config).train()
+
+
+def costs_of(model: Any, recompute: Recompute, dtype: torch.dtype = torch.float32) -> ModelCosts:
+    config = model.config
+    parameters = [0] * config.num_hidden_layers
+    for name, parameter in adapter_parameters(model).items():
+        parameters[int(name.split("layers.")[1].split(".")[0])] += parameter.numel()
+    shape = DecoderShape(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.hidden_size // config.num_attention_heads,
+        config.vocab_size,
+        config.tie_word_embeddings,
+    )
+    return model_costs(
+        shape,
+        AdapterShape(tuple(parameters), num_axes=2, rank=4, state_dtype_bytes=BYTES[dtype]),
+        Workload(TOKENS, BATCH, 4, SUPERVISED, CHUNK, recompute),
+        bytes_per_linear_weight=BYTES[dtype],
+        compute_dtype_bytes=BYTES[dtype],
+    )
+
+
+def counted_flops(model: Any, checkpointing: bool) -> tuple[int, int]:
+    """Matrix products of a forward and of a backward pass, counted by torch."""
+    if checkpointing:
+        checkpoint_layers(model)
+    input_ids = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) % model.config.vocab_size
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -SUPERVISED:] = input_ids[:, -SUPERVISED:]
+    with FlopCounterMode(display=False) as counter:
+        loss = CausalLMLoss(model, CHUNK)(input_ids=input_ids, labels=labels)
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops() - forward
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_are_those_of_a_real_model(checkpointing: bool) -> None:
+    """Four layers less two. Eager attention computes what the mask then hides: twice the part in S^2."""
+    recompute: Recompute = "on_gradient" if checkpointing else "none"
+    models = [adapted(num_layers) for num_layers in (2, 4)]
+    for model in models:
+        model.set_attn_implementation("eager")
+    two, four = (counted_flops(model, checkpointing) for model in models)
+    costs = costs_of(models[1], recompute)
+    hidden_by_mask = 2 * (2 * BATCH * TOKENS * TOKENS * 16)
+    forward = sum(layer.forward_flops for layer in costs.layers[2:]) + hidden_by_mask
+    backward = sum(layer.backward_flops for layer in costs.layers[2:]) + 2 * hidden_by_mask
+    assert four[0] - two[0] == forward
+    if checkpointing:
+        again = sum(layer.recompute_flops for layer in costs.layers[2:]) + hidden_by_mask
+        assert again == forward
+        assert four[1] - two[1] == pytest.approx(backward + again, rel=RECOMPUTE_TOLERANCE)
+    else:
+        assert four[1] - two[1] == backward
+        assert {layer.recompute_flops for layer in costs.layers} == {0}
+    layers = sum(layer.forward_flops for layer in costs.layers) + 2 * hidden_by_mask
+    assert four[0] == layers + costs.head.forward_flops
+    assert costs.head.backward_flops == 2 * costs.head.forward_flops
+
+
+def test_flops_are_those_of_the_metrics() -> None:
+    model = adapted(6)
+    costs = costs_of(model, "none")
+    trained = sum(parameter.numel() for parameter in adapter_parameters(model).values())
+    whole = sum(layer.forward_flops + layer.backward_flops for layer in costs.layers)
+    tokens = BATCH * TOKENS
+    assert whole - 6 * tokens * trained == tokens * ModelShape.of(model.config).flops_per_token(TOKENS)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_of_weights_are_those_of_a_real_model(tied: bool) -> None:
+    model = adapted(5, dtype=torch.bfloat16, tie_word_embeddings=tied)
+    costs = costs_of(model, "on_gradient", torch.bfloat16)
+    trained = {parameter.data_ptr() for parameter in adapter_parameters(model).values()}
+    frozen = sum(p.nbytes for p in model.parameters() if p.data_ptr() not in trained)
+    parts = (costs.embedding, *costs.layers, costs.head)
+    assert sum(part.frozen_bytes for part in parts) - costs.shared_bytes == frozen
+    adapters = sum(parameter.nbytes for parameter in adapter_parameters(model).values())
+    assert sum(part.adapter_bytes for part in parts) == 4 * adapters
+    assert (costs.shared_bytes > 0) == tied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_bytes_are_near_those_of_a_real_layer(dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4}
+    config = AdapterConfig(rank=4)
+    model = adapted(4, config, dtype=dtype, num_key_value_heads=2, **sizes)
+    saved: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    layer = layers_of(model)[2]
+    original = layer.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            return original(*args, **kwargs)
+
+    layer.forward = watched
+    model.model(input_ids=torch.ones(BATCH, TOKENS, dtype=torch.long), use_cache=False)
+    estimate = costs_of(model, "none", dtype).layers[2].saved_bytes
+    assert sum(saved.values()) == pytest.approx(estimate, rel=SAVED_TOLERANCE)
+
+
+def test_the_input_of_a_layer_is_what_crosses_a_stage_boundary() -> None:
+    costs = costs_of(adapted(3), "on_gradient")
+    assert {layer.input_bytes for layer in costs.layers} == {BATCH * TOKENS * (16 + 2 * 4) * 4}
+
+
+@pytest.mark.parametrize(
+    ("mode", "double", "num_bytes"),
+    [
+        # Codes, scales of 64 weights, scales of 256 scales: as bitsandbytes stores 512 x 512 weights.
+        ("nf4", True, 131_072 + 4_096 + 64),
+        ("fp4", False, 131_072 + 16_384),
+        ("int8", True, 262_144),
+        ("none", True, 524_288),
+    ],
+)
+def test_bytes_per_weight(mode: Any, double: bool, num_bytes: int) -> None:
+    per_weight = bytes_per_weight(mode, double_quantization=double, compute_dtype_bytes=2)
+    assert per_weight * 512 * 512 == num_bytes

@@ -1,0 +1,114 @@
+"""Clipping and counting alone, and steps whose gradients or loss are not finite, over one rank and two."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ssmlora_dist.distributed.engine import clip_gradients, count_targets
+
+from .conftest import WORLD_SIZES, Results
+from .jobs import STAGES
+
+# One rounding of a float32 gradient on the way to its scaled value.
+FLOAT32_ROUNDING = 2.0**-23
+
+
+def with_gradient(values: list[float]) -> nn.Parameter:
+    parameter = nn.Parameter(torch.zeros(len(values)))
+    parameter.grad = torch.tensor(values)
+    return parameter
+
+
+def gradients(parameters: dict[str, nn.Parameter]) -> dict[str, list[float]]:
+    return {name: p.grad.tolist() for name, p in parameters.items() if p.grad is not None}
+
+
+def test_gradients_are_scaled_to_the_norm() -> None:
+    parameters = {"a": with_gradient([3.0, 0.0]), "b": with_gradient([4.0])}
+    assert clip_gradients(parameters, max_norm=1.0) == 5.0
+    clipped = gradients(parameters)
+    # The divisor has 1e-6 added to it, which keeps the norm from passing the limit by a rounding.
+    assert clipped["a"][0] == pytest.approx(0.6, rel=1e-6)
+    assert clipped["b"][0] == pytest.approx(0.8, rel=1e-6)
+    assert math.hypot(clipped["a"][0], clipped["b"][0]) <= 1.0
+
+
+@pytest.mark.parametrize("max_norm", [5.0, 6.0, None])
+def test_gradients_within_the_norm_stay_bitwise(max_norm: float | None) -> None:
+    parameters = {"a": with_gradient([3.0]), "b": with_gradient([4.0])}
+    assert clip_gradients(parameters, max_norm) == 5.0
+    assert gradients(parameters) == {"a": [3.0], "b": [4.0]}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_gradients_that_are_not_finite_are_left_alone(bad: float) -> None:
+    parameters = {"a": with_gradient([3.0]), "b": with_gradient([bad, 4.0])}
+    assert not math.isfinite(clip_gradients(parameters, max_norm=1.0))
+    assert gradients(parameters)["a"] == [3.0]
+    assert gradients(parameters)["b"][1] == 4.0
+
+
+def test_the_norm_does_not_depend_on_the_order_of_the_parameters() -> None:
+    seed = 3
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(-6, 6, 40).tolist()
+    values = {f"p{i}": torch.randn(7, generator=generator) * scale for i, scale in enumerate(scales)}
+    orders = [list(values), list(reversed(values)), sorted(values, key=lambda name: float(values[name][0]))]
+    norms = {
+        clip_gradients({name: with_gradient(values[name].tolist()) for name in order}, None)
+        for order in orders
+    }
+    assert len(norms) == 1
+
+
+def test_the_norm_is_summed_in_float64() -> None:
+    # In float32, 1e4 squared and a thousand times 1 squared lie further apart than its digits reach.
+    parameters = {"a": with_gradient([1e4]), **{f"b{i}": with_gradient([1.0]) for i in range(1000)}}
+    assert clip_gradients(parameters, None) == math.sqrt(1e8 + 1000)
+    # Squares that float32 does not hold.
+    assert clip_gradients({"a": with_gradient([1e30])}, None) == pytest.approx(1e30, rel=FLOAT32_ROUNDING)
+    assert clip_gradients({"a": with_gradient([1e-30])}, None) == pytest.approx(1e-30, rel=FLOAT32_ROUNDING)
+
+
+def test_parameters_without_gradients_count_for_nothing() -> None:
+    parameters = {"a": nn.Parameter(torch.zeros(2)), "b": with_gradient([4.0])}
+    assert clip_gradients(parameters, max_norm=None) == 4.0
+    assert clip_gradients({"a": nn.Parameter(torch.zeros(2))}, max_norm=1.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([[-100, -100, 5, 6]], 2),
+        ([[-100, 5], [-100, -100]], 1),
+        # Nothing comes before the first token to predict it from.
+        ([[4, 5, 6]], 2),
+        ([[4], [5]], 0),
+        ([[-100, 0]], 1),
+    ],
+)
+def test_targets_are_counted(labels: list[list[int]], expected: int) -> None:
+    assert count_targets({"labels": torch.tensor(labels)}) == expected
+
+
+@pytest.mark.parametrize("poison", ["gradients", "loss"])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(
+    results: Results, num_ranks: int, stage: int, poison: str
+) -> None:
+    """Only the last rank's last micro-batch is bad; parameters and the optimiser's moments stay."""
+    for found in results.found(num_ranks, "skipping"):
+        without, with_poison = found[f"zero {stage}, no poison"], found[f"zero {stage}, {poison}"]
+        assert without["skipped"] == [False, False]
+        assert with_poison["skipped"] == [False, True, False]
+        assert [math.isfinite(norm) for norm in with_poison["grad_norm"]] == [True, False, True]
+        first, kept, last = with_poison["weight"]
+        assert kept == first
+        assert [first, last] == without["weight"]
+        assert first != last

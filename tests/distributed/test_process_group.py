@@ -1,0 +1,66 @@
+"""Collectives of the run's own, and a port that another run holds."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssmlora_dist.distributed.process_group import world_size_from_environment
+
+from ..launch.processes import run
+from .conftest import WORLD_SIZES, Results
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_sums_and_maxima_are_the_same_on_every_rank(results: Results, num_ranks: int) -> None:
+    for found in results.found(num_ranks, "collectives"):
+        assert found["sum"] == [num_ranks, sum(0.25 * rank for rank in range(num_ranks))]
+        assert found["max"] == [1.0, 0.25 * (num_ranks - 1)]
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_rank_0_acts_and_every_rank_meets_its_error(results: Results, num_ranks: int) -> None:
+    by_rank = results.found(num_ranks, "collectives")
+    assert [found["ran"] for found in by_rank] == [[0], *[[]] * (num_ranks - 1)]
+    assert {found["refused"] for found in by_rank} == {"refused on rank 0"}
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_every_rank_refuses_a_run_directory_that_is_taken(results: Results, num_ranks: int) -> None:
+    for message in results.found(num_ranks, "trained twice"):
+        assert "holds a run already" in message
+
+
+def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert world_size_from_environment() == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert world_size_from_environment() == 4
+
+
+def test_a_port_in_use_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    script = (
+        "from ssmlora_dist.distributed.process_group import start_process_group\n"
+        "from ssmlora_dist.config.arguments import run_command\n"
+        "import sys\n"
+        "sys.exit(run_command(lambda: start_process_group(30)))\n"
+    )
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        finished = run(
+            [sys.executable, "-c", script],
+            tmp_path,
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(other.getsockname()[1]),
+            CUDA_VISIBLE_DEVICES="",
+        )
+    assert finished.exit_code == 3, finished.stderr
+    assert "--master_port" in finished.stderr
+    assert "Traceback" not in finished.stderr

@@ -1,0 +1,133 @@
+"""Invariants I6 and I9: what is trained does not depend on ZeRO stage, offload, ranks or micro-batches."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from .conftest import WORLD_SIZES, Results
+from .jobs import DROPOUT, EVALUATED, MICRO_BATCHES, QUANTIZED, REFERENCE, TOPOLOGIES, fits
+
+# Float32 sums over a few hundred tokens in another order: at most 6e-7 in the loss, 2e-7 of the norm and 4e-7
+# in the adapters were seen. A mistake of scale (ranks or micro-batches counted twice) is 100,000 times that.
+LOSS_TOLERANCE = 5e-6
+NORM_TOLERANCE = 5e-6
+ADAPTER_TOLERANCE = 1e-5
+# In bfloat16 one float32 rounding of an adapter may flip one of its bfloat16 copy, 2^-8 of its value: 5e-5 in
+# the loss, 1e-3 of the norm and 5e-4 in the adapters were seen. Four steps move an adapter by 3e-2.
+BFLOAT16_LOSS_TOLERANCE = 1e-3
+BFLOAT16_NORM_TOLERANCE = 1e-2
+BFLOAT16_ADAPTER_TOLERANCE = 5e-3
+
+RANKS_AND_TOPOLOGIES = [(ranks, job) for ranks in WORLD_SIZES for job in TOPOLOGIES]
+
+
+def assert_same_training(
+    results: Results,
+    job: tuple[str, int],
+    reference: tuple[str, int],
+    loss_tolerance: float = LOSS_TOLERANCE,
+    norm_tolerance: float = NORM_TOLERANCE,
+    adapter_tolerance: float = ADAPTER_TOLERANCE,
+) -> None:
+    """Compares losses and norms of every step, and the adapters at the end."""
+    rows, expected = results.rows(*job), results.rows(*reference)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [1, 2, 3, 4]
+    for row, wanted in zip(rows, expected, strict=True):
+        step = f"step {row['step']}"
+        assert abs(row["loss"] - wanted["loss"]) <= loss_tolerance, f"{step}: {row['loss']} {wanted['loss']}"
+        error = abs(row["grad_norm"] / wanted["grad_norm"] - 1)
+        assert error <= norm_tolerance, f"{step}: gradient norm differs by {error:.1e}"
+    adapter, wanted_adapter = results.adapter(*job), results.adapter(*reference)
+    assert adapter.keys() == wanted_adapter.keys()
+    for name, tensor in adapter.items():
+        error = (tensor - wanted_adapter[name]).abs().max().item()
+        assert error <= adapter_tolerance, f"{name} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize(("num_ranks", "job"), RANKS_AND_TOPOLOGIES)
+def test_every_topology_trains_the_same(results: Results, num_ranks: int, job: str) -> None:
+    assert_same_training(results, (job, num_ranks), (REFERENCE, 1))
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+@pytest.mark.parametrize("job", EVALUATED)
+def test_evaluation_in_between_changes_no_bit(results: Results, num_ranks: int, job: str) -> None:
+    without = job.removesuffix(", evaluated")
+    for row, expected in zip(results.rows(job, num_ranks), results.rows(without, num_ranks), strict=True):
+        assert row["loss"] == expected["loss"]
+        assert row["grad_norm"] == expected["grad_norm"]
+    adapter, expected_adapter = results.adapter(job, num_ranks), results.adapter(without, num_ranks)
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in expected_adapter.items())
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+@pytest.mark.parametrize("job", EVALUATED)
+def test_every_evaluation_is_logged_and_counts_each_example_once(
+    results: Results, num_ranks: int, job: str
+) -> None:
+    rows = [row for row in results.all_rows(job, num_ranks) if "validation_loss" in row]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    if not job.startswith(DROPOUT):
+        reference = [
+            row for row in results.all_rows(f"{REFERENCE}, evaluated", 1) if "validation_loss" in row
+        ]
+        for row, expected in zip(rows, reference, strict=True):
+            assert row["validation_loss"] == pytest.approx(expected["validation_loss"], abs=LOSS_TOLERANCE)
+    assert results.summary(job, num_ranks)["evaluation"]["after"]["all"]["num_examples"] == 3
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_dropout_acts(results: Results, num_ranks: int) -> None:
+    first, *later = zip(results.rows(DROPOUT, num_ranks), results.rows(REFERENCE, num_ranks), strict=True)
+    # `lora_B` is zero in the first step, so that nothing that an adapter does is seen.
+    assert first[0]["loss"] == first[1]["loss"]
+    assert all(abs(dropped["loss"] - kept["loss"]) > LOSS_TOLERANCE for dropped, kept in later)
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+@pytest.mark.parametrize("job", QUANTIZED)
+def test_a_quantised_backbone_trains_the_same(results: Results, num_ranks: int, job: str) -> None:
+    reference = f"{job.partition(',')[0]}, {REFERENCE}"
+    assert_same_training(
+        results,
+        (job, num_ranks),
+        (reference, 1),
+        BFLOAT16_LOSS_TOLERANCE,
+        BFLOAT16_NORM_TOLERANCE,
+        BFLOAT16_ADAPTER_TOLERANCE,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "job"), [(n, job) for n in WORLD_SIZES for job in MICRO_BATCHES if fits(job, n)]
+)
+def test_every_cut_of_the_batch_trains_the_same(results: Results, num_ranks: int, job: str) -> None:
+    assert_same_training(results, (job, num_ranks), (f"micro-batch 1, {REFERENCE}", 1))
+
+
+@pytest.mark.parametrize("job", [REFERENCE, *QUANTIZED, f"micro-batch 1, {REFERENCE}"])
+def test_all_of_the_adapter_is_trained(results: Results, job: str) -> None:
+    """Otherwise equal results would say little."""
+    adapter = results.adapter(job, 1)
+    first_on_an_axis = ("layers.0.", "layers.1.")
+    for name, tensor in adapter.items():
+        if name.endswith("state_transition") and any(layer in name for layer in first_on_an_axis):
+            assert not tensor.any(), f"{name}: gets zeros, so it has no gradient"
+        elif name.endswith("state_input"):
+            assert not torch.equal(tensor, 0.1 * torch.eye(len(tensor))), name
+        else:
+            assert tensor.any(), name
+    losses = [row["loss"] for row in results.rows(job, 1)]
+    assert len(set(losses)) == len(losses)
+
+
+def test_rows_of_a_batch_have_different_numbers_of_targets(results: Results) -> None:
+    """Otherwise a mean of means would pass for the mean over the global batch."""
+    rates = [
+        row["target_tokens_per_second"] * row["step_seconds"]
+        for row in results.rows(f"micro-batch 1, {REFERENCE}", 1)
+    ]
+    assert len({round(rate) for rate in rates}) > 1, json.dumps(rates)

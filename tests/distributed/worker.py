@@ -1,0 +1,143 @@
+"""One rank of several things in a row: `python -m tests.distributed.worker`, with a launcher's variables set.
+
+They share one start of the interpreter, which costs more than any of them. What a rank found is written to
+`rank-R-of-N.json` in the working directory, where the run directories are too.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmlora_dist.config.loading import load_config
+from ssmlora_dist.distributed.ds_config import deepspeed_config
+from ssmlora_dist.distributed.engine import DataParallelEngine
+from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
+from ssmlora_dist.errors import CheckpointError, SSMLoRAError
+from ssmlora_dist.tracking import Console, quiet_libraries
+from ssmlora_dist.training.run import run_training
+
+from ..launch.processes import DEBUG_TINY
+from .jobs import COMMON, JOBS, POISONS, STAGES, fits, result_file, run_name
+
+TIMEOUT_SECONDS = 120
+
+
+def main() -> None:
+    quiet_libraries()
+    # As if it were not installed: nobody looks at the plots, which take as long as some of the runs.
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]
+    group = start_process_group(TIMEOUT_SECONDS)
+    try:
+        found = {
+            "collectives": collectives(group),
+            "trained twice": train_all(group),
+            "skipping": {
+                f"zero {stage}, {poison}": steps_with_poison(group, stage, poison)
+                for stage in STAGES
+                for poison in POISONS
+            },
+        }
+    finally:
+        stop_process_group()
+    Path(result_file(group.rank, group.world_size)).write_text(json.dumps(found))
+
+
+def train_all(group: ProcessGroup) -> str:
+    """Runs all jobs that fit, and one of them again; gives the message that this raises."""
+    message = ""
+    names = [name for name in JOBS if fits(name, group.world_size)]
+    for name in [*names, names[0]]:
+        own = f"run.name={run_name(name, group.world_size)}"
+        config = load_config(DEBUG_TINY, [own, *COMMON, *JOBS[name]], device_type="cpu")
+        try:
+            run_training(config, group, Console(enabled=False))
+        except SSMLoRAError as error:
+            message = str(error)
+    return message
+
+
+def collectives(group: ProcessGroup) -> dict[str, Any]:
+    """What the group's own collectives give on this rank."""
+
+    def refuse() -> None:
+        raise CheckpointError(f"refused on rank {group.rank}")
+
+    try:
+        group.on_main(refuse)
+    except CheckpointError as error:
+        refused = str(error)
+    ran: list[int] = []
+    group.on_main(lambda: ran.append(group.rank))
+    return {
+        "sum": group.sum([1.0, 0.25 * group.rank]),
+        "max": group.max([1.0, 0.25 * group.rank]),
+        "refused": refused,
+        "ran": ran,
+    }
+
+
+class SquaredOutputs(nn.Module):
+    """Sum of the squared outputs of one linear layer, and of whatever is added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2, bias=False)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.arange(1.0, 7.0).view(2, 3))
+
+    def forward(self, labels: Tensor, inputs: Tensor, added: Tensor) -> Tensor:
+        """inputs [B,S,3], added [B] -> a scalar; labels [B,S] are only counted."""
+        return self.linear(inputs).square().sum() + added.sum()
+
+
+def steps_with_poison(group: ProcessGroup, zero_stage: int, poison: str) -> dict[str, Any]:
+    """A good step, a step whose last micro-batch on the last rank is poisoned, and a good step.
+
+    Args:
+        group: the ranks.
+        zero_stage: 0 to 3.
+        poison: `no poison` leaves the second step out; `gradients` makes them and the loss not-a-number,
+            `loss` adds infinity to the loss alone.
+    """
+    model = SquaredOutputs()
+    parameters = dict(model.named_parameters())
+    engine = DataParallelEngine(
+        model,
+        parameters,
+        torch.optim.AdamW(parameters.values(), lr=0.1),
+        deepspeed_config(
+            zero_stage=zero_stage, micro_batch_size=1, gradient_accumulation_steps=2, max_grad_norm=1.0
+        ),
+        group,
+        max_grad_norm=1.0,
+    )
+    found: dict[str, Any] = {"skipped": [], "grad_norm": [], "weight": []}
+    for poisoned in (False, True, False) if poison in ("gradients", "loss") else (False, False):
+        batches = [_micro_batch(group.rank, index) for index in range(2)]
+        if poisoned and group.rank == group.world_size - 1:
+            key, value = ("inputs", torch.nan) if poison == "gradients" else ("added", torch.inf)
+            batches[-1][key][0] = value
+        result = engine.train_step(batches, learning_rate=0.1)
+        found["skipped"].append(result.skipped)
+        found["grad_norm"].append(result.grad_norm)
+        found["weight"].append(engine.adapter_tensors()["linear.weight"].flatten().tolist())
+    return found
+
+
+def _micro_batch(rank: int, index: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(10 * rank + index)
+    return {
+        "labels": torch.ones(1, 4, dtype=torch.int64),
+        "inputs": torch.randn(1, 4, 3, generator=generator),
+        "added": torch.zeros(1),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""`--dry-run` and `--help`; that neither leaves anything is tested with bad input."""
+
+from __future__ import annotations
+
+import json
+
+from ssmlora_dist.config.loading import load_config
+
+from .conftest import Outcomes
+from .materials import CONFIG_FILE
+
+
+def test_a_dry_run_shows_the_resolved_configuration_and_what_follows(outcomes: Outcomes) -> None:
+    finished = outcomes.dry_run
+    assert finished.exit_code == 0, finished.stderr
+    assert finished.stderr == ""
+    resolved, end = json.JSONDecoder().raw_decode(finished.stdout)
+    expected = load_config(
+        outcomes.directory / CONFIG_FILE,
+        ["run.name=dry", "training.max_steps=3", "adapter.rank=4"],
+        world_size=1,
+        check_files=False,
+    )
+    assert resolved == expected.model_dump(mode="json", by_alias=True)
+    lines = finished.stdout[end:].split("\n")
+    # q_proj in layer 0 and v_proj in layer 1: 4 x (16 + 16) + 2 x 16, and 4 x (16 + 8) + 2 x 16.
+    assert lines[1].startswith("parameters   288 trained, ")
+    assert lines[2] == "batch        2 = 1 ranks x 2 micro-batches x 1 sequences"
+    assert lines[3].startswith("train        4 examples of 4 rows; 0 dropped as too long")
+
+
+def test_a_dry_run_counts_the_rows(outcomes: Outcomes) -> None:
+    finished = outcomes.dry_run_counts
+    assert finished.exit_code == 0, finished.stderr
+    train, validation = finished.stdout.splitlines()[-2:]
+    assert train.endswith("1 examples of 2 rows; 1 dropped as too long, 0 truncated, 0 without target")
+    assert validation.endswith("2 examples of 3 rows; 0 dropped as too long, 0 truncated, 1 without target")
+
+
+def test_help_names_the_arguments(outcomes: Outcomes) -> None:
+    assert outcomes.help.exit_code == 0
+    for argument in ("--config", "--set", "--dry-run", "--log-level"):
+        assert argument in outcomes.help.stdout
+    # The launcher's own is nobody's business.
+    assert "local_rank" not in outcomes.help.stdout

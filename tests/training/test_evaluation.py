@@ -1,0 +1,119 @@
+"""Evaluation with a model that scores as it is told: which tokens count, groups, ranks, filler rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssmlora_dist.data import Dataset, DatasetReport, Example
+from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.models.loss import Scores
+from ssmlora_dist.training.evaluation import _scored, evaluate
+
+IGNORED = -100
+
+
+def example(length: int, num_targets: int, num_scored: int | None = None, first: int = 1) -> Example:
+    """`length` tokens counted up from `first`, the last `num_targets` of them trained."""
+    is_target = [index >= length - num_targets for index in range(length)]
+    return Example.from_tokens(range(first, first + length), is_target, num_scored, {"length": length})
+
+
+def dataset(*examples: Example) -> Dataset:
+    return Dataset(list(examples), DatasetReport(len(examples), len(examples)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_scored", "expected"),
+    [
+        ([IGNORED, IGNORED, 7, 8, 9], 2, [False, False, True, True, False]),
+        ([IGNORED, IGNORED, 7, 8, 9], None, [False, False, True, True, True]),
+        ([IGNORED, IGNORED, 7, 8, 9], 5, [False, False, True, True, True]),
+        # Targets with a gap between them: the first two turns of a conversation.
+        ([IGNORED, 5, IGNORED, 6, 7], 2, [False, True, False, True, False]),
+        ([IGNORED, 5, IGNORED, 6, 7], 0, [False] * 5),
+    ],
+)
+def test_the_first_target_tokens_are_scored(
+    labels: list[int], num_scored: int | None, expected: list[bool]
+) -> None:
+    row = Example(torch.zeros(5).numpy(), torch.tensor(labels).numpy(), num_scored)
+    assert _scored(torch.tensor([labels]), [row]).tolist() == [expected]
+
+
+def test_rows_are_scored_each_by_its_own_number_and_filler_not_at_all() -> None:
+    labels = torch.tensor([[IGNORED, 5, 6], [IGNORED, 5, 6], [IGNORED] * 3])
+    rows: list[Example | None] = [example(3, 2, num_scored=1), example(3, 2), None]
+    assert _scored(labels, rows).tolist() == [[False, True, False], [False, True, True], [False] * 3]
+
+
+class FirstTokenScorer(nn.Module):
+    """Scores a row by its first token t: loss t per target, exact where t is even."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, labels: Tensor, scored: Tensor, input_ids: Tensor, **_: Tensor) -> Scores:
+        assert not self.training
+        assert not (scored & (labels == IGNORED)).any()
+        self.shapes.append(tuple(labels.shape))
+        num_targets = (labels != IGNORED).sum(1)
+        first = input_ids[:, 0]
+        return Scores((first * num_targets).float(), num_targets, first % 2 == 0)
+
+
+class OneOf(ProcessGroup):
+    """One rank of several: what it adds up is kept, for the test to add the other ranks' to."""
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        self.__dict__["summed"] = list(values)
+        return list(values)
+
+
+EXAMPLES = dataset(
+    example(8, 2, first=2),
+    example(4, 1, first=3),
+    example(8, 2, first=5),
+    example(4, 3, first=4),
+    example(4, 1, first=6),
+)
+
+
+def run(
+    rank: int = 0, world_size: int = 1, micro_batch_size: int = 2
+) -> tuple[dict[str, Any], OneOf, nn.Module]:
+    group, module = OneOf(rank, world_size, rank, torch.device("cpu")), FirstTokenScorer()
+    scores = evaluate(module, EXAMPLES, micro_batch_size=micro_batch_size, pad_token_id=0, group=group)
+    return scores, group, module
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8])
+def test_scores_by_length_and_over_all(micro_batch_size: int) -> None:
+    scores, _, _ = run(micro_batch_size=micro_batch_size)
+    assert list(scores) == ["4", "8", "all"]
+    # Losses 3 x 1, 4 x 3 and 6 x 1 over 5 targets; 2 x 2 and 5 x 2 over 4 targets.
+    assert [scores[length].num_examples for length in scores] == [3, 2, 5]
+    assert [scores[length].loss for length in scores] == pytest.approx([21 / 5, 14 / 4, 35 / 9])
+    assert [scores[length].exact_match for length in scores] == pytest.approx([2 / 3, 1 / 2, 3 / 5])
+
+
+def test_ranks_share_the_examples_and_run_equally_often() -> None:
+    _, alone, _ = run()
+    _, first, first_module = run(rank=0, world_size=2)
+    _, second, second_module = run(rank=1, world_size=2)
+    both = [a + b for a, b in zip(first.__dict__["summed"], second.__dict__["summed"], strict=True)]
+    assert both == alone.__dict__["summed"]
+    # Under ZeRO 3 a forward pass is collective.
+    assert len(first_module.shapes) == len(second_module.shapes)  # type: ignore[arg-type]
+
+
+def test_lengths_are_in_the_order_of_numbers() -> None:
+    data = dataset(example(16, 1), example(2, 1), example(128, 1))
+    group = OneOf(0, 1, 0, torch.device("cpu"))
+    scores = evaluate(FirstTokenScorer(), data, micro_batch_size=1, pad_token_id=0, group=group)
+    assert list(scores) == ["2", "16", "128", "all"]
