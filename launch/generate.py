@@ -50,16 +50,14 @@ def _parser() -> ArgumentParser:
 
 
 def _answer(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int) -> str:
-    """Streams the greedy continuation of a prompt's token ids to the standard output and returns it."""
+    """Streams the greedy continuation of a prompt's ids to the standard output and returns it."""
     import torch
     from transformers import TextStreamer
 
     limit = model.config.max_position_embeddings
     if not prompt or len(prompt) + max_new_tokens > limit:
-        raise DataError(
-            f"--prompt: {len(prompt)} tokens and {max_new_tokens} new ones; allowed: at least 1 and {limit} "
-            "in all; change the prompt or --max-new-tokens"
-        )
+        given = f"{len(prompt)} tokens and {max_new_tokens} new ones"
+        raise DataError(f"--prompt: {given}; allowed: at least 1, {limit} in all; shorten either")
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(
         ids,
