@@ -24,7 +24,7 @@ def main() -> None:
     quiet_libraries()
     limit = arguments.max_new_tokens
     if arguments.retrieval:
-        prompt, value = _retrieval(tokenizer, arguments.retrieval, arguments.seed)
+        prompt, value = _retrieval(tokenizer, arguments.retrieval)
         print(f"... {tokenizer.decode(prompt[-60:])}")
         print(f"({len(prompt)} tokens; the true value is {value})")
         _answer(model, tokenizer, prompt, limit)
@@ -41,7 +41,6 @@ def _parser() -> ArgumentParser:
     add("--adapter", required=True, metavar="DIR", help="adapter directory of a run, or PEFT's LoRA")
     add("--model", metavar="PATH", help="the base model, where it is not where it was in training")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of --retrieval")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", help="the prompt; by default the standard input")
     add("--chat", action="store_true", help="a conversation, in the model's own chat template")
@@ -89,11 +88,11 @@ def _ask() -> str:
     return sys.stdin.readline().strip()
 
 
-def _retrieval(tokenizer: Any, length: int, seed: int) -> tuple[list[int], str]:
+def _retrieval(tokenizer: Any, length: int) -> tuple[list[int], str]:
     """A prompt of the test split, whose keys and values no training saw, and its true value."""
     from ssmlora_dist.data import generate_retrieval
 
-    [example] = generate_retrieval(tokenizer, "test", [length], [0.5], 8, 5, 1, seed)
+    [example] = generate_retrieval(tokenizer, "test", [length], [0.5], 8, 5, 1, seed=0)
     return example.input_ids[: -example.num_targets].tolist(), str(example.metadata["value"])
 
 
