@@ -252,7 +252,7 @@ UNFIT: dict[str, Case] = {
         ("--adapter", ADAPTER, "--model", "./gone"), ("there is no directory ./gone", "name an existing one")
     ),
     "prompt-too-long": Case(
-        ("--adapter", ADAPTER, "--prompt", "hi " * 100), ("--prompt: 300 tokens", "allowed: 1 to 256")
+        ("--adapter", ADAPTER, "--prompt", "hi " * 100), ("--prompt: 300 tokens", "256 in all", "shorten")
     ),
 }
 """Arguments of `generate.py` that are refused."""

@@ -16,8 +16,8 @@ from .processes import GENERATE_SCRIPT, TRAIN_SCRIPT, Finished, finish, train_co
 SCRIPTS_WORKER = Path(__file__).with_name("scripts_worker.py")
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
-# A mistake in the configuration, in the data and in the model. The fourth waits: the library for data sets tries
-# to reach the hub for 20 seconds.
+# A mistake in the configuration, in the data and in the model. The fourth waits: for 20 seconds its library
+# tries to reach a hub that is away.
 REAL = ("unknown-key", "line-corrupt", "model-pickled", "data-on-no-hub")
 ONLY_REAL = "data-on-no-hub"
 
