@@ -11,8 +11,8 @@ import sys
 # On a CPU machine ranks and threads share the cores: one that waits must not spin. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from ssmlora_dist.config.arguments import build_parser, run_command  # noqa: E402
-from ssmlora_dist.tracking.quiet import quiet_libraries  # noqa: E402
+from ssmlora_dist.config.arguments import build_parser, run_command
+from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
 def main() -> None:

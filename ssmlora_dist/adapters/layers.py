@@ -140,7 +140,7 @@ class SSMLoRALinear(LoRALinear):
 
 
 class LayerState:
-    """The state while one decoder layer runs: unpacked at entry, packed and rounded at exit.
+    """The state while one decoder layer runs: unstacked at entry, stacked and rounded at exit.
 
     It lives no longer than that call: what enters and what leaves are tensors.
     """

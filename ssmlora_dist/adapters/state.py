@@ -9,7 +9,7 @@ of whatever wraps a layer, gradient checkpointing above all: there is no side ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ class StatefulDecoderLayer(nn.Module):
         num_axes, rank: A and R of the state.
         state_dtype: dtype of the state between layers; None takes that of the hidden states.
         is_last: returns the hidden states alone.
+        receives_packed, sends_packed: the layer begins or ends a pipeline stage: see `pack`.
         time_modules: the time modules inside the layer.
     """
 
@@ -45,23 +46,60 @@ class StatefulDecoderLayer(nn.Module):
     rank: int
     state_dtype: torch.dtype | None
     is_last: bool
+    receives_packed: bool
+    sends_packed: bool
     time_modules: list[SSMLoRALinear]
 
     def forward(self, hidden_and_state: Tensor | tuple[Tensor, Tensor], *args: Any, **kwargs: Any) -> Any:
         """(hidden [B,S,D], state [B,S,A,R]) -> the same; bare hidden states at the first and last layer."""
         if isinstance(hidden_and_state, tuple):
             hidden_BSD, state_BSAR = hidden_and_state
+        elif self.receives_packed:
+            hidden_BSD, state_BSAR = unpack(hidden_and_state, self.num_axes, self.rank)
         else:
             hidden_BSD, state_BSAR = hidden_and_state, self.initial_state(hidden_and_state)
         state = LayerState(state_BSAR)
         with bind_state(self.time_modules, state):
             hidden_BSD = super().forward(hidden_BSD, *args, **kwargs)
-        return hidden_BSD if self.is_last else (hidden_BSD, state.packed())
+        if self.is_last:
+            return hidden_BSD
+        return pack(hidden_BSD, state.packed()) if self.sends_packed else (hidden_BSD, state.packed())
 
     def initial_state(self, hidden_BSD: Tensor) -> Tensor:
         """Zeros [B,S,A,R] for hidden states [B,S,D]."""
         shape = (*hidden_BSD.shape[:2], self.num_axes, self.rank)
         return hidden_BSD.new_zeros(shape, dtype=self.state_dtype or hidden_BSD.dtype)
+
+
+def pack(hidden_BSD: Tensor, state_BSAR: Tensor) -> Tensor:
+    """[B,S,D + A R] of one dtype: what a pipeline stage sends to the next."""
+    assert hidden_BSD.dtype == state_BSAR.dtype, "refused by config.topology"
+    return torch.cat([hidden_BSD, state_BSAR.flatten(2)], dim=-1)
+
+
+def unpack(packed_BSW: Tensor, num_axes: int, rank: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`: hidden [B,S,D] and state [B,S,A,R]."""
+    width = num_axes * rank
+    hidden_BSD, state_BSW = packed_BSW.split([packed_BSW.shape[-1] - width, width], dim=-1)
+    return hidden_BSD, state_BSW.unflatten(-1, (num_axes, rank))
+
+
+def join_stages(layers: Iterable[nn.Module], hidden_size: int, is_first: bool, is_last: bool) -> int:
+    """Makes the ends of a pipeline stage's layers receive and send packed tensors; returns their width W.
+
+    Args:
+        layers: of the stage, in order.
+        hidden_size: D.
+        is_first: the stage begins the model.
+        is_last: the stage ends the model.
+    """
+    ordered = list(layers)
+    first, last = ordered[0], ordered[-1]
+    # Plain LoRA carries no state: hidden states cross the boundary as they are.
+    if not isinstance(first, StatefulDecoderLayer) or not isinstance(last, StatefulDecoderLayer):
+        return hidden_size
+    first.receives_packed, last.sends_packed = not is_first, not is_last
+    return hidden_size + first.num_axes * first.rank
 
 
 _stateful_classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -83,7 +121,14 @@ def thread_state(
     if base not in _stateful_classes:
         _stateful_classes[base] = type(f"Stateful{base.__name__}", (StatefulDecoderLayer, base), {})
     layer.__class__ = _stateful_classes[base]
-    attributes = {"num_axes": num_axes, "rank": rank, "state_dtype": state_dtype, "is_last": is_last}
+    attributes = {
+        "num_axes": num_axes,
+        "rank": rank,
+        "state_dtype": state_dtype,
+        "is_last": is_last,
+        "receives_packed": False,
+        "sends_packed": False,
+        "time_modules": [module for module in layer.modules() if isinstance(module, SSMLoRALinear)],
+    }
     for name, value in attributes.items():
         setattr(layer, name, value)
-    layer.time_modules = [m for m in layer.modules() if isinstance(m, SSMLoRALinear)]  # type: ignore[assignment]

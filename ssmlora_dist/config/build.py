@@ -21,6 +21,7 @@ from ssmlora_dist.models import (
     projection_path,
     require_supported,
 )
+from ssmlora_dist.models.stage import StageLayers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,18 +47,23 @@ def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return load_tokenizer(source, section.revision if section.tokenizer is None else None)
 
 
-def build_model(config: RunConfig, device: torch.device) -> PreTrainedModel:
-    """The frozen backbone on `device`, adapted."""
-    model = build_backbone(config, device)
+def build_model(config: RunConfig, device: torch.device, stage: StageLayers | None = None) -> PreTrainedModel:
+    """The frozen backbone on `device`, adapted; all of it, or a pipeline stage."""
+    settings = backbone_settings(config)
+    dtype = getattr(torch, config.model.compute_dtype)
+    model = load_model(**{**settings, "compute_dtype": dtype}, device=device, stage=stage)
     return add_adapters(model, config.adapter, seed=config.run.seed)
 
 
-def build_backbone(config: RunConfig, device: torch.device) -> PreTrainedModel:
-    """The frozen backbone on `device`."""
-    settings = backbone_settings(config)
-    return load_model(
-        **{**settings, "compute_dtype": getattr(torch, config.model.compute_dtype)}, device=device
-    )
+def meta_model(config: RunConfig) -> PreTrainedModel:
+    """The whole adapted model without storage, for counting."""
+    from transformers import AutoModelForCausalLM
+
+    section = config.model
+    model_config = load_config(section.path, config=section.config, revision=section.revision)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(model_config)
+        return add_adapters(model, config.adapter)
 
 
 def backbone_settings(config: RunConfig) -> dict[str, Any]:

@@ -172,6 +172,12 @@ class ParallelSection(Section):
     """Keep and step the optimiser in host memory; needs `zero_stage` 1 or higher."""
     offload_parameters: bool = False
     """Keep the sharded backbone in host memory; needs `zero_stage` 3."""
+    pipeline_stages: int = Field(default=1, ge=1)
+    """Number of pipeline stages that the decoder layers are split over; 1: no pipeline."""
+    stage_boundaries: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """First layer of every stage, the first of them 0; null: balanced by the cost model."""
+    recompute_ahead: bool = True
+    """In a pipeline, recompute a stage while its gradient is awaited; keeps a micro-batch's activations."""
     timeout_seconds: int = Field(default=1800, ge=10)
     """Seconds that a rank waits for the others before it gives up."""
 

@@ -51,7 +51,7 @@ class TopologyRule:
 
 def _batch(topology: Topology) -> str | None:
     training = topology.config.training
-    at_once = training.micro_batch_size * topology.world_size
+    at_once = training.micro_batch_size * data_parallel_size(topology.config, topology.world_size)
     if training.global_batch_size % at_once == 0:
         return None
     below = training.global_batch_size // at_once * at_once
@@ -59,6 +59,50 @@ def _batch(topology: Topology) -> str | None:
     return (
         f"{training.global_batch_size} given with micro_batch_size {training.micro_batch_size} and "
         f"{topology.world_size} rank{'s' if topology.world_size != 1 else ''} ({fitting} would fit)"
+    )
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Ranks that share the global batch: all, or those of one pipeline stage."""
+    return max(1, world_size // config.parallel.pipeline_stages)
+
+
+def _stages_and_ranks(topology: Topology) -> str | None:
+    stages = topology.config.parallel.pipeline_stages
+    wrong = topology.world_size % stages != 0
+    return (
+        f"{stages} given with {topology.world_size} rank{'s' * (topology.world_size > 1)}" if wrong else None
+    )
+
+
+def _stages_and_zero(topology: Topology) -> str | None:
+    parallel = topology.config.parallel
+    wrong = parallel.pipeline_stages > 1 and parallel.zero_stage > 1
+    return f"{parallel.zero_stage} given with pipeline_stages {parallel.pipeline_stages}" if wrong else None
+
+
+def _boundary_count(topology: Topology) -> str | None:
+    parallel = topology.config.parallel
+    wrong = (
+        parallel.stage_boundaries is not None and len(parallel.stage_boundaries) != parallel.pipeline_stages
+    )
+    return (
+        f"{len(parallel.stage_boundaries or ())} given for {parallel.pipeline_stages} stages"
+        if wrong
+        else None
+    )
+
+
+def _state_dtype_in_pipeline(topology: Topology) -> str | None:
+    config = topology.config
+    wrong = config.parallel.pipeline_stages > 1 and config.adapter.state_dtype not in (
+        None,
+        config.model.compute_dtype,
+    )
+    return (
+        f'"{config.adapter.state_dtype}" given with compute_dtype "{config.model.compute_dtype}"'
+        if wrong
+        else None
     )
 
 
@@ -112,10 +156,38 @@ def _wants_flash(topology: Topology) -> bool:
 RULES = (
     TopologyRule(
         fields=("training.global_batch_size", "training.micro_batch_size"),
-        condition="a multiple of training.micro_batch_size x ranks",
+        condition="a multiple of training.micro_batch_size x ranks / parallel.pipeline_stages",
         reason="every rank runs the same number of micro-batches in a step",
         remedy="change either batch size or the number of ranks",
         broken=_batch,
+    ),
+    TopologyRule(
+        fields=("parallel.pipeline_stages",),
+        condition="a divisor of the number of ranks",
+        reason="every stage has as many data-parallel ranks as the others",
+        remedy="change parallel.pipeline_stages or the number of ranks",
+        broken=_stages_and_ranks,
+    ),
+    TopologyRule(
+        fields=("parallel.zero_stage", "parallel.pipeline_stages"),
+        condition="0 or 1 with parallel.pipeline_stages above 1",
+        reason="DeepSpeed's pipeline engine keeps gradients and parameters of a stage whole",
+        remedy="set parallel.zero_stage to 0 or 1, or parallel.pipeline_stages to 1",
+        broken=_stages_and_zero,
+    ),
+    TopologyRule(
+        fields=("parallel.stage_boundaries", "parallel.pipeline_stages"),
+        condition="one first layer for each of parallel.pipeline_stages",
+        reason="every layer belongs to one stage",
+        remedy="list the first layer of every stage, or set it to null",
+        broken=_boundary_count,
+    ),
+    TopologyRule(
+        fields=("adapter.state_dtype", "parallel.pipeline_stages", "model.compute_dtype"),
+        condition="null or model.compute_dtype with parallel.pipeline_stages above 1",
+        reason="hidden states and state cross a stage boundary in one tensor",
+        remedy="set adapter.state_dtype to null or parallel.pipeline_stages to 1",
+        broken=_state_dtype_in_pipeline,
     ),
     TopologyRule(
         fields=("parallel.offload_optimizer", "parallel.zero_stage"),
@@ -207,7 +279,8 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
     if given is not None:
         rule = RULES[0]
         raise ConfigError([f"{rule.fields[0]}: {given}; allowed: {rule.condition}; {rule.remedy}"])
-    return config.training.global_batch_size // (config.training.micro_batch_size * world_size)
+    ranks = data_parallel_size(config, world_size)
+    return config.training.global_batch_size // (config.training.micro_batch_size * ranks)
 
 
 def markdown_table() -> str:

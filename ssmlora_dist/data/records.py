@@ -102,7 +102,7 @@ class RecordView:
         if isinstance(value, int | float):
             return str(value)
         raise DataError(
-            f"{self.place}: field {name!r} holds a {_kind(value)} where text is needed; "
+            f"{self.place}: field {name!r} holds {_kind(value)} where text is needed; "
             f"map `fields.{name}` to a text inside it, such as 'outer.inner'"
         )
 
@@ -171,10 +171,6 @@ def _render(parts: Iterable[tuple[str, str | None]], view: RecordView) -> str:
 
 
 def _kind(value: Any) -> str:
-    return (
-        "list"
-        if isinstance(value, list)
-        else "object"
-        if isinstance(value, Mapping)
-        else type(value).__name__
-    )
+    if isinstance(value, list):
+        return "a list"
+    return "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,14 @@ class DataParallelEngine:
             return grad_norm, True
         self.engine.step()
         return grad_norm, False
+
+    def score(self, batches: Iterable[Batch]) -> list[Any]:
+        """What the module returns for each of this rank's batches, in evaluation mode."""
+        self.module.eval()
+        return [
+            self.module(**{name: tensor.to(self.group.device) for name, tensor in batch.items()})
+            for batch in batches
+        ]
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU; every rank must call it."""

@@ -8,7 +8,7 @@ read, fills those in its own order.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -20,6 +20,7 @@ from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.configuration import load_config
 from ssmlora_dist.models.families import Family, require_supported
 from ssmlora_dist.models.location import locate
+from ssmlora_dist.models.stage import StageLayers, cut_to_stage
 from ssmlora_dist.models.weights import RandomWeights, SafetensorsWeights, WeightSource, initializer_std
 from ssmlora_dist.quantization import QuantizationMode, quantize_linear
 
@@ -44,6 +45,7 @@ def load_model(
     attention: Attention = "auto",
     device: torch.device | str = "cpu",
     seed: int = 0,
+    stage: StageLayers | None = None,
 ) -> PreTrainedModel:
     """A frozen causal language model on `device`, in evaluation mode.
 
@@ -63,6 +65,7 @@ def load_model(
             for families whose capped attention logits sdpa cannot do).
         device: where the weights are quantised and stay.
         seed: of random weights.
+        stage: the pipeline stage to load: only what it needs is read and kept; None loads the whole model.
 
     Raises:
         ModelError: the model cannot be found or read, is not supported, or lacks weights; an attention
@@ -88,7 +91,11 @@ def load_model(
     model = build_skeleton(model_config, compute_dtype, implementation, device)
     settings: dict[str, Any] = {"double_quantization": double_quantization, "compute_dtype": compute_dtype}
     quantize = None if quantization == "none" else partial(quantize_linear, mode=quantization, **settings)
-    _fill_all(model, source, family, device=device, dtype=compute_dtype, quantize=quantize)
+    names = part_names(model_config, family) if stage is None else stage.part_names(model_config, family)
+    _fill_all(model, names, source, family, device=device, dtype=compute_dtype, quantize=quantize)
+    if stage is not None:
+        cut_to_stage(model, family, stage)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     if directory is not None:
         _take_generation_config(model, directory)
     return model.requires_grad_(False).eval()
@@ -175,9 +182,11 @@ def fill(
         fill_module(path)
 
 
-def _fill_all(model: PreTrainedModel, source: WeightSource, family: Family, **settings: Any) -> None:
-    """Fills every part of `model`, once all their tensors are known to be there."""
-    parts = {name: model.get_submodule(name) for name in part_names(model.config, family)}
+def _fill_all(
+    model: PreTrainedModel, names: Sequence[str], source: WeightSource, family: Family, **settings: Any
+) -> None:
+    """Fills the parts of `model` that are named, once all their tensors are known to be there."""
+    parts = {name: model.get_submodule(name) for name in names}
     source.check(
         {
             f"{name}.{key}": value.shape
@@ -188,7 +197,6 @@ def _fill_all(model: PreTrainedModel, source: WeightSource, family: Family, **se
     for name, part in parts.items():
         fill(part, name, source, family, **settings)
     model.tie_weights()
-    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def attention_implementation(

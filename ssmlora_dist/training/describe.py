@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
-
-import torch
 
 from ssmlora_dist.adapters.injection import adapter_parameters
-from ssmlora_dist.api import add_adapters
-from ssmlora_dist.config.build import build_data, build_tokenizer, check_model
+from ssmlora_dist.config.build import build_data, build_tokenizer, check_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset
-from ssmlora_dist.models import load_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-def meta_model(config: RunConfig) -> PreTrainedModel:
-    """The adapted model without storage, for counting."""
-    from transformers import AutoModelForCausalLM
-
-    section = config.model
-    model_config = load_config(section.path, config=section.config, revision=section.revision)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(model_config)
-        return add_adapters(model, config.adapter)
 
 
 def describe(config: RunConfig, world_size: int) -> str:

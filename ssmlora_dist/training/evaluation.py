@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmlora_dist.data import IGNORE_INDEX, Dataset, Example, evaluation_batches
-from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.evaluation.teacher_forced import ExampleScore, Score, summarize
 
 
 def evaluate(
-    module: nn.Module, dataset: Dataset, *, micro_batch_size: int, pad_token_id: int, group: ProcessGroup
+    score: Callable[[Iterable[dict[str, Tensor]]], list[Any]],
+    dataset: Dataset,
+    *,
+    micro_batch_size: int,
+    pad_token_id: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    sum_over_ranks: Callable[[Sequence[float]], list[float]],
 ) -> dict[str, Score]:
     """Loss and teacher-forced exact match by input length and over all; every rank must call it.
 
     Args:
-        module: a `models.loss.CausalLMLoss`; left in evaluation mode.
+        score: gives the `models.loss.Scores` of each batch of this rank's share.
         dataset: the same on every rank.
         micro_batch_size: rows of one forward pass.
         pad_token_id: fills shorter rows.
-        group: this run's processes.
+        data_parallel_rank: which share of the examples this rank scores.
+        data_parallel_size: number of shares.
+        sum_over_ranks: adds values up over the shares.
     """
-    module.eval()
-    scores: list[ExampleScore] = []
-    for batch in evaluation_batches(dataset, micro_batch_size, group.rank, group.world_size, pad_token_id):
-        tensors = {name: tensor.to(group.device) for name, tensor in batch.tensors.items()}
-        examples = [dataset[index] if index is not None else None for index in batch.indices]
-        result = module(scored=_scored(tensors["labels"], examples), **tensors)
-        rows = zip(examples, *(values.tolist() for values in result), strict=True)
-        scores += [
-            ExampleScore(_group(example), loss, n, exact) for example, loss, n, exact in rows if example
-        ]
+    batches = list(
+        evaluation_batches(dataset, micro_batch_size, data_parallel_rank, data_parallel_size, pad_token_id)
+    )
+    rows_of = [[dataset[i] if i is not None else None for i in batch.indices] for batch in batches]
+    results = score(
+        {**batch.tensors, "scored": _scored(batch.tensors["labels"], rows)}
+        for batch, rows in zip(batches, rows_of, strict=True)
+    )
+    scores = [
+        ExampleScore(_group(example), loss, num_targets, exact)
+        for rows, result in zip(rows_of, results, strict=True)
+        for example, loss, num_targets, exact in zip(
+            rows, *(values.tolist() for values in result), strict=True
+        )
+        if example
+    ]
     groups = sorted({_group(example) for example in dataset.examples}, key=int)
-    return summarize(scores, groups, group.sum)
+    return summarize(scores, groups, sum_over_ranks)
 
 
 def _scored(labels_BS: Tensor, examples: list[Example | None]) -> Tensor:

@@ -12,24 +12,18 @@ import torch
 
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
-from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.config.build import (
     backbone_settings,
     build_data,
     build_fingerprint,
-    build_model,
     build_tokenizer,
     check_model,
 )
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset, GlobalBatches
-from ssmlora_dist.distributed.ds_config import deepspeed_config
-from ssmlora_dist.distributed.engine import DataParallelEngine
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.evaluation.teacher_forced import OVERALL, Score
-from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.tracking import (
     BeforeAfter,
     Console,
@@ -46,8 +40,8 @@ from ssmlora_dist.tracking import (
 from ssmlora_dist.training.evaluation import evaluate
 from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import ModelShape, peak_memory_gib, peak_tflops
-from ssmlora_dist.training.optimizer import build_optimizer
 from ssmlora_dist.training.schedule import learning_rate
+from ssmlora_dist.training.topology import build_engine, place_of, stage_boundaries
 
 Scores = dict[str, Score]
 
@@ -99,7 +93,6 @@ class _Run:
 
     def execute(self) -> None:
         """Evaluate, train, evaluate, save, summarise."""
-        started = time.perf_counter()
         before = self._evaluate(step=0)
         records: list[StepRecord] = []
         training_started = time.perf_counter()
@@ -120,7 +113,7 @@ class _Run:
         summary = {
             **_training_summary(records, self.group.world_size),
             "training_seconds": training_seconds,
-            "wall_seconds": time.perf_counter() - started,
+            "wall_seconds": time.perf_counter() - self.started,
             "peak_memory_gib": peak_memory_gib(self.group),
             "num_trainable_parameters": self.num_trainable,
             "evaluation": {"before": _plain(before), "after": _plain(after)},
@@ -135,45 +128,24 @@ class _Run:
 
     def build(self) -> None:
         """Loads the backbone, adapts it and hands it to the engine."""
-        training, parallel = self.config.training, self.config.parallel
-        model = build_model(self.config, self.group.device)
-        if training.gradient_checkpointing:
-            checkpoint_layers(model)
-        self.shape = ModelShape.of(model.config)
-        parameters = adapter_parameters(CausalLMLoss(model, training.loss_chunk_size))
-        parameters = {name.removeprefix("model."): parameter for name, parameter in parameters.items()}
-        self.num_trainable = sum(parameter.numel() for parameter in parameters.values())
-        optimizer = build_optimizer(
-            training.optimizer,
-            parameters,
-            learning_rate=training.learning_rate,
-            betas=training.betas,
-            epsilon=training.epsilon,
-            weight_decay=training.weight_decay,
-        )
-        engine_config = deepspeed_config(
-            zero_stage=parallel.zero_stage,
-            micro_batch_size=training.micro_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps(self.config, self.group.world_size),
-            max_grad_norm=training.max_grad_norm,
-            offload_optimizer=parallel.offload_optimizer,
-            offload_parameters=parallel.offload_parameters,
-            native=self.config.deepspeed,
-        )
-        self.engine = DataParallelEngine(
-            CausalLMLoss(model, training.loss_chunk_size),
-            parameters,
-            optimizer,
-            engine_config,
-            self.group,
-            training.max_grad_norm,
-        )
+        self.started = time.perf_counter()
+        self.fingerprint = build_fingerprint(self.config)
+        self.place = place_of(self.config, self.group)
+        boundaries = None
+        if self.place.num_stages > 1:
+            boundaries, table = stage_boundaries(self.config, self.train_data, self.place)
+            self.console.message(table)
+        built = build_engine(self.config, self.group, self.place, boundaries)
+        self.engine = built.engine
+        self.shape = ModelShape.of(built.model_config)
+        self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size
+        training = self.config.training
         self.batches = GlobalBatches(
             self.train_data,
             training.global_batch_size,
             training.micro_batch_size,
-            self.group.rank,
-            self.group.world_size,
+            self.place.data_parallel_rank,
+            self.place.data_parallel_size,
             self.config.run.seed,
             self.pad_token_id,
         )
@@ -193,14 +165,17 @@ class _Run:
     def _evaluate(self, step: int) -> Scores | None:
         if self.validation is None:
             return None
-        module = self.engine.module
-        with watch_state(module, time_axes(self.config.adapter), self.group.device) as health:
+        place = self.place
+        with watch_state(self.engine.module, time_axes(self.config.adapter), self.group.device) as health:
             scores = evaluate(
-                module,
+                self.engine.score,
                 self.validation,
                 micro_batch_size=self.config.evaluation.micro_batch_size,
                 pad_token_id=self.pad_token_id,
-                group=self.group,
+                data_parallel_rank=place.data_parallel_rank,
+                data_parallel_size=place.data_parallel_size,
+                # Every stage has the scores of its replica.
+                sum_over_ranks=lambda values: [v / place.num_stages for v in self.group.sum(values)],
             )
         row = health.metrics(self.group.sum(health.sums.flatten().tolist()))
         if self.group.is_main:
@@ -247,7 +222,6 @@ class _Run:
 
     def _save_adapter(self) -> None:
         tensors = self.engine.adapter_tensors()
-        fingerprint = build_fingerprint(self.config)
         base = backbone_settings(self.config) | {"tokenizer": self.config.model.tokenizer}
         self.group.on_main(
             lambda: write_adapter(
@@ -255,7 +229,7 @@ class _Run:
                 self.config.adapter,
                 tensors,
                 base=base,
-                base_fingerprint=fingerprint,
+                base_fingerprint=self.fingerprint,
             )
         )
 

@@ -33,6 +33,19 @@ CASES: list[tuple[list[Change], dict[str, Any], str | None]] = [
     ([("parallel", {"zero_stage": 2, "offload_parameters": True})], CPU, "parallel.offload_parameters"),
     ([("parallel", {"zero_stage": 3, "offload_parameters": True, "offload_optimizer": True})], CPU, None),
     ([("quantization.mode", "int8"), ("parallel.zero_stage", 3)], CPU, None),
+    ([("parallel", {"pipeline_stages": 2, "zero_stage": 1})], {"world_size": 4}, None),
+    ([("parallel.pipeline_stages", 2)], {"world_size": 3}, "parallel.pipeline_stages"),
+    ([("parallel", {"pipeline_stages": 2, "zero_stage": 2})], {"world_size": 2}, "parallel.zero_stage"),
+    (
+        [("parallel", {"pipeline_stages": 2, "stage_boundaries": [0, 1, 2]})],
+        {"world_size": 2},
+        "parallel.stage_boundaries",
+    ),
+    (
+        [("parallel.pipeline_stages", 2), ("adapter.state_dtype", "float16")],
+        {"world_size": 2},
+        "adapter.state_dtype",
+    ),
     (
         [("quantization.mode", "nf4"), ("parallel.zero_stage", 3), ("model.compute_dtype", "float32")],
         CPU,
@@ -74,12 +87,20 @@ def test_every_rule_can_be_broken() -> None:
         ("model", {"attention": "flash_attention_2", "compute_dtype": "float32"}),
         ("parallel", {"offload_optimizer": True, "offload_parameters": True}),
     ]
-    lines = topology_problems(
-        RunConfig.model_validate(changed(*everything)),
-        world_size=2,
-        device_type="cpu",
-        flash_attention_installed=False,
-    )
+    pipeline: list[Change] = [
+        ("parallel", {"pipeline_stages": 3, "zero_stage": 2, "stage_boundaries": [0, 1]}),
+        ("adapter.state_dtype", "float16"),
+    ]
+    lines = [
+        line
+        for changes in (everything, pipeline)
+        for line in topology_problems(
+            RunConfig.model_validate(changed(*changes)),
+            world_size=2,
+            device_type="cpu",
+            flash_attention_installed=False,
+        )
+    ]
     for rule in RULES:
         assert any(
             line.startswith(f"{rule.fields[0]}: ") and rule.condition in line and line.endswith(rule.remedy)

@@ -66,7 +66,7 @@ def test_mapped_names_reach_templates():
         ("asked", {"asked": "quesion"}, r"no field 'quesion' for 'asked' \(nearest: question\)"),
         ("nothing", {}, r"rows\.jsonl:7: field 'nothing' is null"),
         ("queries", {}, r"field 'queries' holds a list where text is needed"),
-        ("target", {}, r"field 'target' holds a object where text is needed"),
+        ("target", {}, r"field 'target' holds an object where text is needed"),
     ],
 )
 def test_fields_that_are_no_text(name, fields, message):

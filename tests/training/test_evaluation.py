@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmlora_dist.data import Dataset, DatasetReport, Example
-from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.models.loss import Scores
 from ssmlora_dist.training.evaluation import _scored, evaluate
 
@@ -51,15 +50,16 @@ def test_rows_are_scored_each_by_its_own_number_and_filler_not_at_all() -> None:
     assert _scored(labels, rows).tolist() == [[False, True, False], [False, True, True], [False] * 3]
 
 
-class FirstTokenScorer(nn.Module):
+class FirstTokenScorer:
     """Scores a row by its first token t: loss t per target, exact where t is even."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.shapes: list[tuple[int, ...]] = []
 
-    def forward(self, labels: Tensor, scored: Tensor, input_ids: Tensor, **_: Tensor) -> Scores:
-        assert not self.training
+    def __call__(self, batches: Iterable[dict[str, Tensor]]) -> list[Scores]:
+        return [self._score(**batch) for batch in batches]
+
+    def _score(self, labels: Tensor, scored: Tensor, input_ids: Tensor, **_: Tensor) -> Scores:
         assert not (scored & (labels == IGNORED)).any()
         self.shapes.append(tuple(labels.shape))
         num_targets = (labels != IGNORED).sum(1)
@@ -67,12 +67,15 @@ class FirstTokenScorer(nn.Module):
         return Scores((first * num_targets).float(), num_targets, first % 2 == 0)
 
 
-class OneOf(ProcessGroup):
-    """One rank of several: what it adds up is kept, for the test to add the other ranks' to."""
+class Summed:
+    """What one rank adds up, kept for the test to add the other ranks' to."""
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        self.__dict__["summed"] = list(values)
-        return list(values)
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def __call__(self, values: Sequence[float]) -> list[float]:
+        self.values = list(values)
+        return self.values
 
 
 EXAMPLES = dataset(
@@ -85,11 +88,19 @@ EXAMPLES = dataset(
 
 
 def run(
-    rank: int = 0, world_size: int = 1, micro_batch_size: int = 2
-) -> tuple[dict[str, Any], OneOf, nn.Module]:
-    group, module = OneOf(rank, world_size, rank, torch.device("cpu")), FirstTokenScorer()
-    scores = evaluate(module, EXAMPLES, micro_batch_size=micro_batch_size, pad_token_id=0, group=group)
-    return scores, group, module
+    rank: int = 0, world_size: int = 1, micro_batch_size: int = 2, data: Dataset = EXAMPLES
+) -> tuple[dict[str, Any], Summed, FirstTokenScorer]:
+    summed, scorer = Summed(), FirstTokenScorer()
+    scores = evaluate(
+        scorer,
+        data,
+        micro_batch_size=micro_batch_size,
+        pad_token_id=0,
+        data_parallel_rank=rank,
+        data_parallel_size=world_size,
+        sum_over_ranks=summed,
+    )
+    return scores, summed, scorer
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8])
@@ -104,16 +115,14 @@ def test_scores_by_length_and_over_all(micro_batch_size: int) -> None:
 
 def test_ranks_share_the_examples_and_run_equally_often() -> None:
     _, alone, _ = run()
-    _, first, first_module = run(rank=0, world_size=2)
-    _, second, second_module = run(rank=1, world_size=2)
-    both = [a + b for a, b in zip(first.__dict__["summed"], second.__dict__["summed"], strict=True)]
-    assert both == alone.__dict__["summed"]
+    _, first, first_scorer = run(rank=0, world_size=2)
+    _, second, second_scorer = run(rank=1, world_size=2)
+    assert [a + b for a, b in zip(first.values, second.values, strict=True)] == alone.values
     # Under ZeRO 3 a forward pass is collective.
-    assert len(first_module.shapes) == len(second_module.shapes)  # type: ignore[arg-type]
+    assert len(first_scorer.shapes) == len(second_scorer.shapes)
 
 
 def test_lengths_are_in_the_order_of_numbers() -> None:
     data = dataset(example(16, 1), example(2, 1), example(128, 1))
-    group = OneOf(0, 1, 0, torch.device("cpu"))
-    scores = evaluate(FirstTokenScorer(), data, micro_batch_size=1, pad_token_id=0, group=group)
+    scores, _, _ = run(micro_batch_size=1, data=data)
     assert list(scores) == ["2", "16", "128", "all"]

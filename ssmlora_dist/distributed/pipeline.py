@@ -1,0 +1,265 @@
+"""Pipeline parallelism on DeepSpeed's engine: 1F1B over stages, times data parallelism, ZeRO 0 and 1.
+
+Every rank makes the same micro-batches of token ids, masks and labels, so that one float tensor is all that
+crosses a stage boundary, and its shape is known on both sides: micro-batches may differ in length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import p2p
+from deepspeed.runtime.pipe import schedule as ds_schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor, nn
+
+from ssmlora_dist.distributed.engine import (
+    Batch,
+    StepResult,
+    clip_coefficient,
+    count_targets,
+    scale_gradients,
+    squared_norms,
+)
+from ssmlora_dist.distributed.process_group import ProcessGroup
+
+
+class PipelineParallelEngine:
+    """Training over pipeline stages and data-parallel ranks.
+
+    Args:
+        stage: this rank's `models.stage.PipelineStage`.
+        boundary_width: W of the tensor [B,S,W] between stages.
+        boundary_dtype: its dtype.
+        num_stages: p; ranks count through the data-parallel copies of stage 0 first.
+        parameters: what this stage trains, by full name.
+        optimizer: over exactly these parameters, in the order of their names.
+        config: DeepSpeed's dictionary.
+        group: this run's processes.
+        max_grad_norm: global norm to clip to; None leaves gradients as they are.
+        recompute_ahead: start a micro-batch's recompute while its gradient is still awaited, and let the last
+            stage recompute nothing.
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module,
+        boundary_width: int,
+        boundary_dtype: torch.dtype,
+        num_stages: int,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        group: ProcessGroup,
+        max_grad_norm: float | None,
+        recompute_ahead: bool,
+    ) -> None:
+        self.group = group
+        self.stage = stage
+        self.parameters = dict(sorted(parameters.items()))
+        self.num_stages = num_stages
+        # DeepSpeed describes the stages on the standard output, which holds results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            # One "layer" a stage, of which each rank registers its own.
+            module = PipelineModule([stage] * num_stages, num_stages=num_stages, partition_method="uniform")
+        self.engine = _StageEngine(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            mpu=module.mpu(),
+            config=config,
+            config_class=DeepSpeedConfig(config, module.mpu()),
+            dist_init_required=False,
+        )
+        self.engine.prepare(
+            stage, self.parameters, boundary_width, boundary_dtype, max_grad_norm, recompute_ahead
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """This rank's stage."""
+        return self.stage
+
+    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """One step of the optimiser; see `DataParallelEngine.train_step`."""
+        for param_group in self.engine.optimizer.param_groups:
+            param_group["lr"] = learning_rate
+        counts = [
+            sum(count_targets(batch) for batch in micro_batches),
+            sum(batch["labels"].numel() for batch in micro_batches),
+        ]
+        # Every stage counts the same micro-batches.
+        num_targets, num_tokens = (int(count) // self.num_stages for count in self.group.sum(counts))
+        self.stage.train()
+        on_device = [_to(batch, self.group.device) for batch in micro_batches]
+        outcome = self.engine.run_step(on_device, self.group.world_size / self.num_stages / num_targets)
+        loss_mean = self.group.sum([float(outcome.loss_sum)])[0] / num_targets
+        return StepResult(loss_mean, outcome.grad_norm, num_tokens, num_targets, outcome.skipped)
+
+    def score(self, batches: Iterable[Batch]) -> list[Any]:
+        """Scores of this replica's batches, on every stage; the stages work on different batches at once."""
+        self.stage.eval()
+        results = []
+        with torch.no_grad():
+            for batch in batches:
+                tensors = _to(batch, self.group.device)
+                output = self.stage(self.engine.receive_activations(tensors), **tensors)
+                if self.engine.is_last_stage():
+                    results.append(output)
+                else:
+                    p2p.send(output, self.engine.next_stage)
+        shared = [results]
+        pipe_group = self.engine.grid.get_pipe_parallel_group()
+        dist.broadcast_object_list(shared, src=self.engine._loss_stage_global_rank(), group=pipe_group)
+        return shared[0]
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The trained parameters of all stages by full name, on the CPU; every rank must call it."""
+        mine = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        stages: list[Any] = [None] * self.num_stages
+        dist.all_gather_object(stages, mine, group=self.engine.grid.get_pipe_parallel_group())
+        return dict(sorted(item for stage in stages for item in stage.items()))
+
+
+class _StageEngine(PipelineEngine):
+    """DeepSpeed's engine with the parts replaced that our boundary makes simpler, exact or faster."""
+
+    def prepare(
+        self,
+        stage: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        boundary_width: int,
+        boundary_dtype: torch.dtype,
+        max_grad_norm: float | None,
+        recompute_ahead: bool,
+    ) -> None:
+        """Takes over what DeepSpeed's constructor has no argument for."""
+        self.stage_module, self.named = stage, parameters
+        self.boundary_width, self.boundary_dtype = boundary_width, boundary_dtype
+        self.max_grad_norm = max_grad_norm
+        self.ahead = recompute_ahead
+        self.rng_states: dict[int, Any] = {}
+
+    def run_step(self, batches: Sequence[dict[str, Tensor]], scale: float) -> _StageEngine:
+        """Forward and backward of all micro-batches and one update; the outcome is in the attributes."""
+        self.batches, self.scale = batches, scale
+        self.micro_batches = len(batches)
+        self.num_forwards = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.grad_norm, self.skipped = math.nan, False
+        self._exec_schedule(self._train_schedule())
+        return self
+
+    def receive_activations(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The tensor [B,S,W] that the stage before sends for `batch`; None at the first stage."""
+        if self.is_first_stage():
+            return None
+        shape = (*batch["input_ids"].shape, self.boundary_width)
+        received_BSW = torch.empty(shape, dtype=self.boundary_dtype, device=self.device)
+        p2p.recv(received_BSW, self.prev_stage)
+        return received_BSW
+
+    def _exec_load_micro_batch(self, buffer_id: int) -> None:
+        pass
+
+    def _exec_recv_activations(self, buffer_id: int) -> None:
+        # Micro-batches come in order, so the next to be computed is the one being received.
+        received_BSW = self.receive_activations(self.batches[self.num_forwards])
+        assert received_BSW is not None
+        self.pipe_buffers["inputs"][buffer_id] = received_BSW.requires_grad_()
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        batch = self.batches[self.num_forwards]
+        self.num_forwards += 1
+        self.pipe_buffers["labels"][buffer_id] = batch
+        later = self.ahead and not self.is_last_stage()
+        if later:
+            self.rng_states[buffer_id] = _rng_state(self.device)
+        with torch.set_grad_enabled(not later):
+            self._run_stage(buffer_id)
+
+    def _run_stage(self, buffer_id: int) -> None:
+        batch = self.pipe_buffers["labels"][buffer_id]
+        received_BSW = None if self.is_first_stage() else self.pipe_buffers["inputs"][buffer_id]
+        self.pipe_buffers["outputs"][buffer_id] = self.stage_module(received_BSW, **batch)
+
+    def _exec_send_activations(self, buffer_id: int) -> None:
+        p2p.send(self.pipe_buffers["outputs"][buffer_id].detach(), self.next_stage)
+
+    def _exec_recv_grads(self, buffer_id: int) -> None:
+        if self.ahead:
+            # The recompute needs no gradient: it fills the wait for it.
+            with _with_rng_state(self.device, self.rng_states.pop(buffer_id)):
+                self._run_stage(buffer_id)
+        self.grad_layer = torch.empty_like(self.pipe_buffers["outputs"][buffer_id])
+        p2p.recv(self.grad_layer, self.next_stage)
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        output = self.pipe_buffers["outputs"][buffer_id]
+        if self.is_last_stage():
+            self.loss_sum += output.detach().double()
+            # 0 x infinity: see DataParallelEngine.
+            (output * (self.scale + 0.0 * output.detach())).backward()
+        else:
+            output.backward(self.grad_layer)
+        self.pipe_buffers["outputs"][buffer_id] = None
+        self.pipe_buffers["labels"][buffer_id] = None
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        if self.zero_optimization():
+            self._force_grad_boundary = True
+            self._take_model_step(lr_kwargs)
+            self._force_grad_boundary = False
+            self.grad_norm = float(self.optimizer._global_grad_norm)
+            self.skipped = bool(self.optimizer.overflow)
+            return
+        self.grad_norm = self._global_norm()
+        self.skipped = not math.isfinite(self.grad_norm)
+        if not self.skipped:
+            scale_gradients(self.named, clip_coefficient(self.grad_norm, self.max_grad_norm))
+            self.optimizer.step()
+        self.zero_grad()
+
+    def _global_norm(self) -> float:
+        """From per-parameter norms of all stages in the order of their names: as on one device."""
+        stages: list[Any] = [None] * self.num_stages
+        dist.all_gather_object(stages, squared_norms(self.named), group=self.grid.get_pipe_parallel_group())
+        by_name = sorted(item for stage in stages for item in stage.items())
+        return math.sqrt(sum(square for _, square in by_name))
+
+    _INSTRUCTION_MAP = {  # noqa: RUF012
+        **PipelineEngine._INSTRUCTION_MAP,
+        ds_schedule.OptimizerStep: _exec_optimizer_step,
+        ds_schedule.LoadMicroBatch: _exec_load_micro_batch,
+        ds_schedule.ForwardPass: _exec_forward_pass,
+        ds_schedule.BackwardPass: _exec_backward_pass,
+        ds_schedule.SendActivation: _exec_send_activations,
+        ds_schedule.RecvActivation: _exec_recv_activations,
+        ds_schedule.RecvGrad: _exec_recv_grads,
+    }
+
+
+def _to(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def _with_rng_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
+    """Draws what was drawn when `state` was taken, and leaves the generators as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield

@@ -1,0 +1,103 @@
+"""What the ranks of `pipeline_worker.py` train: every split of six layers, every kind of adapted model."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+from .jobs import ROWS_FILE, Overrides
+
+NUM_LAYERS = 6
+NUM_STEPS = 20
+_SOURCE = f'{{"format":"instruction","path":"{ROWS_FILE}"}}'
+
+# Rows of different lengths, so micro-batches too; the norm is clipped in most steps.
+COMMON: Overrides = (
+    f"data.train={_SOURCE}",
+    "data.validation=null",
+    f"training.max_steps={NUM_STEPS}",
+    "training.global_batch_size=4",
+    "training.warmup_steps=1",
+    "training.max_grad_norm=0.25",
+    "training.loss_chunk_size=16",
+    "quantization.mode=none",
+    "evaluation.every_steps=null",
+    "tracking.tracker=none",
+)
+EVALUATION: Overrides = (
+    f"data.validation={_SOURCE}",
+    "evaluation.every_steps=10",
+    "evaluation.num_examples=5",
+    "evaluation.micro_batch_size=2",
+)
+
+_SEVEN = 'adapter.every_layer=["k_proj","o_proj","gate_proj","up_proj","down_proj"]'
+_PLACEMENTS: dict[str, Overrides] = {
+    "q v": (),
+    "all seven": (_SEVEN, "adapter.every_layer_method=ssmlora"),
+}
+VARIANTS: dict[str, Overrides] = {
+    f"{dtype}, {gradient}, {placement}, checkpointing {checkpointing}": (
+        f"model.compute_dtype={dtype}",
+        f"adapter.state_gradient={gradient}",
+        f"training.gradient_checkpointing={checkpointing}",
+        *overrides,
+    )
+    for dtype, gradient, (placement, overrides), checkpointing in product(
+        ("float32", "bfloat16"), ("full", "detached"), _PLACEMENTS.items(), ("true", "false")
+    )
+}
+SPLITS = [(0, *inner) for stages in (2, 3, 4) for inner in combinations(range(1, NUM_LAYERS), stages - 1)]
+_NAMES = list(VARIANTS)
+
+
+def _split(boundaries: tuple[int, ...], ahead: bool = True) -> Overrides:
+    return (
+        f"parallel.pipeline_stages={len(boundaries)}",
+        f"parallel.stage_boundaries={list(boundaries)}",
+        f"parallel.recompute_ahead={str(ahead).lower()}",
+    )
+
+
+# Job -> (ranks, overrides, the job that it must equal bit for bit).
+PLAIN: dict[str, tuple[int, Overrides]] = {
+    **{name: (1, overrides) for name, overrides in VARIANTS.items()},
+    "nf4": (1, ("quantization.mode=nf4", "model.compute_dtype=bfloat16", *EVALUATION)),
+    "lora": (1, ("adapter.method=lora",)),
+    # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
+    "two ranks": (2, VARIANTS[_NAMES[0]]),
+}
+# Every split, each with another kind of model, and every kind split in two and in three.
+SPLIT: dict[str, tuple[int, Overrides, str]] = {
+    f"{variant} at {boundaries}": (
+        len(boundaries),
+        (*VARIANTS[variant], *_split(boundaries, index % 3 != 0)),
+        variant,
+    )
+    for index, (boundaries, variant) in enumerate(
+        [(split, _NAMES[i % len(_NAMES)]) for i, split in enumerate(SPLITS)]
+        + [((0, 1 + i % 5), name) for i, name in enumerate(_NAMES)]
+    )
+} | {
+    "nf4 in stages": (2, (*PLAIN["nf4"][1], *_split((0, 2))), "nf4"),
+    "lora in stages": (3, (*PLAIN["lora"][1], *_split((0, 2, 3))), "lora"),
+    "balanced": (2, (*VARIANTS[_NAMES[0]], "parallel.pipeline_stages=2"), _NAMES[0]),
+}
+# Within a tolerance: other sums.
+NEAR: dict[str, tuple[int, Overrides, str]] = {
+    "zero 1": (2, (*VARIANTS[_NAMES[0]], *_split((0, 3)), "parallel.zero_stage=1"), _NAMES[0]),
+    "two stages on two ranks each": (4, (*VARIANTS[_NAMES[0]], *_split((0, 3))), "two ranks"),
+    "zero 1 on two ranks each": (
+        4,
+        (*VARIANTS[_NAMES[0]], *_split((0, 3)), "parallel.zero_stage=1"),
+        _NAMES[0],
+    ),
+}
+JOBS: dict[str, tuple[int, Overrides]] = {
+    **PLAIN,
+    **{name: (ranks, overrides) for name, (ranks, overrides, _) in {**SPLIT, **NEAR}.items()},
+}
+
+
+def directory_name(job: str) -> str:
+    """A run name for a job."""
+    return "".join(letter if letter.isalnum() else "-" for letter in job)

@@ -1,0 +1,34 @@
+"""One rank of all jobs that are for so many ranks: `python -m tests.distributed.pipeline_worker`."""
+
+from __future__ import annotations
+
+import sys
+
+from ssmlora_dist.config.loading import load_config
+from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group
+from ssmlora_dist.tracking import Console, quiet_libraries
+from ssmlora_dist.training.run import run_training
+
+from ..launch.processes import DEBUG_TINY
+from .pipeline_jobs import COMMON, JOBS, directory_name
+
+TIMEOUT_SECONDS = 120
+
+
+def main() -> None:
+    quiet_libraries()
+    # As if it were not installed: nobody looks at the plots, which take as long as some of the runs.
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]
+    group = start_process_group(TIMEOUT_SECONDS)
+    try:
+        for job, (num_ranks, overrides) in JOBS.items():
+            if num_ranks == group.world_size:
+                own = f"run.name={directory_name(job)}"
+                config = load_config(DEBUG_TINY, [own, *COMMON, *overrides], device_type="cpu")
+                run_training(config, group, Console(enabled=False))
+    finally:
+        stop_process_group()
+
+
+if __name__ == "__main__":
+    main()
