@@ -92,7 +92,7 @@ class _Run:
     validation: Dataset | None
 
     def execute(self) -> None:
-        """Evaluate, train, evaluate, save, summarise."""
+        """Evaluate, train, save, evaluate, summarise."""
         before = self._evaluate(step=0)
         records: list[StepRecord] = []
         training_started = time.perf_counter()
@@ -108,8 +108,9 @@ class _Run:
                 on_step=partial(self._on_step, records, progress.update),
             )
         training_seconds = time.perf_counter() - training_started
-        after = self._evaluate(step=self.num_steps)
+        # Before anything else can go wrong.
         self._save_adapter()
+        after = self._evaluate(step=self.num_steps)
         summary = {
             **_training_summary(records, self.group.world_size),
             "training_seconds": training_seconds,
