@@ -113,7 +113,8 @@ class PipelineParallelEngine:
                 tensors = _to(batch, self.group.device)
                 output = self.stage(self.engine.receive_activations(tensors), **tensors)
                 if self.engine.is_last_stage():
-                    results.append(output)
+                    # Off the device: another rank would find its own in their place.
+                    results.append(type(output)(*(values.cpu() for values in output)))
                 else:
                     p2p.send(output, self.engine.next_stage)
         shared = [results]
