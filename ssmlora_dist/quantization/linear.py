@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -32,7 +33,7 @@ INT8_MAX = 127.0
 QUANTIZABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear, ABC):
     """Base of the frozen quantised layers: y = x W^T + bias, differentiable in x only.
 
     `weight` holds the packed bytes [n,1], viewed as the storage dtype, so that a sharding engine that
@@ -61,9 +62,9 @@ class QuantizedLinear(nn.Linear):
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(compute_dtype), requires_grad=False)
 
+    @abstractmethod
     def dequantize(self, packed: Tensor) -> Tensor:
         """The weight [O,D] in the compute dtype, from `packed` [n,1]."""
-        raise NotImplementedError
 
     def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias, [...,D] -> [...,O]; records no gradient."""
