@@ -176,10 +176,23 @@ class ParallelSection(Section):
     """Number of pipeline stages that the decoder layers are split over; 1: no pipeline."""
     stage_boundaries: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """First layer of every stage, the first of them 0; null: balanced by the cost model."""
-    recompute_ahead: bool = True
-    """In a pipeline, recompute a stage while its gradient is awaited; keeps a micro-batch's activations."""
+    recompute_ahead: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Layers of a stage recomputed while it awaits its gradient; `auto`: as memory allows; 0: none."""
     timeout_seconds: int = Field(default=1800, ge=10)
     """Seconds that a rank waits for the others before it gives up."""
+
+
+class CheckpointSection(Section):
+    """What is saved on the way, so that a run that was stopped goes on with `--resume`."""
+
+    every_steps: int | None = Field(default=100, ge=1)
+    """Optimiser steps between checkpoints; null: only when the run is told to stop."""
+    keep: int = Field(default=2, ge=1)
+    """Number of newest checkpoints kept."""
+    keep_best: bool = True
+    """Keep the checkpoint of the least validation loss beyond these."""
+    grace_seconds: int = Field(default=30, ge=1)
+    """Seconds that a run which is told to stop takes at most to save."""
 
 
 class EvaluationSection(Section):
@@ -227,6 +240,8 @@ class RunConfig(Section):
     """Batches, optimiser, schedule and length of the training."""
     parallel: ParallelSection = ParallelSection()
     """How the work is spread over ranks."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """What is saved on the way, and how much of it is kept."""
     evaluation: EvaluationSection = EvaluationSection()
     """How much is evaluated, and when."""
     tracking: TrackingSection = TrackingSection()

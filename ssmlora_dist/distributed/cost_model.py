@@ -78,6 +78,8 @@ class Workload:
         supervised_tokens: per sequence; output head and loss see only these.
         loss_chunk_size: supervised tokens whose logits exist at one time.
         recompute: when activations are recomputed; `none` without gradient checkpointing.
+        layers_ahead: of each stage, how many of its last layers `while_waiting` is for, the others being
+            recomputed on their gradient; None: all.
     """
 
     sequence_length: int
@@ -86,6 +88,7 @@ class Workload:
     supervised_tokens: int
     loss_chunk_size: int
     recompute: Recompute
+    layers_ahead: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class ModelCosts:
         shared_bytes: what embedding and head hold in common when they are on the same stage.
         num_micro_batches: per step.
         recompute: when activations are recomputed.
+        layers_ahead: as in `Workload`.
     """
 
     embedding: PartCost
@@ -130,6 +134,14 @@ class ModelCosts:
     shared_bytes: int
     num_micro_batches: int
     recompute: Recompute
+    layers_ahead: int | None = None
+
+    def ahead(self, layers: range) -> range:
+        """Those of a stage's layers that are recomputed while it waits: the last ones."""
+        if self.recompute != "while_waiting":
+            return layers[len(layers) :]
+        number = len(layers) if self.layers_ahead is None else min(self.layers_ahead, len(layers))
+        return layers[len(layers) - number :]
 
 
 def bytes_per_weight(
@@ -182,6 +194,7 @@ def model_costs(
         shared_bytes=table_bytes if shape.tied_embeddings else 0,
         num_micro_batches=workload.num_micro_batches,
         recompute=workload.recompute,
+        layers_ahead=workload.layers_ahead,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 
 from ssmlora_dist.distributed.cost_model import ModelCosts, PartCost
@@ -26,6 +26,8 @@ class StageLoad:
 
     Attributes:
         layers: indices of its decoder layers.
+        num_ahead: how many of them, the last ones, are recomputed while the stage waits or, on the last
+            stage, not at all.
         forward_flops, recompute_flops, backward_flops: per micro-batch, as the stage runs them: without the
             recompute where it is spared.
         frozen_bytes: weights of the backbone.
@@ -34,6 +36,7 @@ class StageLoad:
     """
 
     layers: range
+    num_ahead: int
     forward_flops: int
     recompute_flops: int
     backward_flops: int
@@ -158,6 +161,23 @@ def partition(costs: ModelCosts, num_stages: int, *, memory_limit_bytes: float =
     return _smallest_maximum(memory_if_fast, num_layers, num_stages)[1]
 
 
+def most_layers_ahead(costs: ModelCosts, boundaries: Sequence[int], memory_limit_bytes: float) -> int:
+    """The largest `ModelCosts.layers_ahead` with which no stage of a split holds more than the limit.
+
+    0 where none is small enough: then memory is not what it decides.
+    """
+    most = max(map(len, stage_layers(boundaries, len(costs.layers))))
+    fitting = (
+        number
+        for number in range(most, 0, -1)
+        if all(
+            load.memory_bytes <= memory_limit_bytes
+            for load in stage_loads(replace(costs, layers_ahead=number), boundaries)
+        )
+    )
+    return next(fitting, 0)
+
+
 def stage_loads(costs: ModelCosts, boundaries: Sequence[int]) -> tuple[StageLoad, ...]:
     """What each stage of a split computes and holds."""
     loads = _Loads(costs, len(boundaries))
@@ -167,14 +187,15 @@ def stage_loads(costs: ModelCosts, boundaries: Sequence[int]) -> tuple[StageLoad
 def stage_table(costs: ModelCosts, boundaries: Sequence[int]) -> str:
     """What each stage of a split holds, and its share of the time, as text with one line for each."""
     loads = stage_loads(costs, boundaries)
-    rows = [["stage", "holds", "layers", "backbone", "adapters", "activations", "memory", "time"]]
+    rows = [["stage", "holds", "layers", "ahead", "backbone", "adapters", "activations", "memory", "time"]]
     whole = sum(load.flops for load in loads)
     for stage, load in enumerate(loads):
         holds = ["embedding"] * (stage == 0) + [_named(load.layers)]
         holds += ["norm, head and loss"] * (stage == len(loads) - 1)
         sizes = (load.frozen_bytes, load.adapter_bytes, load.activation_bytes, load.memory_bytes)
         share = f"{load.flops / whole:.1%}"
-        rows.append([str(stage), ", ".join(holds), str(len(load.layers)), *map(_size, sizes), share])
+        counts = [str(len(load.layers)), str(load.num_ahead)]
+        rows.append([str(stage), ", ".join(holds), *counts, *map(_size, sizes), share])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -200,27 +221,44 @@ class _Loads:
         costs, is_last = self.costs, stage == self.num_stages - 1
         ends: list[PartCost] = [costs.embedding] * (stage == 0) + [costs.head] * is_last
         total = {
-            name: sums[layers.stop] - sums[layers.start] + sum(getattr(part, name) for part in ends)
-            for name, sums in self.sums.items()
+            name: self._sum(name, layers) + sum(getattr(part, name) for part in ends) for name in self.sums
         }
+        ahead = costs.ahead(layers)
+        spared = total["recompute_flops"] if costs.recompute == "none" else 0
+        if is_last:
+            spared += self._sum("recompute_flops", ahead)
         in_flight = micro_batches_in_flight(stage, self.num_stages, costs.num_micro_batches)
-        spared = costs.recompute == "none" or (costs.recompute == "while_waiting" and is_last)
-        if spared:
-            activations = in_flight * total["saved_bytes"]
-        else:
-            parts = [*costs.layers[layers.start : layers.stop], *ends]
-            all_at_once = costs.recompute == "while_waiting"
-            again = total["saved_bytes"] if all_at_once else max(part.saved_bytes for part in parts)
-            activations = in_flight * total["input_bytes"] + again
         return StageLoad(
             layers=layers,
+            num_ahead=len(ahead),
             forward_flops=total["forward_flops"],
-            recompute_flops=0 if spared else total["recompute_flops"],
+            recompute_flops=total["recompute_flops"] - spared,
             backward_flops=total["backward_flops"],
             frozen_bytes=total["frozen_bytes"] - (costs.shared_bytes if len(ends) == 2 else 0),
             adapter_bytes=total["adapter_bytes"],
-            activation_bytes=activations,
+            activation_bytes=in_flight * self._kept_bytes(layers, ends) + self._rebuilt_bytes(layers, ends),
         )
+
+    def _kept_bytes(self, layers: range, ends: Sequence[PartCost]) -> int:
+        """What a stage keeps of one micro-batch until its backward pass."""
+        name = "saved_bytes" if self.costs.recompute == "none" else "input_bytes"
+        if ahead := self.costs.ahead(layers):
+            # Of the layers ahead the first one's input alone.
+            return self._sum(name, range(layers.start, ahead.start + 1))
+        return self._sum(name, layers) + sum(getattr(part, name) for part in ends)
+
+    def _rebuilt_bytes(self, layers: range, ends: Sequence[PartCost]) -> int:
+        """What it rebuilds of one, at most: the layers ahead together, then each of the others alone."""
+        if self.costs.recompute == "none":
+            return 0
+        ahead, of_ends = self.costs.ahead(layers), [part.saved_bytes for part in ends]
+        alone = [layer.saved_bytes for layer in self.costs.layers[layers.start : ahead.start]]
+        if not ahead:
+            return max([*alone, *of_ends])
+        return max([self._sum("saved_bytes", ahead) + sum(of_ends), *alone])
+
+    def _sum(self, name: str, layers: range) -> int:
+        return self.sums[name][layers.stop] - self.sums[name][layers.start]
 
 
 def _smallest_maximum(

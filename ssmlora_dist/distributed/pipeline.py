@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,22 +38,20 @@ class PipelineParallelEngine:
 
     Args:
         stage: this rank's `models.stage.PipelineStage`.
-        boundary_width: W of the tensor [B,S,W] between stages.
-        boundary_dtype: its dtype.
+        boundary_dtype: dtype of the tensor [B,S,W] between stages.
         num_stages: p; ranks count through the data-parallel copies of stage 0 first.
         parameters: what this stage trains, by full name.
         optimizer: over exactly these parameters, in the order of their names.
         config: DeepSpeed's dictionary.
         group: this run's processes.
         max_grad_norm: global norm to clip to; None leaves gradients as they are.
-        recompute_ahead: start a micro-batch's recompute while its gradient is still awaited, and let the last
-            stage recompute nothing.
+        recompute_ahead: run what `stage.finish` runs without keeping activations, and again while a
+            micro-batch's gradient is still awaited.
     """
 
     def __init__(
         self,
-        stage: nn.Module,
-        boundary_width: int,
+        stage: Any,
         boundary_dtype: torch.dtype,
         num_stages: int,
         parameters: Mapping[str, nn.Parameter],
@@ -79,9 +78,7 @@ class PipelineParallelEngine:
             config_class=DeepSpeedConfig(config, module.mpu()),
             dist_init_required=False,
         )
-        self.engine.prepare(
-            stage, self.parameters, boundary_width, boundary_dtype, max_grad_norm, recompute_ahead
-        )
+        self.engine.prepare(stage, self.parameters, boundary_dtype, max_grad_norm, recompute_ahead)
 
     @property
     def module(self) -> nn.Module:
@@ -135,19 +132,19 @@ class _StageEngine(PipelineEngine):
 
     def prepare(
         self,
-        stage: nn.Module,
+        stage: Any,
         parameters: dict[str, nn.Parameter],
-        boundary_width: int,
         boundary_dtype: torch.dtype,
         max_grad_norm: float | None,
         recompute_ahead: bool,
     ) -> None:
         """Takes over what DeepSpeed's constructor has no argument for."""
         self.stage_module, self.named = stage, parameters
-        self.boundary_width, self.boundary_dtype = boundary_width, boundary_dtype
+        self.boundary_dtype = boundary_dtype
         self.max_grad_norm = max_grad_norm
-        self.ahead = recompute_ahead
-        self.rng_states: dict[int, Any] = {}
+        # The last stage's backward pass follows at once: there is nothing to wait for.
+        self.ahead = recompute_ahead and not self.is_last_stage()
+        self.begun: dict[int, _Begun] = {}
 
     def run_step(self, batches: Sequence[dict[str, Tensor]], scale: float) -> _StageEngine:
         """Forward and backward of all micro-batches and one update; the outcome is in the attributes."""
@@ -163,7 +160,7 @@ class _StageEngine(PipelineEngine):
         """The tensor [B,S,W] that the stage before sends for `batch`; None at the first stage."""
         if self.is_first_stage():
             return None
-        shape = (*batch["input_ids"].shape, self.boundary_width)
+        shape = (*batch["input_ids"].shape, self.stage_module.boundary_width)
         received_BSW = torch.empty(shape, dtype=self.boundary_dtype, device=self.device)
         p2p.recv(received_BSW, self.prev_stage)
         return received_BSW
@@ -180,28 +177,34 @@ class _StageEngine(PipelineEngine):
     def _exec_forward_pass(self, buffer_id: int) -> None:
         batch = self.batches[self.num_forwards]
         self.num_forwards += 1
-        self.pipe_buffers["labels"][buffer_id] = batch
-        later = self.ahead and not self.is_last_stage()
-        if later:
-            self.rng_states[buffer_id] = _rng_state(self.device)
-        with torch.set_grad_enabled(not later):
-            self._run_stage(buffer_id)
-
-    def _run_stage(self, buffer_id: int) -> None:
-        batch = self.pipe_buffers["labels"][buffer_id]
         received_BSW = None if self.is_first_stage() else self.pipe_buffers["inputs"][buffer_id]
-        self.pipe_buffers["outputs"][buffer_id] = self.stage_module(received_BSW, **batch)
+        if not self.ahead:
+            self.pipe_buffers["outputs"][buffer_id] = self.stage_module(received_BSW, **batch)
+            return
+        inputs = {name: batch[name] for name in batch if name != "labels"}
+        begun_BSW = self.stage_module.begin(received_BSW, **inputs)
+        self.begun[buffer_id] = _Begun(inputs, begun_BSW, _rng_state(self.device))
+        with torch.no_grad():
+            self.pipe_buffers["outputs"][buffer_id] = self.stage_module.finish(begun_BSW, **inputs)
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         p2p.send(self.pipe_buffers["outputs"][buffer_id].detach(), self.next_stage)
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
         if self.ahead:
-            # The recompute needs no gradient: it fills the wait for it.
-            with _with_rng_state(self.device, self.rng_states.pop(buffer_id)):
-                self._run_stage(buffer_id)
+            # It needs no gradient: it fills the wait for it.
+            self._finish_again(buffer_id)
         self.grad_layer = torch.empty_like(self.pipe_buffers["outputs"][buffer_id])
         p2p.recv(self.grad_layer, self.next_stage)
+
+    def _finish_again(self, buffer_id: int) -> None:
+        begun = self.begun[buffer_id]
+        if begun.tensor_BSW is not None:
+            begun.again_BSW = begun.tensor_BSW.detach().requires_grad_()
+        with _with_rng_state(self.device, begun.rng_state):
+            self.pipe_buffers["outputs"][buffer_id] = self.stage_module.finish(
+                begun.again_BSW, **begun.inputs
+            )
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         output = self.pipe_buffers["outputs"][buffer_id]
@@ -212,7 +215,10 @@ class _StageEngine(PipelineEngine):
         else:
             output.backward(self.grad_layer)
         self.pipe_buffers["outputs"][buffer_id] = None
-        self.pipe_buffers["labels"][buffer_id] = None
+        begun = self.begun.pop(buffer_id, None)
+        if begun is not None and begun.tensor_BSW is not None and begun.tensor_BSW.requires_grad:
+            assert begun.again_BSW is not None
+            begun.tensor_BSW.backward(begun.again_BSW.grad)
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         if self.zero_optimization():
@@ -246,6 +252,19 @@ class _StageEngine(PipelineEngine):
         ds_schedule.RecvActivation: _exec_recv_activations,
         ds_schedule.RecvGrad: _exec_recv_grads,
     }
+
+
+@dataclass
+class _Begun:
+    """A micro-batch between `PipelineStage.begin` and `finish`: what `finish` is run with a second time.
+
+    `again_BSW` is `tensor_BSW` cut from its graph, so that it collects the gradient for it.
+    """
+
+    inputs: dict[str, Tensor]
+    tensor_BSW: Tensor | None
+    rng_state: tuple[Tensor, Tensor | None]
+    again_BSW: Tensor | None = None
 
 
 def _to(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 
 
-def checkpoint_layers(model: PreTrainedModel) -> None:
+def checkpoint_layers(model: PreTrainedModel, num_kept: int = 0) -> None:
     """Recomputes each decoder layer in the backward pass instead of keeping its activations.
 
     Non-reentrant, with hidden states and adapter state as the explicit inputs and outputs of a layer.
+
+    Args:
+        model: adapted.
+        num_kept: how many layers, the last ones, keep their activations.
     """
-    for layer in decoder_layers(model).values():
+    layers = list(decoder_layers(model).values())
+    for layer in layers[: max(0, len(layers) - num_kept)]:
         layer.gradient_checkpointing = True  # type: ignore[assignment]
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 

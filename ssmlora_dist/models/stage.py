@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ssmlora_dist.adapters.state import join_stages
 from ssmlora_dist.models.families import Family
 from ssmlora_dist.models.loss import CausalLMLoss
 
@@ -52,10 +53,10 @@ class StageLayers:
 class LayerRange(nn.Module):
     """Consecutive decoder layers under their index in the whole model, as a model's loop wants them."""
 
-    def __init__(self, layers: dict[int, nn.Module]) -> None:
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
         super().__init__()
         for index, layer in layers.items():
-            self.add_module(str(index), layer)
+            self.add_module(index, layer)
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -69,15 +70,7 @@ class LayerRange(nn.Module):
 
 def cut_to_stage(model: PreTrainedModel, family: Family, stage: StageLayers) -> None:
     """Leaves only what `stage` needs of a model, in place; names stay those of the whole model."""
-    decoder: Any = model.get_decoder()
-    layers = dict(enumerate(decoder.layers))
-    decoder.layers = LayerRange({index: layers[index] for index in range(stage.first, stage.stop)})
-    # The decoder counts its layers, and looks their kind up, from 0.
-    decoder.config = copy.copy(decoder.config)
-    kinds = getattr(decoder.config, "layer_types", None)
-    decoder.config.num_hidden_layers = stage.stop - stage.first
-    if kinds is not None:
-        decoder.config.layer_types = list(kinds[stage.first : stage.stop])
+    _keep_layers(model.get_decoder(), slice(stage.first, stage.stop))
     if not stage.is_first:
         _remove(model, family.embedding)
     if not stage.is_last:
@@ -88,48 +81,96 @@ def cut_to_stage(model: PreTrainedModel, family: Family, stage: StageLayers) -> 
 class PipelineStage(nn.Module):
     """What one stage computes: from token ids or a received tensor, to a tensor to send, or loss and scores.
 
+    Attributes:
+        boundary_width: W of the tensor [B,S,W] between stages.
+
     Args:
         model: cut by `cut_to_stage`, adapted or not.
         stage: which layers it holds.
         chunk_size: supervised tokens whose logits exist at a time.
+        num_ahead: of its layers, how many, the last ones, `finish` runs; None: all.
     """
 
-    def __init__(self, model: PreTrainedModel, stage: StageLayers, chunk_size: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, stage: StageLayers, chunk_size: int, num_ahead: int | None = None
+    ) -> None:
         super().__init__()
         self.stage = stage
         self.model = model
         self.loss = CausalLMLoss(model, chunk_size) if stage.is_last else None
+        # In a tuple, so that what they share with the model keeps one name. The loss runs the decoder whole.
+        self._decoders = _in_two(model.get_decoder(), None if stage.is_last else num_ahead)
+        last = len(self._decoders) - 1
+        for index, decoder in enumerate(self._decoders):
+            self.boundary_width = join_stages(
+                decoder.layers,
+                decoder.config.hidden_size,
+                is_first=stage.is_first and index == 0,
+                is_last=stage.is_last and index == last,
+            )
 
     def forward(
-        self,
-        received_BSW: Tensor | None,
-        *,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        labels: Tensor,
-        scored: Tensor | None = None,
+        self, received_BSW: Tensor | None, *, labels: Tensor, scored: Tensor | None = None, **inputs: Tensor
     ) -> Any:
         """[B,S,W] for the next stage; at the last one, what `CausalLMLoss` returns.
 
         Args:
             received_BSW: from the stage before; None at the first.
-            input_ids: [B,S]; read by the first stage.
-            attention_mask: [B,S]; every stage makes its own masks of it.
-            position_ids: [B,S].
             labels: [B,S]; read by the last stage.
             scored: [B,S] bool, to get scores.
+            inputs: `input_ids`, read by the first stage, `attention_mask`, of which every stage makes its own
+                masks, and `position_ids`, each [B,S].
         """
-        inputs: dict[str, Tensor] = {"attention_mask": attention_mask, "position_ids": position_ids}
-        if received_BSW is None:
-            inputs["input_ids"] = input_ids
-        else:
-            inputs["inputs_embeds"] = received_BSW
         if self.loss is not None:
-            return self.loss(labels=labels, scored=scored, **inputs)
-        decoder: Any = self.model.get_decoder()
-        sent_BSW: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
-        return sent_BSW
+            return self.loss(labels=labels, scored=scored, **_entering(received_BSW, inputs))
+        return self.finish(self.begin(received_BSW, **inputs), **inputs)
+
+    def begin(self, received_BSW: Tensor | None, **inputs: Tensor) -> Tensor | None:
+        """[B,S,W] for `finish`, from the layers before its own; what was received, if it runs all."""
+        if len(self._decoders) == 1:
+            return received_BSW
+        return _run(self._decoders[0], received_BSW, inputs)
+
+    def finish(self, begun_BSW: Tensor | None, **inputs: Tensor) -> Tensor:
+        """[B,S,W] for the next stage, from what `begin` has returned."""
+        return _run(self._decoders[-1], begun_BSW, inputs)
+
+
+def _run(decoder: Any, entering_BSW: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
+    leaving_BSW: Tensor = decoder(**_entering(entering_BSW, inputs), use_cache=False).last_hidden_state
+    return leaving_BSW
+
+
+def _entering(entering_BSW: Tensor | None, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A decoder's inputs: token ids, or in their place a tensor that another one has sent."""
+    if entering_BSW is None:
+        return inputs
+    rest = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+    return {**rest, "inputs_embeds": entering_BSW}
+
+
+def _in_two(decoder: Any, num_ahead: int | None) -> tuple[Any, ...]:
+    """The decoder without its last `num_ahead` layers, and with these alone; itself if that leaves none."""
+    number = len(decoder.layers)
+    if num_ahead is None or not 0 < num_ahead < number:
+        return (decoder,)
+    halves = []
+    for kept in (slice(0, number - num_ahead), slice(number - num_ahead, number)):
+        half = copy.copy(decoder)
+        half._modules = dict(decoder._modules)
+        _keep_layers(half, kept)
+        halves.append(half)
+    return tuple(halves)
+
+
+def _keep_layers(decoder: Any, kept: slice) -> None:
+    decoder.layers = LayerRange(dict(list(decoder.layers.named_children())[kept]))
+    # The decoder counts its layers, and looks their kind up, from 0.
+    decoder.config = copy.copy(decoder.config)
+    decoder.config.num_hidden_layers = len(decoder.layers)
+    kinds = getattr(decoder.config, "layer_types", None)
+    if kinds is not None:
+        decoder.config.layer_types = list(kinds[kept])
 
 
 def _remove(model: nn.Module, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -54,6 +55,16 @@ def peak_tflops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def usable_memory_bytes(group: ProcessGroup) -> float:
+    """What is free on this rank's GPU; on a CPU its share of the host's memory."""
+    if group.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(group.device)[0])
+    ranks_on_host = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or group.world_size
+    )
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_on_host
 
 
 def peak_memory_gib(group: ProcessGroup) -> list[float]:

@@ -39,11 +39,13 @@ from ssmlora_dist.tracking import (
 )
 from ssmlora_dist.training.evaluation import evaluate
 from ssmlora_dist.training.loop import StepRecord, train
-from ssmlora_dist.training.metrics import ModelShape, peak_memory_gib, peak_tflops
+from ssmlora_dist.training.metrics import ModelShape, peak_memory_gib, peak_tflops, usable_memory_bytes
 from ssmlora_dist.training.schedule import learning_rate
-from ssmlora_dist.training.topology import build_engine, place_of, stage_boundaries
+from ssmlora_dist.training.topology import build_engine, place_of, plan_stages
 
 Scores = dict[str, Score]
+# Of the memory that is free before loading, what is planned with: the rest is for allocators and libraries.
+MEMORY_SHARE = 0.85
 
 
 def run_training(config: RunConfig, group: ProcessGroup, console: Console) -> None:
@@ -62,7 +64,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console) -> No
     run = _Run(config, group, console, tracker, directory, tokenizer.pad_token_id, train_data, validation)
     run.build()
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
-    group.on_main(lambda: RunDirectory.create(directory.path))
+    group.on_main(directory.claim)
     status: RunStatus = "FAILED"
     try:
         if group.is_main:
@@ -130,13 +132,14 @@ class _Run:
     def build(self) -> None:
         """Loads the backbone, adapts it and hands it to the engine."""
         self.started = time.perf_counter()
-        self.fingerprint = build_fingerprint(self.config)
+        self.group.on_main(self._take_fingerprint)
         self.place = place_of(self.config, self.group)
-        boundaries = None
+        plan = None
         if self.place.num_stages > 1:
-            boundaries, table = stage_boundaries(self.config, self.train_data, self.place)
-            self.console.message(table)
-        built = build_engine(self.config, self.group, self.place, boundaries)
+            memory = -self.group.max([-usable_memory_bytes(self.group)])[0]
+            plan = plan_stages(self.config, self.train_data, self.place, MEMORY_SHARE * memory)
+            self.console.message(plan.table)
+        built = build_engine(self.config, self.group, self.place, plan)
         self.engine = built.engine
         self.shape = ModelShape.of(built.model_config)
         self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size
@@ -152,6 +155,10 @@ class _Run:
         )
         assert training.num_epochs or training.max_steps, "refused by config.rules"
         self.num_steps = training.max_steps or self.batches.num_steps(training.num_epochs or 1.0)
+
+    def _take_fingerprint(self) -> None:
+        """On rank 0 alone, which writes it: a part of every tensor is read."""
+        self.fingerprint = build_fingerprint(self.config)
 
     def _learning_rate(self, step: int) -> float:
         training = self.config.training

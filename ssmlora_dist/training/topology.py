@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.placement import time_axes
-from ssmlora_dist.adapters.state import join_stages
 from ssmlora_dist.config.build import build_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
@@ -19,13 +20,21 @@ from ssmlora_dist.data import Dataset
 from ssmlora_dist.distributed.cost_model import (
     AdapterShape,
     DecoderShape,
+    ModelCosts,
     Workload,
     bytes_per_weight,
     model_costs,
 )
 from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.engine import DataParallelEngine
-from ssmlora_dist.distributed.partition import check_boundaries, partition, stage_table
+from ssmlora_dist.distributed.loading import swap_rows, zero3_partitioner
+from ssmlora_dist.distributed.partition import (
+    check_boundaries,
+    most_layers_ahead,
+    partition,
+    stage_layers,
+    stage_table,
+)
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.models.families import decoder_layers
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
@@ -64,6 +73,14 @@ class Place:
     stage: int
     num_stages: int
 
+    @property
+    def opposite_rank(self) -> int | None:
+        """The rank at the other end of this replica's pipeline; None between the ends, or without stages."""
+        last = self.num_stages - 1
+        if last == 0 or 0 < self.stage < last:
+            return None
+        return (last - self.stage) * self.data_parallel_size + self.data_parallel_rank
+
 
 def place_of(config: RunConfig, group: ProcessGroup) -> Place:
     """Where DeepSpeed's pipeline topology puts this rank."""
@@ -71,23 +88,64 @@ def place_of(config: RunConfig, group: ProcessGroup) -> Place:
     return Place(group.rank % size, size, group.rank // size, config.parallel.pipeline_stages)
 
 
-def stage_boundaries(config: RunConfig, train_data: Dataset, place: Place) -> tuple[tuple[int, ...], str]:
-    """First layer of every stage, as configured or balanced, and the table of what each stage holds.
+@dataclass(frozen=True)
+class StagePlan:
+    """How the decoder layers are split over pipeline stages.
+
+    Attributes:
+        layers: of every stage.
+        layers_ahead: of each stage, how many layers are recomputed while it waits for its gradient.
+        table: what each stage holds, to be shown.
+    """
+
+    layers: tuple[range, ...]
+    layers_ahead: int
+    table: str
+
+
+def plan_stages(
+    config: RunConfig, train_data: Dataset, place: Place, memory_limit_bytes: float = math.inf
+) -> StagePlan:
+    """The split, as configured or balanced, and how much is recomputed ahead.
+
+    Args:
+        config: of the run.
+        train_data: time is counted for an example of mean length, memory for the longest.
+        place: of any rank.
+        memory_limit_bytes: that a stage may hold, for `parallel.recompute_ahead: "auto"`.
 
     Raises:
         ConfigError: more stages than layers, or boundaries that skip or repeat a layer.
     """
+    lengths = [example.num_tokens for example in train_data.examples]
+    num_targets = sum(example.num_targets for example in train_data.examples) // len(lengths)
+    costs_of = partial(_costs, config, place, max(1, num_targets))
+    costs = costs_of(sum(lengths) // len(lengths))
+    num_layers, num_stages = len(costs.layers), place.num_stages
+    given = config.parallel.stage_boundaries
+    if given is not None:
+        boundaries = check_boundaries(given, num_layers=num_layers, num_stages=num_stages)
+    else:
+        boundaries = partition(costs, num_stages)
+    longest = costs_of(max(lengths))
+    ahead = costs.layers_ahead
+    if not config.training.gradient_checkpointing:
+        ahead = 0
+    elif ahead is None:
+        ahead = most_layers_ahead(longest, boundaries, memory_limit_bytes)
+    table = stage_table(replace(longest, layers_ahead=ahead), boundaries)
+    return StagePlan(stage_layers(boundaries, num_layers), ahead, table)
+
+
+def _costs(config: RunConfig, place: Place, num_targets: int, num_tokens: int) -> ModelCosts:
     model = meta_model(config)
     shape = _decoder_shape(model.config)
     trained = [0] * shape.num_layers
     for index, layer in decoder_layers(model).items():
         trained[index] = sum(parameter.numel() for parameter in adapter_parameters(layer).values())
-    adapter, training = config.adapter, config.training
+    adapter, training, ahead = config.adapter, config.training, config.parallel.recompute_ahead
     dtype_bytes = getattr(torch, config.model.compute_dtype).itemsize
-    num_tokens = sum(example.num_tokens for example in train_data.examples) // len(train_data)
-    num_targets = max(1, sum(example.num_targets for example in train_data.examples) // len(train_data))
-    ahead = "while_waiting" if config.parallel.recompute_ahead else "on_gradient"
-    costs = model_costs(
+    return model_costs(
         shape,
         AdapterShape(tuple(trained), len(time_axes(adapter)), adapter.rank, dtype_bytes),
         Workload(
@@ -97,7 +155,8 @@ def stage_boundaries(config: RunConfig, train_data: Dataset, place: Place) -> tu
             // (training.micro_batch_size * place.data_parallel_size),
             supervised_tokens=num_targets,
             loss_chunk_size=training.loss_chunk_size,
-            recompute=ahead if training.gradient_checkpointing else "none",  # type: ignore[arg-type]
+            recompute="while_waiting" if training.gradient_checkpointing else "none",
+            layers_ahead=None if ahead == "auto" else ahead,
         ),
         bytes_per_linear_weight=bytes_per_weight(
             config.quantization.mode,
@@ -106,12 +165,6 @@ def stage_boundaries(config: RunConfig, train_data: Dataset, place: Place) -> tu
         ),
         compute_dtype_bytes=dtype_bytes,
     )
-    given = config.parallel.stage_boundaries
-    if given is not None:
-        chosen = check_boundaries(given, num_layers=shape.num_layers, num_stages=place.num_stages)
-    else:
-        chosen = partition(costs, place.num_stages)
-    return chosen, stage_table(costs, chosen)
 
 
 @dataclass(frozen=True)
@@ -129,9 +182,7 @@ class BuiltEngine:
     num_trainable: int
 
 
-def build_engine(
-    config: RunConfig, group: ProcessGroup, place: Place, boundaries: Sequence[int] | None
-) -> BuiltEngine:
+def build_engine(config: RunConfig, group: ProcessGroup, place: Place, plan: StagePlan | None) -> BuiltEngine:
     """Loads this rank's part of the backbone, adapts it and hands it to the topology's engine."""
     training, parallel = config.training, config.parallel
     engine_config = deepspeed_config(
@@ -144,14 +195,19 @@ def build_engine(
         native=config.deepspeed,
     )
     stage = None
-    if boundaries is not None:
-        num_layers = meta_model(config).config.num_hidden_layers
-        ends = [*boundaries[1:], num_layers]
-        stage = StageLayers(boundaries[place.stage], ends[place.stage], num_layers)
-    model = build_model(config, group.device, stage)
-    ahead = stage is not None and parallel.recompute_ahead
-    if training.gradient_checkpointing and not ahead:
-        checkpoint_layers(model)
+    if plan is not None:
+        layers = plan.layers[place.stage]
+        stage = StageLayers(layers.start, layers.stop, plan.layers[-1].stop)
+    model = build_model(
+        config,
+        group.device,
+        stage,
+        on_part=zero3_partitioner(engine_config) if parallel.zero_stage == 3 else None,
+        swap_rows=None if place.opposite_rank is None else partial(swap_rows, place.opposite_rank),
+    )
+    num_ahead = 0 if plan is None else plan.layers_ahead
+    if training.gradient_checkpointing:
+        checkpoint_layers(model, num_kept=num_ahead)
     parameters = adapter_parameters(model)
     optimizer = build_optimizer(
         training.optimizer,
@@ -173,12 +229,8 @@ def build_engine(
     # Imported here, as it imports deepspeed.
     from ssmlora_dist.distributed.pipeline import PipelineParallelEngine
 
-    width = join_stages(
-        decoder_layers(model).values(), model.config.hidden_size, stage.is_first, stage.is_last
-    )
     engine = PipelineParallelEngine(
-        PipelineStage(model, stage, training.loss_chunk_size),
-        width,
+        PipelineStage(model, stage, training.loss_chunk_size, num_ahead),
         getattr(torch, config.model.compute_dtype),
         place.num_stages,
         parameters,
@@ -186,7 +238,7 @@ def build_engine(
         engine_config,
         group,
         training.max_grad_norm,
-        recompute_ahead=ahead and training.gradient_checkpointing,
+        recompute_ahead=num_ahead > 0,
     )
     return BuiltEngine(engine, model.config, num_trainable)
 

@@ -50,11 +50,11 @@ SPLITS = [(0, *inner) for stages in (2, 3, 4) for inner in combinations(range(1,
 _NAMES = list(VARIANTS)
 
 
-def _split(boundaries: tuple[int, ...], ahead: bool = True) -> Overrides:
+def _split(boundaries: tuple[int, ...], ahead: int | str = "auto") -> Overrides:
     return (
         f"parallel.pipeline_stages={len(boundaries)}",
         f"parallel.stage_boundaries={list(boundaries)}",
-        f"parallel.recompute_ahead={str(ahead).lower()}",
+        f"parallel.recompute_ahead={ahead}",
     )
 
 
@@ -70,7 +70,7 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
 SPLIT: dict[str, tuple[int, Overrides, str]] = {
     f"{variant} at {boundaries}": (
         len(boundaries),
-        (*VARIANTS[variant], *_split(boundaries, index % 3 != 0)),
+        (*VARIANTS[variant], *_split(boundaries, ("auto", 0, 1, 2)[index % 4])),
         variant,
     )
     for index, (boundaries, variant) in enumerate(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
@@ -11,6 +12,7 @@ from ssmlora_dist.distributed.cost_model import ModelCosts, PartCost
 from ssmlora_dist.distributed.partition import (
     boundary_problems,
     check_boundaries,
+    most_layers_ahead,
     partition,
     stage_count_problems,
     stage_layers,
@@ -38,6 +40,7 @@ def random_costs(source: random.Random, num_layers: int, recompute: Recompute) -
         shared_bytes=0,
         num_micro_batches=source.randint(1, 5),
         recompute=recompute,
+        layers_ahead=source.choice([None, 0, 1, 2, 3]),
     )
 
 
@@ -68,17 +71,26 @@ def slowest_and_fullest(costs: ModelCosts, boundaries: tuple[int, ...]) -> tuple
         parts += [costs.embedding] if stage == 0 else []
         parts += [costs.head] if stage == num_stages - 1 else []
         in_flight = min(num_stages - stage, costs.num_micro_batches)
-        spared = costs.recompute == "none" or (costs.recompute == "while_waiting" and stage == num_stages - 1)
-        time, inputs, saved = 0, 0, []
-        for part in parts:
-            time += part.forward_flops + part.backward_flops + (0 if spared else part.recompute_flops)
-            inputs += part.input_bytes
-            saved.append(part.saved_bytes)
-        if spared:
-            activations = in_flight * sum(saved)
+        layers = (*boundaries, len(costs.layers))[stage + 1] - first
+        ahead = layers if costs.layers_ahead is None else min(costs.layers_ahead, layers)
+        ahead = ahead if costs.recompute == "while_waiting" else 0
+        is_last = stage == num_stages - 1
+        time, inputs, saved, together = 0, 0, [], 0
+        for index, part in enumerate(parts):
+            is_ahead = index in range(layers - ahead, layers)
+            time += part.forward_flops + part.backward_flops
+            time += 0 if is_ahead and is_last else part.recompute_flops
+            if not ahead or index <= layers - ahead:
+                inputs += part.input_bytes
+            if is_ahead or (ahead and index >= layers):
+                together += part.saved_bytes
+            else:
+                saved.append(part.saved_bytes)
+        if costs.recompute == "none":
+            activations = in_flight * (sum(saved) + together)
+            time -= sum(part.recompute_flops for part in parts)
         else:
-            rebuilt = sum(saved) if costs.recompute == "while_waiting" else max(saved)
-            activations = in_flight * inputs + rebuilt
+            activations = in_flight * inputs + max([together, *saved])
         held = sum(part.frozen_bytes + part.adapter_bytes for part in parts) + activations
         if stage == 0 and stage == num_stages - 1:
             held -= costs.shared_bytes
@@ -144,10 +156,27 @@ def test_a_shared_embedding_is_held_once_on_one_stage_and_twice_on_two() -> None
 
 
 def test_activations_follow_the_micro_batches_in_flight() -> None:
-    expected = {"none": [40, 10 + 7], "on_gradient": [2 * 4 + 5, 3 + 7], "while_waiting": [2 * 4 + 20, 17]}
-    for recompute, activation_bytes in expected.items():
-        costs = uniform_costs(6, recompute=recompute)
+    """Inputs of a byte, five to rebuild a layer, seven of the head; two micro-batches at the first stage."""
+    expected = {
+        ("none", None): [2 * 20, 10 + 7],
+        ("on_gradient", None): [2 * 4 + 5, 3 + 7],
+        ("while_waiting", None): [2 * 1 + 20, 1 + 17],
+        ("while_waiting", 0): [2 * 4 + 5, 3 + 7],
+        ("while_waiting", 1): [2 * 4 + 5, 2 + 12],
+        ("while_waiting", 3): [2 * 2 + 15, 1 + 17],
+    }
+    for (recompute, number), activation_bytes in expected.items():
+        costs = uniform_costs(6, recompute=recompute, layers_ahead=number)
         assert [load.activation_bytes for load in stage_loads(costs, (0, 4))] == activation_bytes
+
+
+def test_as_many_layers_ahead_as_the_fullest_stage_has_memory_for() -> None:
+    costs = uniform_costs(6, recompute="while_waiting")
+    for number in range(1, 5):
+        fullest = max(load.memory_bytes for load in stage_loads(replace(costs, layers_ahead=number), (0, 4)))
+        assert most_layers_ahead(costs, (0, 4), fullest) >= number
+        assert most_layers_ahead(costs, (0, 4), fullest - 1) < number
+    assert most_layers_ahead(costs, (0, 4), 100) == 0
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
@@ -216,13 +245,13 @@ def test_the_table_states_what_each_stage_holds() -> None:
         embedding=PartCost(0, 0, 0, gib // 2, 0, 0, 0),
         num_micro_batches=1,
     )
-    assert stage_table(costs, (0, 2)) == "\n".join(
-        [
-            "stage  holds                         layers  backbone  adapters  activations    memory   time",
-            "    0  embedding, layers 0-1              2  4.50 GiB  6.00 MiB     2.00 KiB  4.51 GiB  50.0%",
-            "    1  layer 2, norm, head and loss       1  3.00 GiB  3.00 MiB     1.50 KiB  3.00 GiB  50.0%",
-            "slowest stage: 1.000 x the mean",
-        ]
+    assert (
+        stage_table(costs, (0, 2))
+        == """\
+stage  holds                         layers  ahead  backbone  adapters  activations    memory   time
+    0  embedding, layers 0-1              2      0  4.50 GiB  6.00 MiB     2.00 KiB  4.51 GiB  50.0%
+    1  layer 2, norm, head and loss       1      0  3.00 GiB  3.00 MiB     1.50 KiB  3.00 GiB  50.0%
+slowest stage: 1.000 x the mean"""
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset, DatasetReport, Example
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.errors import ConfigError
-from ssmlora_dist.training.topology import Place, place_of, stage_boundaries
+from ssmlora_dist.training.topology import Place, place_of, plan_stages
 
 from ..launch.processes import DEBUG_TINY
 
@@ -32,16 +34,39 @@ def test_ranks_count_through_a_stage_first(stages: int, ranks: int) -> None:
 
 def test_every_layer_is_on_one_stage() -> None:
     config = config_with("parallel.pipeline_stages=3", ranks=3)
-    boundaries, table = stage_boundaries(config, DATA, Place(0, 1, 0, 3))
-    assert boundaries[0] == 0
-    assert len(boundaries) == 3
-    assert list(boundaries) == sorted(set(boundaries))
-    assert "norm, head and loss" in table
+    plan = plan_stages(config, DATA, Place(0, 1, 0, 3))
+    assert len(plan.layers) == 3
+    assert [layer for layers in plan.layers for layer in layers] == list(range(6))
+    assert "norm, head and loss" in plan.table
 
 
 def test_boundaries_are_taken_as_they_are_given() -> None:
     config = config_with("parallel.pipeline_stages=2", "parallel.stage_boundaries=[0,5]", ranks=2)
-    assert stage_boundaries(config, DATA, Place(0, 1, 0, 2))[0] == (0, 5)
+    assert plan_stages(config, DATA, Place(0, 1, 0, 2)).layers == (range(0, 5), range(5, 6))
+
+
+@pytest.mark.parametrize(
+    ("asked", "checkpointing", "memory_gib", "expected"),
+    [
+        ("auto", "true", math.inf, 5),
+        ("auto", "true", 0.0, 0),
+        ("3", "true", math.inf, 3),
+        ("3", "true", 0.0, 3),
+        ("0", "true", math.inf, 0),
+        ("auto", "false", math.inf, 0),
+    ],
+)
+def test_layers_recomputed_ahead(asked: str, checkpointing: str, memory_gib: float, expected: int) -> None:
+    config = config_with(
+        "parallel.pipeline_stages=2",
+        "parallel.stage_boundaries=[0,5]",
+        f"parallel.recompute_ahead={asked}",
+        f"training.gradient_checkpointing={checkpointing}",
+        ranks=2,
+    )
+    plan = plan_stages(config, DATA, Place(0, 1, 0, 2), memory_gib * 2**30)
+    assert plan.layers_ahead == expected
+    assert plan.table.splitlines()[1].split("layers 0-4")[1].split()[:2] == ["5", str(expected)]
 
 
 @pytest.mark.parametrize(
@@ -62,5 +87,5 @@ def test_impossible_splits_are_refused(stages: int, boundaries: str, says: str) 
         ranks=stages,
     )
     with pytest.raises(ConfigError) as refused:
-        stage_boundaries(config, DATA, Place(0, 1, 0, stages))
+        plan_stages(config, DATA, Place(0, 1, 0, stages))
     assert says in str(refused.value)
