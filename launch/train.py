@@ -16,9 +16,15 @@ from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
 def main() -> None:
-    arguments = build_parser(
-        "Train an SSMLoRA or LoRA adapter on a frozen, quantised decoder model."
-    ).parse_args()
+    parser = build_parser("Train an SSMLoRA or LoRA adapter on a frozen, quantised decoder model.")
+    parser.add_argument(
+        "--resume",
+        default="never",
+        metavar="auto|DIR|never",
+        help="continue from the newest checkpoint of the run, where there is one (auto), or from that of a "
+        "directory (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
     is_main = os.environ.get("RANK", "0") == "0"
     quiet_libraries(arguments.log_level, is_main)
 
@@ -50,7 +56,7 @@ def main() -> None:
     )
     quiet_libraries(arguments.log_level, is_main)
     try:
-        run_training(config, group, console)
+        run_training(config, group, console, arguments.resume)
     finally:
         stop_process_group()
 

@@ -14,9 +14,17 @@ EXIT_TRAINING_FAILED = 3
 
 
 class SSMLoRAError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend.
+
+    Attributes:
+        exit_code: of the command line.
+        label: what its message begins with there.
+        met_by_all: whether every rank has met it for certain, so that rank 0 speaks for all.
+    """
 
     exit_code = EXIT_BAD_INPUT
+    label = "error"
+    met_by_all = False
 
 
 class ConfigError(SSMLoRAError):

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from ssmlora_dist.durable import replacing, write_text
+from ssmlora_dist.durable import explained, replacing, write_tensors, write_text
+from ssmlora_dist.errors import CheckpointError
 
 
 @pytest.fixture
@@ -92,3 +95,29 @@ def test_writers_of_one_file_do_not_meet(target: Path) -> None:
         second.write_text("second")
     assert target.read_text() == "first"
     assert partial_files(target) == []
+
+
+def test_tensors_are_written_as_they_are(target: Path) -> None:
+    tensors = {
+        "matrix": torch.arange(6.0).reshape(2, 3).T,
+        "bytes": torch.tensor([1, 255], dtype=torch.uint8),
+        "half": torch.tensor([0.1], dtype=torch.bfloat16),
+    }
+    write_tensors(target, tensors)
+    loaded = load_file(target)
+    assert loaded.keys() == tensors.keys()
+    assert all(loaded[name].dtype == tensors[name].dtype for name in tensors)
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert partial_files(target) == []
+
+
+@explained(Path("out"), "choose another --out")
+def write_below(path: Path) -> None:
+    write_text(path / "settings.json", "new")
+
+
+def test_what_the_file_system_refuses_has_a_remedy(target: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"^out: cannot be written: a part of this path .*; choose another --out$"
+    ):
+        write_below(target)

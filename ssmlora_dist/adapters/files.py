@@ -18,11 +18,10 @@ from typing import Any
 
 import pydantic
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ssmlora_dist.adapters.config import AdapterConfig
-from ssmlora_dist.durable import replacing, write_text
+from ssmlora_dist.durable import write_tensors, write_text
 from ssmlora_dist.errors import AdapterError
 
 FORMAT_VERSION = 1
@@ -90,9 +89,7 @@ def write_adapter(
         base_fingerprint: of the base model; loading compares it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    keyed = {KEY_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(directory / WEIGHTS_FILE) as beside:
-        save_file(keyed, beside, metadata={"format": "pt"})
+    write_tensors(directory / WEIGHTS_FILE, {KEY_PREFIX + name: tensor for name, tensor in tensors.items()})
     base = dict(base or {})
     peft = _peft_config(config, tensors, base.get("path"))
     write_text(directory / PEFT_FILE, json.dumps(peft, indent=2) + "\n")
@@ -129,21 +126,32 @@ def read_adapter(directory: Path, num_layers: int) -> SavedAdapter:
         AdapterError: a file is missing, damaged, of a later version, or uses what is not supported here.
     """
     base = read_base(directory)
+    config = read_config(directory)
     tensors = _read_tensors(directory)
-    path = directory / SETTINGS_FILE
-    if not path.exists():
+    if config is None:
         path = directory / PEFT_FILE
         return SavedAdapter(
             _config_from_peft(_read_json(path), tensors, num_layers, path), tensors, base, None
         )
-    settings = _read_settings(path)
+    fingerprint = _read_settings(directory / SETTINGS_FILE).get("base_fingerprint")
+    return SavedAdapter(config, tensors, base, fingerprint)
+
+
+def read_config(directory: Path) -> AdapterConfig | None:
+    """The configuration in an adapter directory of ours; None for one of PEFT's, where the tensors tell.
+
+    Raises:
+        AdapterError: the settings are damaged or of a later version.
+    """
+    path = directory / SETTINGS_FILE
+    if not path.exists():
+        return None
     try:
-        config = AdapterConfig.model_validate(settings.get("adapter"))
+        return AdapterConfig.model_validate(_read_settings(path).get("adapter"))
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, ("adapter", *problem["loc"])))
         raise AdapterError(f"{path}: {place}: {problem['msg']}; the file is damaged") from error
-    return SavedAdapter(config, tensors, base, settings.get("base_fingerprint"))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

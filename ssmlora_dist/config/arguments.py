@@ -63,9 +63,11 @@ def run_command(main: Callable[[], int | None]) -> int:
     except SSMLoRAError as error:
         place = ""
         if _rank() != "0":
+            if error.met_by_all:
+                return error.exit_code
             time.sleep(SECONDS_FOR_RANK_0)
             place = f" on rank {_rank()}"
-        print(f"error{place}: {error}", file=sys.stderr)
+        print(f"{error.label}{place}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from ssmlora_dist.adapters.files import read_base
 from ssmlora_dist.api import add_adapters, load_adapter
@@ -47,11 +48,21 @@ def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return load_tokenizer(source, section.revision if section.tokenizer is None else None)
 
 
-def build_model(config: RunConfig, device: torch.device, stage: StageLayers | None = None) -> PreTrainedModel:
-    """The frozen backbone on `device`, adapted; all of it, or a pipeline stage."""
+def build_model(
+    config: RunConfig,
+    device: torch.device,
+    stage: StageLayers | None = None,
+    *,
+    on_part: Callable[[nn.Module], None] | None = None,
+    swap_rows: Callable[[Tensor, Tensor], None] | None = None,
+) -> PreTrainedModel:
+    """The frozen backbone on `device`, adapted; all of it, or a pipeline stage.
+
+    `on_part` and `swap_rows` are handed to `load_model`.
+    """
     settings = backbone_settings(config)
-    dtype = getattr(torch, config.model.compute_dtype)
-    model = load_model(**{**settings, "compute_dtype": dtype}, device=device, stage=stage)
+    settings["compute_dtype"] = getattr(torch, config.model.compute_dtype)
+    model = load_model(**settings, device=device, stage=stage, on_part=on_part, swap_rows=swap_rows)
     return add_adapters(model, config.adapter, seed=config.run.seed)
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssmlora_dist.distributed.moments import Moments, gather_moments, restore_moments
 from ssmlora_dist.distributed.process_group import ProcessGroup
 
 Batch = Mapping[str, Tensor]
+Check = Callable[[], None]
 IGNORED_LABEL = -100
+
+
+def no_check() -> None:
+    """For a step that nobody interrupts."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,19 @@ class DataParallelEngine:
         """The module, to be called for evaluation."""
         return self.engine.module
 
-    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[Batch], learning_rate: float, check: Check = no_check
+    ) -> StepResult:
         """One step of the optimiser on this rank's share of the global batch.
 
         The gradient is that of the mean over all target tokens of the global batch, however they are spread
         over ranks and micro-batches.
+
+        Args:
+            micro_batches: this rank's share.
+            learning_rate: of this step.
+            check: called before every micro-batch; what it raises passes through, and the step is left
+                undone: after that no other can be made.
         """
         for param_group in self.engine.optimizer.param_groups:
             param_group["lr"] = learning_rate
@@ -89,6 +103,7 @@ class DataParallelEngine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.group.device)
         self.module.train()
         for index, batch in enumerate(micro_batches):
+            check()
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss = self.engine(**{name: tensor.to(self.group.device) for name, tensor in batch.items()})
             # 0 x infinity: a loss that is not finite makes the gradients so, and every stage skips the step.
@@ -124,6 +139,15 @@ class DataParallelEngine:
         parameters = list(self.parameters.values())
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
             return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+
+
+    def moments(self) -> Moments:
+        """The optimiser's moments; every rank must call it."""
+        return gather_moments(self.engine.optimizer, self.parameters, self.zero_stage)
+
+    def restore(self, moments: Moments) -> None:
+        """Goes on with an optimiser's moments, before the first step; every rank must call it."""
+        restore_moments(self.engine.optimizer, self.parameters, self.zero_stage, moments)
 
 
 def count_targets(batch: Batch) -> int:

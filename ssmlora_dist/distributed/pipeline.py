@@ -24,12 +24,15 @@ from torch import Tensor, nn
 
 from ssmlora_dist.distributed.engine import (
     Batch,
+    Check,
     StepResult,
     clip_coefficient,
     count_targets,
+    no_check,
     scale_gradients,
     squared_norms,
 )
+from ssmlora_dist.distributed.moments import Moments, gather_moments, restore_moments
 from ssmlora_dist.distributed.process_group import ProcessGroup
 
 
@@ -65,6 +68,7 @@ class PipelineParallelEngine:
         self.stage = stage
         self.parameters = dict(sorted(parameters.items()))
         self.num_stages = num_stages
+        self.zero_stage: int = config["zero_optimization"]["stage"]
         # DeepSpeed describes the stages on the standard output, which holds results.
         with contextlib.redirect_stdout(io.StringIO()):
             # One "layer" a stage, of which each rank registers its own.
@@ -85,8 +89,14 @@ class PipelineParallelEngine:
         """This rank's stage."""
         return self.stage
 
-    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """One step of the optimiser; see `DataParallelEngine.train_step`."""
+    def train_step(
+        self, micro_batches: Sequence[Batch], learning_rate: float, check: Check = no_check
+    ) -> StepResult:
+        """One step of the optimiser; see `DataParallelEngine.train_step`.
+
+        Stages are at different micro-batches at a time: `check` is called before the first one.
+        """
+        check()
         for param_group in self.engine.optimizer.param_groups:
             param_group["lr"] = learning_rate
         counts = [
@@ -125,6 +135,22 @@ class PipelineParallelEngine:
         stages: list[Any] = [None] * self.num_stages
         dist.all_gather_object(stages, mine, group=self.engine.grid.get_pipe_parallel_group())
         return dict(sorted(item for stage in stages for item in stage.items()))
+
+
+    def moments(self) -> Moments:
+        """The optimiser's moments of all stages; every rank must call it."""
+        mine = gather_moments(self.engine.optimizer, self.parameters, self.zero_stage)
+        stages: list[Any] = [None] * self.num_stages
+        dist.all_gather_object(stages, mine, group=self.engine.grid.get_pipe_parallel_group())
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for stage in stages:
+            for kind, values in stage.tensors.items():
+                tensors.setdefault(kind, {}).update(values)
+        return Moments(max(stage.num_updates for stage in stages), tensors)
+
+    def restore(self, moments: Moments) -> None:
+        """Goes on with an optimiser's moments, before the first step; every rank must call it."""
+        restore_moments(self.engine.optimizer, self.parameters, self.zero_stage, moments)
 
 
 class _StageEngine(PipelineEngine):

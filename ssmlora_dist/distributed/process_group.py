@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ssmlora_dist.distributed.liveness import Peer, PeerWatch, meet
 from ssmlora_dist.errors import SSMLoRAError, TrainingError
+
+LONGEST_SILENCE_SECONDS = 60.0
+
+# As of torch's own process group, there is one in a process.
+_watch: PeerWatch | None = None
 
 
 @dataclass(frozen=True)
@@ -23,12 +31,14 @@ class ProcessGroup:
         world_size: number of processes.
         local_rank: index of this process on its node; the index of its GPU.
         device: where this process computes.
+        watch: of the other ranks; None where there are none, or where they cannot be watched.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    watch: PeerWatch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -47,17 +57,39 @@ class ProcessGroup:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return [float(value) for value in largest.tolist()]
 
-    def on_main(self, action: Callable[[], object]) -> None:
-        """Runs `action` on rank 0 while the others wait; its `SSMLoRAError` is raised on every rank."""
-        outcome: list[SSMLoRAError | None] = [None]
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` on rank 0 while the others wait; every rank gets its result or its `SSMLoRAError`."""
+        result, error = None, None
         if self.is_main:
             try:
-                action()
-            except SSMLoRAError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[0] is not None:
-            raise outcome[0]
+                result = action()
+            except SSMLoRAError as raised:
+                error = raised
+        result, error = self.share((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def share(self, value: Any) -> Any:
+        """What `value` is on rank 0."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def when_a_rank_is_lost(self, action: Callable[[], object]) -> None:
+        """Has `action` called, on a thread and for a short time, before a lost rank ends this process."""
+        if self.watch is not None:
+            self.watch.before_exit = action
+
+    def about_to_stop(self) -> None:
+        """Says, in a `finally`, that this rank ends by itself, however long after the others."""
+        if self.watch is not None:
+            self.watch.about_to_leave(sys.exception())
+
+    def note_checkpoint(self, path: str) -> None:
+        """The checkpoint that is named when a rank is lost; rank 0 notes it for all."""
+        if self.watch is not None:
+            self.watch.last_checkpoint = path
 
 
 def world_size_from_environment() -> int:
@@ -68,8 +100,11 @@ def world_size_from_environment() -> int:
 def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessGroup:
     """Joins the processes started by the DeepSpeed launcher, torchrun, or a plain python command.
 
+    From here to `stop_process_group` the ranks watch each other (`liveness.PeerWatch`).
+
     Args:
-        timeout_seconds: after which a collective that a rank never joins is an error.
+        timeout_seconds: after which a collective that a rank never joins is an error; a rank that gives no
+            sign is missed after half of it, or `LONGEST_SILENCE_SECONDS`.
         verbose: shows what DeepSpeed says while it starts.
 
     Raises:
@@ -96,13 +131,38 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
             "are reachable and that no other run uses the port (deepspeed --master_port N)"
         ) from error
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return ProcessGroup(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    group = ProcessGroup(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    return replace(group, watch=_start_watch(group, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2)))
 
 
 def stop_process_group() -> None:
-    """Ends the process group; without it a gloo process aborts at exit."""
+    """Ends the process group; without it a gloo process aborts at exit.
+
+    To be called in a `finally`: an exception that is on its way out is told to the other ranks.
+    """
+    global _watch
+    if _watch is not None:
+        _watch.leave(sys.exception())
+        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _start_watch(group: ProcessGroup, silence_seconds: float) -> PeerWatch | None:
+    global _watch
+    if group.world_size == 1:
+        return None
+    peers: list[Peer] = []
+    try:
+        peers = meet(group.rank, group.world_size, os.environ["MASTER_ADDR"], group.share)
+    except OSError as error:
+        print(f"warning: rank {group.rank} cannot watch the others: {error}", file=sys.stderr)
+    if group.max([float(not peers)])[0]:
+        return None
+    # Without rank 0 the others cannot agree on who speaks: the next rank does, and one on every machine.
+    speaks = group.rank <= 1 or group.local_rank == 0
+    _watch = PeerWatch(group.rank, peers, silence_seconds, speaks)
+    return _watch
 
 
 def _free_port() -> int:

@@ -8,20 +8,27 @@ read, fills those in its own order.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.configuration import load_config
 from ssmlora_dist.models.families import Family, require_supported
 from ssmlora_dist.models.location import locate
 from ssmlora_dist.models.stage import StageLayers, cut_to_stage
-from ssmlora_dist.models.weights import RandomWeights, SafetensorsWeights, WeightSource, initializer_std
+from ssmlora_dist.models.weights import (
+    HalvedTable,
+    RandomWeights,
+    SafetensorsWeights,
+    WeightSource,
+    initializer_std,
+    rows_of_half,
+)
 from ssmlora_dist.quantization import QuantizationMode, quantize_linear
 
 if TYPE_CHECKING:
@@ -46,6 +53,8 @@ def load_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     stage: StageLayers | None = None,
+    on_part: Callable[[nn.Module], None] | None = None,
+    swap_rows: Callable[[Tensor, Tensor], None] | None = None,
 ) -> PreTrainedModel:
     """A frozen causal language model on `device`, in evaluation mode.
 
@@ -66,6 +75,11 @@ def load_model(
         device: where the weights are quantised and stay.
         seed: of random weights.
         stage: the pipeline stage to load: only what it needs is read and kept; None loads the whole model.
+        on_part: called with the embedding, each decoder layer, the final norm and the head, as soon as it has
+            its weights and before the next is read; it may put others in the place of their data.
+        swap_rows: for the first and the last stage, which both need an embedding that is tied to the head:
+            each reads half of its rows, sends them (the first argument) to the other, and receives those of
+            the other (into the second). None reads the whole table.
 
     Raises:
         ModelError: the model cannot be found or read, is not supported, or lacks weights; an attention
@@ -86,13 +100,19 @@ def load_model(
         source: WeightSource = _random_weights(model_config, family, seed)
     else:
         assert directory is not None
-        source = _stored_weights(directory, model_config, family)
+        source = _stored_weights(directory, model_config, family, stage, swap_rows)
     implementation = attention_implementation(attention, family, device, compute_dtype)
     model = build_skeleton(model_config, compute_dtype, implementation, device)
     settings: dict[str, Any] = {"double_quantization": double_quantization, "compute_dtype": compute_dtype}
     quantize = None if quantization == "none" else partial(quantize_linear, mode=quantization, **settings)
     names = part_names(model_config, family) if stage is None else stage.part_names(model_config, family)
-    _fill_all(model, names, source, family, device=device, dtype=compute_dtype, quantize=quantize)
+    parts = {name: model.get_submodule(name) for name in names}
+    source.check(_shapes(parts))
+    for name, part in parts.items():
+        fill(part, name, source, family, device=device, dtype=compute_dtype, quantize=quantize)
+        if on_part is not None:
+            on_part(part)
+    model.tie_weights()
     if stage is not None:
         cut_to_stage(model, family, stage)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
@@ -182,21 +202,13 @@ def fill(
         fill_module(path)
 
 
-def _fill_all(
-    model: PreTrainedModel, names: Sequence[str], source: WeightSource, family: Family, **settings: Any
-) -> None:
-    """Fills the parts of `model` that are named, once all their tensors are known to be there."""
-    parts = {name: model.get_submodule(name) for name in names}
-    source.check(
-        {
-            f"{name}.{key}": value.shape
-            for name, part in parts.items()
-            for key, value in part.named_parameters()
-        }
-    )
-    for name, part in parts.items():
-        fill(part, name, source, family, **settings)
-    model.tie_weights()
+def _shapes(parts: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
+    """Shapes of all tensors that `parts` need, by full name."""
+    return {
+        f"{name}.{key}": parameter.shape
+        for name, part in parts.items()
+        for key, parameter in part.named_parameters()
+    }
 
 
 def attention_implementation(
@@ -231,17 +243,29 @@ def _flash_attention_problem(device: torch.device, compute_dtype: torch.dtype) -
     return None
 
 
-def _stored_weights(directory: Path, config: PreTrainedConfig, family: Family) -> SafetensorsWeights:
+def _stored_weights(
+    directory: Path,
+    config: PreTrainedConfig,
+    family: Family,
+    stage: StageLayers | None,
+    swap_rows: Callable[[Tensor, Tensor], None] | None,
+) -> WeightSource:
     embedding, head = f"{family.embedding}.weight", f"{family.output_head}.weight"
     if not config.tie_word_embeddings:
         return SafetensorsWeights(directory)
     weights = SafetensorsWeights(directory, aliases={embedding: head})
-    if not weights.equal(embedding, head):
+    source: WeightSource = weights
+    compared: Callable[[int], range] = range
+    if swap_rows is not None and stage is not None and stage.is_first != stage.is_last:
+        source = HalvedTable(weights, embedding, second=stage.is_last, swap_rows=swap_rows)
+        compared = partial(rows_of_half, second=stage.is_last)
+    holds_table = stage is None or stage.is_first or stage.is_last
+    if holds_table and not weights.equal(embedding, head, compared):
         raise ModelError(
             f"{directory}: `config.json` ties the output head to the embedding, but {head} and {embedding} "
             "differ; set `tie_word_embeddings` to false in it"
         )
-    return weights
+    return source
 
 
 def _random_weights(config: PreTrainedConfig, family: Family, seed: int) -> RandomWeights:

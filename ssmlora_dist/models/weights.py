@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.location import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
+from ssmlora_dist.models.safetensors_file import DTYPES, FETCH_AGAIN, StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-STORED_DTYPES = ("F64", "F32", "F16", "BF16")
-FETCH_AGAIN = "the file is damaged or incomplete; copy or download it again"
 
 
 class WeightSource(Protocol):
@@ -35,9 +32,6 @@ class WeightSource(Protocol):
 class SafetensorsWeights:
     """The safetensors checkpoint in a directory: one file, or shards with an index.
 
-    A file is opened for one tensor and closed again: it is mapped into memory, and what was read of it
-    counts as this process's memory for as long as it stays open.
-
     Args:
         directory: of the model.
         aliases: names under which a tensor may be stored instead, where its own is absent.
@@ -48,52 +42,62 @@ class SafetensorsWeights:
 
     def __init__(self, directory: Path, aliases: Mapping[str, str] | None = None) -> None:
         self.directory = directory
-        self._files = _files_by_tensor(directory)
         self._aliases = dict(aliases or {})
+        self._tensors: dict[Path, dict[str, StoredTensor]] = {}
+        self._files = _files_by_tensor(directory, self._in_file)
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors stored, sorted."""
         return sorted(self._files)
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that hold tensors, sorted."""
+        return sorted(set(self._files.values()))
+
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
         """Raises ModelError unless every tensor is there, in its shape, in a floating dtype.
 
         Only headers are read, and only those of the files that hold these tensors.
         """
-        stored = {name: self._stored_name(name) for name in shapes}
-        missing = [name for name in shapes if stored[name] not in self._files]
+        missing = [name for name in shapes if self._stored_name(name) not in self._files]
         if missing:
             shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise ModelError(
                 f"{self.directory}: the weights lack {shown}; `config.json` and the weights are not of one "
                 "model, or a part of it was not downloaded"
             )
-        for file in sorted({self._files[name] for name in stored.values()}):
-            with _open(file) as handle:
-                in_file = set(handle.keys())
-                for name, stored_name in stored.items():
-                    if self._files[stored_name] == file:
-                        _check_entry(handle, in_file, stored_name, shapes[name], file)
+        for name, shape in shapes.items():
+            self.stored(name, shape)
 
-    def read(self, name: str, *, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The tensor `name`, as a new tensor on `device` in `dtype`."""
-        stored_name = self._stored_name(name)
-        if stored_name not in self._files:
-            raise ModelError(f"{self.directory}: the weights lack {name}")
-        file = self._files[stored_name]
-        with _open(file, stored_name) as handle:
-            tensor: Tensor = handle.get_tensor(stored_name)
-            if tensor.shape != shape:
-                raise ModelError(_shape_message(file, stored_name, list(tensor.shape), shape))
-            return tensor.to(device=device, dtype=dtype, copy=True)
+    def read(
+        self,
+        name: str,
+        *,
+        shape: torch.Size,
+        device: torch.device,
+        dtype: torch.dtype,
+        rows: range | None = None,
+    ) -> Tensor:
+        """The tensor `name` of `shape`, or consecutive rows of it, as a new tensor on `device` in `dtype`."""
+        return self.stored(name, shape).read(rows).to(device=device, dtype=dtype)
 
-    def equal(self, first: str, second: str) -> bool:
-        """Whether two tensors are the same, or one of them is not stored."""
+    def equal(self, first: str, second: str, rows: Callable[[int], range] = range) -> bool:
+        """Whether two tensors are the same, or one of them is not stored.
+
+        Args:
+            first: name of the one.
+            second: name of the other.
+            rows: which rows are compared, of how many; by default all.
+        """
         if first not in self._files or second not in self._files:
             return True
-        with _open(self._files[first], first) as a, _open(self._files[second], second) as b:
-            return torch.equal(a.get_tensor(first), b.get_tensor(second))
+        one, other = self.stored(first), self.stored(second)
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        compared = rows(one.shape[0])
+        return torch.equal(one.read(compared), other.read(compared))
 
     def digest(self, num_bytes: int) -> str:
         """sha256 over each tensor's name, dtype, shape, and first and last `num_bytes` bytes.
@@ -101,19 +105,85 @@ class SafetensorsWeights:
         The same for any sharding of the same tensors.
         """
         digests: dict[str, bytes] = {}
-        for file in sorted(set(self._files.values())):
-            with _open(file) as handle:
-                for name in list(handle.keys()):
-                    entry = handle.get_slice(name)
-                    tensor = handle.get_tensor(name).reshape(-1).view(torch.uint8)
-                    digest = hashlib.sha256(f"{name} {entry.get_dtype()} {entry.get_shape()}".encode())
-                    digest.update(tensor[:num_bytes].numpy().tobytes())
-                    digest.update(tensor[-num_bytes:].numpy().tobytes())
-                    digests[name] = digest.digest()
+        for file in self.files:
+            for name, tensor in self._in_file(file).items():
+                digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.ends(num_bytes))
+                digests[name] = digest.digest()
         return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+
+    def stored(self, name: str, shape: torch.Size | None = None) -> StoredTensor:
+        """Where the tensor lies; refuses one that is not there, not of `shape` or not floating."""
+        stored_name = self._stored_name(name)
+        if stored_name not in self._files:
+            raise ModelError(f"{self.directory}: the weights lack {name}")
+        file = self._files[stored_name]
+        tensor = self._in_file(file).get(stored_name)
+        if tensor is None:
+            raise ModelError(
+                f"{file}: lacks {stored_name}, though {WEIGHTS_INDEX_FILE} says it is here; {FETCH_AGAIN}"
+            )
+        if shape is not None and tensor.shape != shape:
+            raise ModelError(
+                f"{file}: {stored_name} has the shape {list(tensor.shape)}, but `config.json` asks for "
+                f"{list(shape)}; configuration and weights are not of one model"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ModelError(
+                f"{file}: {stored_name} is stored as {tensor.dtype}; only {', '.join(DTYPES)} are read, so "
+                "name the original, unquantised model"
+            )
+        return tensor
+
+    def _in_file(self, file: Path) -> dict[str, StoredTensor]:
+        if file not in self._tensors:
+            self._tensors[file] = stored_tensors(file)
+        return self._tensors[file]
 
     def _stored_name(self, name: str) -> str:
         return name if name in self._files else self._aliases.get(name, name)
+
+
+class HalvedTable:
+    """A source for two processes that both need one table: each reads half of its rows, and they swap.
+
+    Args:
+        source: of all weights.
+        name: of the table.
+        second: whether this process reads the second half.
+        swap_rows: sends the rows given first to the other process, and fills those given second with what it
+            sends.
+    """
+
+    def __init__(
+        self,
+        source: SafetensorsWeights,
+        name: str,
+        *,
+        second: bool,
+        swap_rows: Callable[[Tensor, Tensor], None],
+    ) -> None:
+        self._source, self._name, self._second, self._swap_rows = source, name, second, swap_rows
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """As `SafetensorsWeights.check`."""
+        self._source.check(shapes)
+
+    def read(self, name: str, *, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The tensor `name`, as a new tensor on `device` in `dtype`."""
+        if name != self._name:
+            return self._source.read(name, shape=shape, device=device, dtype=dtype)
+        table = torch.empty(shape, device=device, dtype=dtype)
+        halves = [rows_of_half(shape[0], second=second) for second in (self._second, not self._second)]
+        own, other = (table[rows.start : rows.stop] for rows in halves)
+        own.copy_(self._source.read(name, shape=shape, device=device, dtype=dtype, rows=halves[0]))
+        self._swap_rows(own, other)
+        return table
+
+
+def rows_of_half(num_rows: int, *, second: bool) -> range:
+    """The rows of the first or second half of a table."""
+    return range(num_rows // 2, num_rows) if second else range(num_rows // 2)
 
 
 class RandomWeights:
@@ -158,7 +228,9 @@ def initializer_std(config: PreTrainedConfig) -> float:
     return float(getattr(config, "initializer_range", None) or 0.02)
 
 
-def _files_by_tensor(directory: Path) -> dict[str, Path]:
+def _files_by_tensor(
+    directory: Path, in_file: Callable[[Path], Mapping[str, StoredTensor]]
+) -> dict[str, Path]:
     index, single = directory / WEIGHTS_INDEX_FILE, directory / WEIGHTS_FILE
     if index.is_file():
         try:
@@ -167,8 +239,7 @@ def _files_by_tensor(directory: Path) -> dict[str, Path]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: not an index of safetensors shards; {FETCH_AGAIN}") from error
     if single.is_file():
-        with _open(single) as handle:
-            return dict.fromkeys(handle.keys(), single)
+        return dict.fromkeys(in_file(single), single)
     pickled = sorted(directory.glob("pytorch_model*.bin"))
     if pickled:
         raise ModelError(
@@ -180,41 +251,4 @@ def _files_by_tensor(directory: Path) -> dict[str, Path]:
         f"{directory}: holds no safetensors weights ({WEIGHTS_FILE}, or shards with {WEIGHTS_INDEX_FILE}), "
         "and weights stored as pickle are refused; name a directory or revision that has them, or convert "
         "the weights once with transformers' save_pretrained"
-    )
-
-
-@contextmanager
-def _open(file: Path, name: str | None = None) -> Iterator[Any]:
-    """An open safetensors file; errors of reading it name `file`, and the tensor `name` where one is read."""
-    from safetensors import SafetensorError, safe_open
-
-    wanted = f" while reading {name}" if name else ""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{file}: missing{wanted}, though {WEIGHTS_INDEX_FILE} names it; copy or download it"
-        ) from error
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: cannot be read{wanted} ({error}); {FETCH_AGAIN}") from error
-
-
-def _check_entry(handle: Any, in_file: set[str], name: str, shape: torch.Size, file: Path) -> None:
-    if name not in in_file:
-        raise ModelError(f"{file}: lacks {name}, though {WEIGHTS_INDEX_FILE} says it is here; {FETCH_AGAIN}")
-    entry = handle.get_slice(name)
-    if list(entry.get_shape()) != list(shape):
-        raise ModelError(_shape_message(file, name, entry.get_shape(), shape))
-    if entry.get_dtype() not in STORED_DTYPES:
-        raise ModelError(
-            f"{file}: {name} is stored as {entry.get_dtype()}; only {', '.join(STORED_DTYPES)} are read, so "
-            "name the original, unquantised model"
-        )
-
-
-def _shape_message(file: Path, name: str, found: list[int], expected: torch.Size) -> str:
-    return (
-        f"{file}: {name} has the shape {found}, but `config.json` asks for {list(expected)}; configuration "
-        "and weights are not of one model"
     )

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -118,6 +119,7 @@ class MLflowTracker:
         self._last_error = ""
         self._pending: list[_Metric] = []
         self._last_flush = time.monotonic()
+        self._finishing = threading.Lock()
 
     @property
     def run_id(self) -> str | None:
@@ -184,7 +186,14 @@ class MLflowTracker:
             )
 
     def finish(self, status: RunStatus) -> None:
-        """Sends what is left, sets the run's status and tells the user what could not be recorded."""
+        """Sends what is left, sets the run's status and tells the user what could not be recorded.
+
+        A second call waits for the first, from another thread too.
+        """
+        with self._finishing:
+            self._finish(status)
+
+    def _finish(self, status: RunStatus) -> None:
         if self._delivery is None:
             return
         self._flush()

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ssmlora_dist import durable
+from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError
 
-_REMEDIES = {
-    errno.EACCES: "no permission to write; change its permissions or choose another run.output_dir",
-    errno.EPERM: "no permission to write; change its permissions or choose another run.output_dir",
-    errno.EROFS: "the file system is read-only; choose another run.output_dir",
-    errno.ENOSPC: "no space left on the device; free some or choose another run.output_dir",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another run.output_dir",
-    errno.ENOTDIR: "a part of this path is a file, not a directory; choose another run.output_dir",
-    errno.EEXIST: "a part of this path is a file, not a directory; choose another run.output_dir",
-}
+LOCK_FILE = ".lock"
+# Of file systems that know no locks: there two runs on one directory cannot be told apart.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class RunDirectory:
-    """Paths and records of one run; made by `create` on rank 0, by the constructor on the others.
+    """Paths and records of one run; `claim`ed on rank 0.
 
     Attributes:
         path: the directory.
@@ -43,40 +39,54 @@ class RunDirectory:
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, path: Path, resume: bool = False) -> RunDirectory:
+        """The directory at `path`, claimed; see `claim`."""
+        directory = cls(path)
+        directory.claim(resume)
+        return directory
+
+    def claim(self, resume: bool = False) -> None:
         """Makes the directory, or opens that of a run to continue; to be called by one rank only.
 
         The empty metrics.jsonl is the claim: of two runs that start with the same name at once, one gets
-        the directory.
+        the directory. This object holds the directory's lock from here on, until it is released or
+        collected or its process ends, however that ends.
 
         Raises:
-            CheckpointError: the directory holds a run (without `resume`) or something that is not a run, or
-                cannot be written.
+            CheckpointError: the directory holds a run (without `resume`) or something that is not a run, is
+                used by another process, or cannot be written.
         """
-        directory = cls(path)
-        if resume and directory.metrics_file.exists():
-            with _explained(path):
-                _drop_unfinished_line(directory.metrics_file)
-            return directory
-        cls.check_free(path)
-        with _explained(path):
-            path.mkdir(exist_ok=True)
+        continued = resume and self.metrics_file.exists()
+        if not continued:
+            self.check_free(self.path)
+        with explained(self.path):
+            self.path.mkdir(exist_ok=True)
+            self._lock = _locked(self.path)
+            if continued:
+                _drop_unfinished_line(self.metrics_file)
+                return
             try:
-                directory.metrics_file.open("x").close()
+                self.metrics_file.open("x").close()
             except FileExistsError:
-                raise CheckpointError(_taken(path)) from None
-        return directory
+                raise CheckpointError(_taken(self.path)) from None
+
+    def release(self) -> None:
+        """Lets another process continue the run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Checks, before any long work, that `create` would find the place free and writable.
+        """Checks, before any long work, that `claim` would find the place free and writable.
 
         Raises:
-            CheckpointError: as for `create`.
+            CheckpointError: as for `claim`.
         """
-        with _explained(path):
+        with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not os.access(path if path.exists() else path.parent, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -84,7 +94,8 @@ class RunDirectory:
                 return
             if (path / "metrics.jsonl").exists():
                 raise CheckpointError(_taken(path))
-            if any(path.iterdir()):
+            # A run that was killed before its claim may have left the lock.
+            if any(entry.name != LOCK_FILE for entry in path.iterdir()):
                 raise CheckpointError(
                     f"{path}: exists, is not empty and holds no run (it has no metrics.jsonl); choose "
                     "another run.name, or remove the directory"
@@ -97,7 +108,7 @@ class RunDirectory:
         """
         text = _json_text(config)
         candidate, number = self.config_file, 1
-        with _explained(candidate):
+        with explained(candidate):
             while candidate.exists() and candidate.read_text(encoding="utf-8") != text:
                 number += 1
                 candidate = self.path / f"config-{number}.json"
@@ -108,7 +119,7 @@ class RunDirectory:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl; numbers that are not finite become null."""
         line = json.dumps(_plain(row), allow_nan=False) + "\n"
-        with _explained(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
+        with explained(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -116,9 +127,15 @@ class RunDirectory:
         with self.metrics_file.open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
+    def cut_metrics(self, last_step: int) -> None:
+        """Drops the rows of later steps from metrics.jsonl: a continued run writes them again."""
+        rows = [row for row in self.read_metrics() if row["step"] <= last_step]
+        with explained(self.metrics_file):
+            durable.write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, whole or not at all; numbers that are not finite become null."""
-        with _explained(self.summary_file):
+        with explained(self.summary_file):
             durable.write_text(self.summary_file, _json_text(summary))
 
 
@@ -129,15 +146,28 @@ def _taken(path: Path) -> str:
     )
 
 
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses into an error with a remedy."""
+def _locked(path: Path) -> IO[str] | None:
+    """The lock file of a run directory, open and locked; None where the file system knows no locks."""
+    file = (path / LOCK_FILE).open("a+", encoding="utf-8")
     try:
-        yield
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            holder = file.read().strip()
+        raise CheckpointError(
+            f"{path}: another run is using it ({holder or 'it has just begun'}); wait until it has ended or "
+            "stop it, or choose another run.name"
+        ) from None
     except OSError as error:
-        fallback = f"{error.strerror or error}; choose another run.output_dir"
-        remedy = _REMEDIES.get(error.errno or 0, fallback)
-        raise CheckpointError(f"{path}: cannot be written: {remedy}") from error
+        file.close()
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _drop_unfinished_line(path: Path) -> None:

@@ -9,15 +9,17 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ssmlora_dist.distributed.engine import StepResult
+from ssmlora_dist.distributed.engine import Check, StepResult, no_check
 from ssmlora_dist.errors import TrainingError
 
 
 class Engine(Protocol):
     """What the loop needs of a topology."""
 
-    def train_step(self, micro_batches: Sequence[dict[str, Tensor]], learning_rate: float) -> StepResult:
-        """One step of the optimiser on this rank's micro-batches."""
+    def train_step(
+        self, micro_batches: Sequence[dict[str, Tensor]], learning_rate: float, check: Check = no_check
+    ) -> StepResult:
+        """One step of the optimiser on this rank's micro-batches; what `check` raises ends it before that."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,11 @@ def train(
     num_steps: int,
     max_nonfinite_steps: int,
     on_step: Callable[[StepRecord], None],
+    first_step: int = 0,
+    skipped_steps: int = 0,
+    check: Check = no_check,
 ) -> None:
-    """Runs steps 0 to `num_steps` - 1.
+    """Runs steps `first_step` to `num_steps` - 1.
 
     Args:
         engine: a topology.
@@ -58,18 +63,21 @@ def train(
         learning_rate: of a step.
         num_steps: steps of the optimiser.
         max_nonfinite_steps: skipped steps in a row after which training stops.
-        on_step: called after every step, on every rank; evaluation and logging happen there.
+        on_step: called after every step, on every rank; evaluation, logging and saving happen there.
+        first_step: number of steps done before.
+        skipped_steps: of these, how many were skipped.
+        check: called between micro-batches, on every rank; what it raises passes through.
 
     Raises:
         TrainingError: loss or gradients were not finite too many times in a row.
     """
-    skipped, in_a_row = 0, 0
-    for step in range(num_steps):
+    skipped, in_a_row = skipped_steps, 0
+    for step in range(first_step, num_steps):
         started = time.perf_counter()
         batches = micro_batches(step)
         data_seconds = time.perf_counter() - started
         rate = learning_rate(step)
-        result = engine.train_step(batches, rate)
+        result = engine.train_step(batches, rate, check)
         skipped += result.skipped
         in_a_row = in_a_row + 1 if result.skipped else 0
         on_step(StepRecord(step + 1, rate, result, time.perf_counter() - started, data_seconds, skipped))

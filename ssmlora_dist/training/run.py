@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
@@ -23,6 +27,7 @@ from ssmlora_dist.config.build import (
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset, GlobalBatches
 from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL, Score
 from ssmlora_dist.tracking import (
     BeforeAfter,
@@ -37,47 +42,81 @@ from ssmlora_dist.tracking import (
     plot_curves,
     store_uri,
 )
+from ssmlora_dist.training.continuation import NEVER, Continuation, check_continuation, find_continuation
 from ssmlora_dist.training.evaluation import evaluate
+from ssmlora_dist.training.interrupts import Interrupts, StoppedError, StopRequested
 from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import ModelShape, peak_memory_gib, peak_tflops, usable_memory_bytes
+from ssmlora_dist.training.saving import Saver
 from ssmlora_dist.training.schedule import learning_rate
 from ssmlora_dist.training.topology import build_engine, place_of, plan_stages
+from ssmlora_dist.training.totals import Totals
 
 Scores = dict[str, Score]
 # Of the memory that is free before loading, what is planned with: the rest is for allocators and libraries.
 MEMORY_SHARE = 0.85
 
 
-def run_training(config: RunConfig, group: ProcessGroup, console: Console) -> None:
+def run_training(config: RunConfig, group: ProcessGroup, console: Console, resume: str = NEVER) -> None:
     """Trains an adapter as configured; every rank calls it, rank 0 writes and shows.
+
+    Args:
+        config: of the run.
+        group: its processes.
+        console: of rank 0.
+        resume: `never`, `auto` or a directory: see `find_continuation`.
 
     Raises:
         SSMLoRAError: bad input, found before the backbone is loaded where that is possible, or training that
             failed; the run directory and the tracker then say so.
+        StoppedError: a signal has stopped it.
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
-    group.on_main(lambda: RunDirectory.check_free(directory.path))
+    continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
     check_model(config)
     tokenizer = build_tokenizer(config.model)
     train_data, validation = build_data(config, tokenizer)
-    tracker = _tracker(config, group, console)
-    run = _Run(config, group, console, tracker, directory, tokenizer.pad_token_id, train_data, validation)
+    tracker = _tracker(config, group, console, continuation)
+    run = _Run(
+        config,
+        group,
+        console,
+        tracker,
+        directory,
+        continuation,
+        tokenizer.pad_token_id,
+        train_data,
+        validation,
+    )
+    if run.is_complete():
+        console.message(
+            f"{directory.path}: complete, all {continuation.step} steps are done; raise training.max_steps "
+            "to train on"
+        )
+        return
     run.build()
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
-    group.on_main(directory.claim)
+    if not continuation.in_place:
+        group.on_main(directory.claim)
+    group.when_a_rank_is_lost(lambda: tracker.finish("FAILED"))
     status: RunStatus = "FAILED"
     try:
         if group.is_main:
+            directory.cut_metrics(continuation.step if continuation.checkpoint else -1)
             resolved = config.model_dump(mode="json", by_alias=True)
             directory.write_config(resolved)
             tracker.start(config.run.name, flat_parameters(resolved), _tags(environment_record()))
         run.execute()
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
         raise
     finally:
+        group.about_to_stop()
         tracker.finish(status)
+        if status == "KILLED":
+            # A launcher ends the others once one has ended: none does before rank 0 has said all.
+            group.share(None)
 
 
 @dataclass
@@ -89,34 +128,88 @@ class _Run:
     console: Console
     tracker: Tracker
     directory: RunDirectory
+    continuation: Continuation
     pad_token_id: int
     train_data: Dataset
     validation: Dataset | None
 
+    def __post_init__(self) -> None:
+        training, config = self.config.training, self.config
+        self.started = time.perf_counter()
+        self.place = place_of(config, self.group)
+        self.batches = GlobalBatches(
+            self.train_data,
+            training.global_batch_size,
+            training.micro_batch_size,
+            self.place.data_parallel_rank,
+            self.place.data_parallel_size,
+            config.run.seed,
+            self.pad_token_id,
+        )
+        assert training.num_epochs or training.max_steps, "refused by config.rules"
+        self.num_steps = training.max_steps or self.batches.num_steps(training.num_epochs or 1.0)
+        checkpoint = self.continuation.checkpoint
+        progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
+        self.totals = Totals(**progress["totals"])
+        self.before = _scores(progress["before"])
+        self.seconds_before: float = progress["wall_seconds"]
+
+    def is_complete(self) -> bool:
+        """Whether the run that is to be continued is done.
+
+        Raises:
+            ConfigError: it is to end before the step where it stands.
+        """
+        done = self.continuation.step
+        if done > self.num_steps:
+            raise ConfigError(
+                [
+                    f"training.max_steps: {self.num_steps} given or derived; {done} are done in "
+                    f"{self.continuation.path}; raise it, or continue from an earlier checkpoint"
+                ]
+            )
+        finished = self.continuation.in_place and self.group.on_main(self.directory.summary_file.exists)
+        return done == self.num_steps and bool(finished)
+
     def execute(self) -> None:
-        """Evaluate, train, save, evaluate, summarise."""
-        before = self._evaluate(step=0)
-        records: list[StepRecord] = []
-        training_started = time.perf_counter()
-        # Of dropout: masks of their own on every rank, and other ones with every seed.
-        torch.manual_seed(self.config.run.seed * self.group.world_size + self.group.rank)
-        with self.console.progress(self.num_steps, "training") as progress:
+        """Evaluate, train, save, evaluate, summarise.
+
+        Raises:
+            StoppedError: a signal asked for it.
+        """
+        with Interrupts(self.group, self.config.checkpoint.grace_seconds) as self.interrupts:
+            try:
+                self._execute()
+            except StopRequested as request:
+                raise self._stopped(request.signum) from None
+
+    def _execute(self) -> None:
+        if self.before is None:
+            self.before = self._evaluate(step=0)
+        with self.console.progress(self.num_steps, "training", self.continuation.step) as progress:
             train(
                 self.engine,
-                self.batches.micro_batches,
+                self._micro_batches,
                 self._learning_rate,
                 num_steps=self.num_steps,
                 max_nonfinite_steps=self.config.training.max_nonfinite_steps,
-                on_step=partial(self._on_step, records, progress.update),
+                on_step=partial(self._on_step, progress.update),
+                first_step=self.continuation.step,
+                skipped_steps=self.totals.skipped_steps,
+                check=self.interrupts.check,
             )
-        training_seconds = time.perf_counter() - training_started
         # Before anything else can go wrong.
         self._save_adapter()
-        after = self._evaluate(step=self.num_steps)
+        if self.config.checkpoint.every_steps and self.saver.last_step < self.num_steps:
+            self._save(self.num_steps)
+        before, after = self.before, self._evaluate(step=self.num_steps)
+        if after and self.saver.is_best(after[OVERALL].loss):
+            self._save(self.num_steps, after[OVERALL].loss)
+        self.saver.finish()
         summary = {
-            **_training_summary(records, self.group.world_size),
-            "training_seconds": training_seconds,
-            "wall_seconds": time.perf_counter() - self.started,
+            **self.totals.summary(self.group.world_size),
+            "training_seconds": self.totals.step_seconds,
+            "wall_seconds": self._wall_seconds(),
             "peak_memory_gib": peak_memory_gib(self.group),
             "num_trainable_parameters": self.num_trainable,
             "evaluation": {"before": _plain(before), "after": _plain(after)},
@@ -131,34 +224,40 @@ class _Run:
 
     def build(self) -> None:
         """Loads the backbone, adapts it and hands it to the engine."""
-        self.started = time.perf_counter()
-        self.group.on_main(self._take_fingerprint)
-        self.place = place_of(self.config, self.group)
+        fingerprint: str = self.group.on_main(self._fingerprint)
         plan = None
         if self.place.num_stages > 1:
             memory = -self.group.max([-usable_memory_bytes(self.group)])[0]
             plan = plan_stages(self.config, self.train_data, self.place, MEMORY_SHARE * memory)
             self.console.message(plan.table)
-        built = build_engine(self.config, self.group, self.place, plan)
+        built = build_engine(self.config, self.group, self.place, plan, self.continuation.checkpoint)
         self.engine = built.engine
         self.shape = ModelShape.of(built.model_config)
         self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size
-        training = self.config.training
-        self.batches = GlobalBatches(
-            self.train_data,
-            training.global_batch_size,
-            training.micro_batch_size,
-            self.place.data_parallel_rank,
-            self.place.data_parallel_size,
-            self.config.run.seed,
-            self.pad_token_id,
+        self.base = backbone_settings(self.config) | {"tokenizer": self.config.model.tokenizer}
+        self.fingerprint = fingerprint
+        self.saver = Saver(
+            self.config,
+            self.group,
+            self.engine,
+            self.directory.checkpoints,
+            self.base,
+            fingerprint,
+            self.continuation,
+            self.console.warn,
         )
-        assert training.num_epochs or training.max_steps, "refused by config.rules"
-        self.num_steps = training.max_steps or self.batches.num_steps(training.num_epochs or 1.0)
 
-    def _take_fingerprint(self) -> None:
-        """On rank 0 alone, which writes it: a part of every tensor is read."""
-        self.fingerprint = build_fingerprint(self.config)
+    def _fingerprint(self) -> str:
+        """Of the base model; by rank 0 alone, as a part of every tensor is read."""
+        fingerprint = build_fingerprint(self.config)
+        check_continuation(self.continuation, self.config, fingerprint)
+        return fingerprint
+
+    def _micro_batches(self, step: int) -> list[dict[str, Tensor]]:
+        # Of dropout: masks of their own at every step, rank and seed, so that none need be kept.
+        seed = np.random.SeedSequence([self.config.run.seed, step, self.group.rank])
+        torch.manual_seed(int(seed.generate_state(1)[0]))
+        return self.batches.micro_batches(step)
 
     def _learning_rate(self, step: int) -> float:
         training = self.config.training
@@ -176,7 +275,7 @@ class _Run:
         place = self.place
         with watch_state(self.engine.module, time_axes(self.config.adapter), self.group.device) as health:
             scores = evaluate(
-                self.engine.score,
+                lambda batches: self.engine.score(self._checked(batches)),
                 self.validation,
                 micro_batch_size=self.config.evaluation.micro_batch_size,
                 pad_token_id=self.pad_token_id,
@@ -194,15 +293,52 @@ class _Run:
             self._log(row, step)
         return scores
 
-    def _on_step(self, records: list[StepRecord], show: Callable[..., None], record: StepRecord) -> None:
-        records.append(record)
+    def _checked(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        for batch in batches:
+            # Between stages it would hold up the pipeline.
+            if self.place.num_stages == 1:
+                self.interrupts.check()
+            yield batch
+
+    def _on_step(self, show: Callable[..., None], record: StepRecord) -> None:
+        self.totals.add(record)
         row = self._row(record)
         show(record.step, loss=record.result.loss, tokens_per_second=row["tokens_per_second"])
         if self.group.is_main and record.step % self.config.tracking.every_steps == 0:
             self._log(row, record.step)
         every = self.config.evaluation.every_steps
+        loss = None
         if every and record.step % every == 0 and record.step < self.num_steps:
-            self._evaluate(record.step)
+            scores = self._evaluate(record.step)
+            loss = scores[OVERALL].loss if scores else None
+        if self.saver.is_due(record.step, loss) or self.interrupts.save_requested:
+            self.interrupts.save_requested = False
+            self._save(record.step, loss)
+
+    def _save(self, step: int, validation_loss: float | None = None) -> None:
+        started = time.perf_counter()
+        progress = {
+            "totals": self.totals.plain(),
+            "wall_seconds": self._wall_seconds(),
+            "before": _plain(self.before),
+            "tracker_run_id": self.tracker.run_id,
+        }
+        self.saver.save(step, progress, validation_loss)
+        if self.group.is_main:
+            self._log({"checkpoint_seconds": time.perf_counter() - started}, step)
+
+    def _stopped(self, signum: int) -> StoppedError:
+        step = self.totals.num_steps
+        if step > self.saver.last_step:
+            self._save(step)
+        where = self.saver.finish()
+        again = "go on with --resume auto" if self.saver.last_step == step > 0 else "nothing was trained yet"
+        name = signal.Signals(signum).name
+        return StoppedError(f"by {name} after step {step} of {self.num_steps}; {where}; {again}", signum)
+
+    def _wall_seconds(self) -> float:
+        """Since the run began, the time aside in which it stood still."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     def _row(self, record: StepRecord) -> dict[str, float]:
         result, seconds, ranks = record.result, record.step_seconds, self.group.world_size
@@ -230,13 +366,12 @@ class _Run:
 
     def _save_adapter(self) -> None:
         tensors = self.engine.adapter_tensors()
-        base = backbone_settings(self.config) | {"tokenizer": self.config.model.tokenizer}
         self.group.on_main(
             lambda: write_adapter(
                 self.directory.adapter,
                 self.config.adapter,
                 tensors,
-                base=base,
+                base=self.base,
                 base_fingerprint=self.fingerprint,
             )
         )
@@ -256,12 +391,13 @@ class _Run:
         self.console.print_where_to_look(self.directory.path, self.directory.adapter, uri)
 
 
-def _tracker(config: RunConfig, group: ProcessGroup, console: Console) -> Tracker:
+def _tracker(config: RunConfig, group: ProcessGroup, console: Console, continuation: Continuation) -> Tracker:
     if config.tracking.tracker == "none" or not group.is_main:
         return NullTracker()
-    return mlflow_tracker(
-        config.run.output_dir, config.tracking.uri, config.tracking.experiment, console.warn
-    )
+    checkpoint = continuation.checkpoint if continuation.in_place else None
+    run_id = checkpoint.progress["tracker_run_id"] if checkpoint else None
+    tracking = config.tracking
+    return mlflow_tracker(config.run.output_dir, tracking.uri, tracking.experiment, console.warn, run_id)
 
 
 def _tags(environment: dict[str, Any]) -> dict[str, str]:
@@ -270,25 +406,22 @@ def _tags(environment: dict[str, Any]) -> dict[str, str]:
     return tags | {f"git.{name}": str(value) for name, value in git.items()}
 
 
-def _training_summary(records: list[StepRecord], num_ranks: int) -> dict[str, Any]:
-    seconds = sum(record.step_seconds for record in records)
-    tokens = sum(record.result.num_tokens for record in records)
-    targets = sum(record.result.num_target_tokens for record in records)
+def _plain(scores: Scores | None) -> dict[str, Any] | None:
+    """In JSON types, which have no number that is not finite."""
+    if not scores:
+        return None
     return {
-        "num_steps": len(records),
-        "skipped_steps": records[-1].skipped_steps,
-        "first_loss": records[0].result.loss,
-        "last_loss": records[-1].result.loss,
-        "num_tokens": tokens,
-        "num_target_tokens": targets,
-        "tokens_per_second": tokens / seconds,
-        "tokens_per_second_per_device": tokens / seconds / num_ranks,
-        "target_tokens_per_second": targets / seconds,
+        length: {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(score).items()
+        }
+        for length, score in scores.items()
     }
 
 
-def _plain(scores: Scores | None) -> dict[str, Any] | None:
-    return {length: asdict(score) for length, score in scores.items()} if scores else None
+def _scores(plain: dict[str, Any] | None) -> Scores | None:
+    """The inverse of `_plain`."""
+    return {length: Score(**score) for length, score in plain.items()} if plain else None
 
 
 def _before_after(length: str, before: Score, after: Score) -> BeforeAfter:

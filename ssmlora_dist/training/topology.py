@@ -28,6 +28,7 @@ from ssmlora_dist.distributed.cost_model import (
 from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.engine import DataParallelEngine
 from ssmlora_dist.distributed.loading import swap_rows, zero3_partitioner
+from ssmlora_dist.distributed.moments import Moments
 from ssmlora_dist.distributed.partition import (
     check_boundaries,
     most_layers_ahead,
@@ -36,9 +37,11 @@ from ssmlora_dist.distributed.partition import (
     stage_table,
 )
 from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.errors import CheckpointError
 from ssmlora_dist.models.families import decoder_layers
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
+from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.loop import Engine
 from ssmlora_dist.training.optimizer import build_optimizer
 
@@ -55,6 +58,12 @@ class TopologyEngine(Engine, Protocol):
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU."""
+
+    def moments(self) -> Moments:
+        """What the optimiser has learnt of them."""
+
+    def restore(self, moments: Moments) -> None:
+        """Goes on with it, before the first step."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +191,20 @@ class BuiltEngine:
     num_trainable: int
 
 
-def build_engine(config: RunConfig, group: ProcessGroup, place: Place, plan: StagePlan | None) -> BuiltEngine:
-    """Loads this rank's part of the backbone, adapts it and hands it to the topology's engine."""
+def build_engine(
+    config: RunConfig,
+    group: ProcessGroup,
+    place: Place,
+    plan: StagePlan | None,
+    checkpoint: Checkpoint | None = None,
+) -> BuiltEngine:
+    """Loads this rank's part of the backbone, adapts it and hands it to the topology's engine.
+
+    With a checkpoint, parameters and optimiser are as they were in it.
+
+    Raises:
+        CheckpointError: its tensors do not fit.
+    """
     training, parallel = config.training, config.parallel
     engine_config = deepspeed_config(
         zero_stage=parallel.zero_stage,
@@ -209,6 +230,8 @@ def build_engine(config: RunConfig, group: ProcessGroup, place: Place, plan: Sta
     if training.gradient_checkpointing:
         checkpoint_layers(model, num_kept=num_ahead)
     parameters = adapter_parameters(model)
+    if checkpoint is not None:
+        _take(parameters, checkpoint)
     optimizer = build_optimizer(
         training.optimizer,
         parameters,
@@ -224,23 +247,38 @@ def build_engine(config: RunConfig, group: ProcessGroup, place: Place, plan: Sta
         engine = DataParallelEngine(
             module, parameters, optimizer, engine_config, group, training.max_grad_norm
         )
-        return BuiltEngine(engine, model.config, num_trainable)
+    else:
+        # Imported here, as it imports deepspeed.
+        from ssmlora_dist.distributed.pipeline import PipelineParallelEngine
 
-    # Imported here, as it imports deepspeed.
-    from ssmlora_dist.distributed.pipeline import PipelineParallelEngine
-
-    engine = PipelineParallelEngine(
-        PipelineStage(model, stage, training.loss_chunk_size, num_ahead),
-        getattr(torch, config.model.compute_dtype),
-        place.num_stages,
-        parameters,
-        optimizer,
-        engine_config,
-        group,
-        training.max_grad_norm,
-        recompute_ahead=num_ahead > 0,
-    )
+        engine = PipelineParallelEngine(
+            PipelineStage(model, stage, training.loss_chunk_size, num_ahead),
+            getattr(torch, config.model.compute_dtype),
+            place.num_stages,
+            parameters,
+            optimizer,
+            engine_config,
+            group,
+            training.max_grad_norm,
+            recompute_ahead=num_ahead > 0,
+        )
+    if checkpoint is not None:
+        engine.restore(Moments(checkpoint.progress["num_updates"], checkpoint.moments))
     return BuiltEngine(engine, model.config, num_trainable)
+
+
+def _take(parameters: Mapping[str, nn.Parameter], checkpoint: Checkpoint) -> None:
+    """Copies the values of parameters from a checkpoint, which may hold those of other stages too."""
+    for name, parameter in parameters.items():
+        value = checkpoint.parameters.get(name)
+        if value is None or value.shape != parameter.shape:
+            found = "none" if value is None else list(value.shape)
+            raise CheckpointError(
+                f"checkpoint of step {checkpoint.step}: {name} has the shape {list(parameter.shape)} in the "
+                f"model, {found} in the checkpoint; it is of another model or adapter"
+            )
+        with torch.no_grad():
+            parameter.copy_(value)
 
 
 def _decoder_shape(config: Any) -> DecoderShape:

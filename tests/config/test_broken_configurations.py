@@ -57,6 +57,19 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
         ("parallel.zero_stage: true given", "whole number"),
     ),
     "fraction for a whole number": ([("adapter.rank", 8.0)], ("adapter.rank: 8.0 given", "write 8")),
+    "no checkpoint kept": ([("checkpoint.keep", 0)], ("checkpoint.keep: 0 given", ">= 1", "default is 2")),
+    "no steps between checkpoints": (
+        [("checkpoint.every_steps", 0)],
+        ("checkpoint.every_steps: 0 given", ">= 1 or null"),
+    ),
+    "grace of no time": (
+        [("checkpoint.grace_seconds", 0.5)],
+        ("checkpoint.grace_seconds: 0.5 given", "whole"),
+    ),
+    "unknown checkpoint key": (
+        [("checkpoint.keep_last", 3)],
+        ("checkpoint.keep_last: unknown key", "checkpoint.keep_best?"),
+    ),
     "number for text": ([("tracking.uri", 5)], ("tracking.uri: 5 given", 'write it in quotes: "5"')),
     "text for a list": (
         [("adapter.alternate", "q_proj, v_proj")],

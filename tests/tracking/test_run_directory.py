@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,12 @@ def test_a_new_directory_and_its_records(tmp_path: Path) -> None:
     assert run.metrics_file.read_text() == '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n'
     assert run.read_metrics() == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
     assert json.loads(run.summary_file.read_text()) == {"loss_last": 2.25}
-    assert {path.name for path in run.path.iterdir()} == {"config.json", "metrics.jsonl", "summary.json"}
+    assert {path.name for path in run.path.iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+    }
 
 
 def test_an_existing_run_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
@@ -90,6 +99,7 @@ def test_a_continued_run_goes_on_after_its_last_whole_row_and_keeps_its_configur
     first.append_metrics({"step": 1})
     with first.metrics_file.open("a") as file:
         file.write('{"step": 2, "lo')
+    first.release()
 
     second = RunDirectory.create(tmp_path / "run", resume=True)
     assert second.write_config({"max_steps": 1}) == second.config_file
@@ -98,6 +108,68 @@ def test_a_continued_run_goes_on_after_its_last_whole_row_and_keeps_its_configur
     second.append_metrics({"step": 2})
     assert second.read_metrics() == [{"step": 1}, {"step": 2}]
     assert json.loads(second.config_file.read_text()) == {"max_steps": 1}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from ssmlora_dist.tracking import RunDirectory
+
+directory = RunDirectory.create(Path(sys.argv[1]), resume=True)
+print("claimed", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_run_that_another_process_is_at_is_left_alone_until_that_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 1, "lo')
+        before = contents(tmp_path)
+        with pytest.raises(CheckpointError) as caught:
+            RunDirectory.create(path, resume=True)
+        assert str(caught.value).startswith(f"{path}: another run is using it (process {other.pid} on ")
+        assert socket.gethostname() in str(caught.value)
+        assert str(caught.value).endswith("wait until it has ended or stop it, or choose another run.name")
+        assert caught.value.exit_code == 2
+        assert contents(tmp_path) == before
+        other.kill()
+        other.wait()
+        continued = RunDirectory.create(path, resume=True)
+    assert continued.read_metrics() == []
+    assert f"process {os.getpid()} on" in (path / ".lock").read_text()
+
+
+def test_a_directory_is_used_until_it_is_released_or_collected(tmp_path: Path) -> None:
+    first = RunDirectory.create(tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="another run is using it"):
+            RunDirectory.create(tmp_path / "run", resume=True)
+    first.release()
+    first.release()
+    second = RunDirectory.create(tmp_path / "run", resume=True)
+    del second
+    assert RunDirectory.create(tmp_path / "run", resume=True).read_metrics() == []
+
+
+def test_a_kill_between_lock_and_claim_does_not_block_the_next_run(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("process 1 on nowhere\n")
+    RunDirectory.check_free(tmp_path)
+    assert RunDirectory.create(tmp_path).read_metrics() == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(file: Any, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert RunDirectory.create(tmp_path / "run").read_metrics() == []
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:

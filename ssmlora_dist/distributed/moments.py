@@ -1,0 +1,146 @@
+"""The optimiser's moments by parameter name, whole, whichever ZeRO stage holds them (DESIGN section 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmlora_dist.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What an optimiser has learnt of its parameters.
+
+    Attributes:
+        num_updates: steps of the optimiser, those that were skipped aside.
+        tensors: by kind and parameter name, on the CPU: `{"exp_avg": {name: tensor}}`.
+    """
+
+    num_updates: int
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def gather_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int) -> Moments:
+    """Collects the moments of `parameters`; every rank that shares them must call it.
+
+    Args:
+        optimizer: a DeepSpeed engine's: at ZeRO 0 the optimiser that it was given, else its wrapper.
+        parameters: what is trained, by full name.
+        zero_stage: 0 to 3.
+    """
+    base = _base(optimizer, zero_stage)
+    if not base.state:
+        return Moments(0, {})
+    tensors: dict[str, dict[str, Tensor]] = {}
+    if zero_stage == 0:
+        for name, parameter in parameters.items():
+            for kind, value in base.state.get(parameter, {}).items():
+                if torch.is_tensor(value) and kind != "step":
+                    tensors.setdefault(kind, {})[name] = value.detach().to("cpu", copy=True)
+    else:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        flat = _shards(optimizer, zero_stage)[0]
+        for kind in _kinds(base.state[flat], flat):
+            tensors[kind] = {
+                name: safe_get_full_optimizer_state(parameter, kind).to("cpu", copy=True)
+                for name, parameter in parameters.items()
+            }
+    return Moments(max(int(state["step"]) for state in base.state.values() if "step" in state), tensors)
+
+
+def restore_moments(
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int, moments: Moments
+) -> None:
+    """Makes an optimiser that has made no step go on from `moments`; every rank must call it.
+
+    Args:
+        optimizer: as for `gather_moments`.
+        parameters: as for `gather_moments`.
+        zero_stage: as for `gather_moments`.
+        moments: of these parameters and maybe others, from any ZeRO stage.
+
+    Raises:
+        CheckpointError: they have other shapes, or are of another kind of optimiser.
+    """
+    if not moments.tensors:
+        return
+    base = _base(optimizer, zero_stage)
+    # torch counts steps in a tensor, bitsandbytes in a number.
+    is_torch = isinstance(base, torch.optim.AdamW)
+    if is_torch != ("exp_avg" in moments.tensors):
+        raise CheckpointError(
+            f"training.optimizer: the checkpoint's moments ({', '.join(moments.tensors)}) are those of "
+            "another optimiser; set the one it was trained with"
+        )
+
+    def count() -> Any:
+        return torch.tensor(float(moments.num_updates)) if is_torch else moments.num_updates
+
+    if zero_stage == 0:
+        for name, parameter in parameters.items():
+            state = {kind: values[name] for kind, values in moments.tensors.items() if name in values}
+            if state:
+                on_device = {kind: value.to(parameter.device, copy=True) for kind, value in state.items()}
+                base.state[parameter] = {"step": count(), **on_device}
+        return
+    for kind, values in moments.tensors.items():
+        wrong = [n for n, p in parameters.items() if n in values and values[n].numel() != _numel(p)]
+        if wrong:
+            raise CheckpointError(
+                f"training.optimizer: the checkpoint's {kind} of {wrong[0]} is not one number for each "
+                "parameter (moments in 8 bits): they resume with parallel.zero_stage=0 alone"
+            )
+    for flat in _shards(optimizer, zero_stage):
+        zeros = {kind: torch.zeros_like(flat.detach()) for kind in moments.tensors}
+        base.state[flat] = {"step": count(), **zeros}
+    if zero_stage < 3:
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for kind, values in moments.tensors.items():
+        for name, parameter in parameters.items():
+            if name in values:
+                _set_shard(parameter, values[name], kind)
+
+
+def _base(optimizer: Any, zero_stage: int) -> torch.optim.Optimizer:
+    base: torch.optim.Optimizer = optimizer if zero_stage == 0 else optimizer.optimizer
+    return base
+
+
+def _shards(optimizer: Any, zero_stage: int) -> list[Tensor]:
+    """This rank's flat parts of all parameters, under which the wrapped optimiser keeps its state."""
+    flats = (
+        optimizer.fp32_partitioned_groups_flat
+        if zero_stage == 3
+        else optimizer.single_partition_of_fp32_groups
+    )
+    return list(flats)
+
+
+def _kinds(state: Mapping[str, Any], flat: Tensor) -> list[str]:
+    return [kind for kind, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape]
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _set_shard(parameter: Any, value: Tensor, kind: str) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_optimizer_state(parameter, value, kind)
+        return
+    # DeepSpeed's own setter for the whole does not know of the zeros that fill the last rank's part.
+    import torch.distributed as dist
+
+    size = parameter.ds_tensor.numel()
+    padded = torch.zeros(size * dist.get_world_size(parameter.ds_process_group))
+    padded[: value.numel()] = value.flatten()
+    rank = dist.get_rank(parameter.ds_process_group)
+    safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], kind)

@@ -1,0 +1,150 @@
+"""Merging plain LoRA into the full-precision weights of its base model, one tensor at a time."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmlora_dist.adapters.files import SavedAdapter, read_adapter, read_base, read_config
+from ssmlora_dist.adapters.placement import placement, time_axes
+from ssmlora_dist.durable import explained, sync
+from ssmlora_dist.errors import AdapterError, ModelError
+from ssmlora_dist.models.configuration import load_config
+from ssmlora_dist.models.families import Family, projection_path, require_supported
+from ssmlora_dist.models.fingerprint import base_fingerprint
+from ssmlora_dist.models.location import METADATA_PATTERNS, locate
+from ssmlora_dist.models.weights import SafetensorsWeights
+
+LoRA = tuple[Tensor, Tensor]
+"""`lora_A` [R,D] and `lora_B` [O,R] of one linear layer."""
+
+
+def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W + scaling B A, computed in float32 (or in W's dtype, if wider) and rounded once to W's dtype.
+
+    Args:
+        weight: W, [O,D].
+        lora_A: A, [R,D].
+        lora_B: B, [O,R].
+        scaling: of the adapter's output.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(dtype) + scaling * (lora_B.to(dtype) @ lora_A.to(dtype))).to(weight.dtype)
+
+
+def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
+    """Writes the base model of a plain LoRA with the adapter merged in, for transformers to load as it is.
+
+    The files are the base model's own, in its dtype and its shards; only the adapted weights differ. No more
+    than one weight is held in memory at a time.
+
+    Args:
+        directory: an adapter directory, ours or PEFT's.
+        out: the new model's directory; must not exist.
+        path: directory or hub name of the base model, where it is not where it was in training.
+
+    Returns:
+        The number of merged weights.
+
+    Raises:
+        AdapterError: the adapter cannot be read or merged, or is not for this base model.
+        ModelError: the base model cannot be found or read, or `out` exists.
+        CheckpointError: `out` cannot be written.
+    """
+    if out.exists():
+        raise ModelError(f"{out}: exists, and nothing in it is overwritten; choose another --out")
+    base = read_base(directory)
+    config = read_config(directory)
+    if config is not None and time_axes(config):
+        raise AdapterError(
+            f"{directory}: SSMLoRA cannot be merged: a time module's state depends on the input, so no "
+            "weight computes the same; use the adapter as it is, or train plain LoRA"
+        )
+    path = path or base.get("path")
+    if path is None or base.get("init") == "random":
+        raise AdapterError(
+            f"{directory}: its base model has no stored weights to merge into; name a model with --model"
+        )
+    revision = base.get("revision")
+    model_config = load_config(path, revision=revision)
+    family = require_supported(model_config.model_type)
+    saved = read_adapter(directory, model_config.num_hidden_layers)
+    fingerprint = saved.base_fingerprint
+    if fingerprint and fingerprint != base_fingerprint(path, revision=revision):
+        raise AdapterError(
+            f"{directory}: was trained on another base model than {path}; name that one with --model"
+        )
+    weights = SafetensorsWeights(locate(path, revision, weights=True))
+    adapters = _by_weight(saved, family, model_config.num_hidden_layers, directory)
+    rank = saved.config.rank
+    for name, (lora_A, lora_B) in adapters.items():
+        num_out, num_in = weights.stored(name).shape
+        if (lora_A.shape, lora_B.shape) != ((rank, num_in), (num_out, rank)):
+            raise AdapterError(
+                f"{directory}: its adapter of {name} is {list(lora_A.shape)} and {list(lora_B.shape)}, where "
+                f"the model needs rank {rank} for {num_in} -> {num_out}; name its own base model with --model"
+            )
+    _write(weights, adapters, saved.config.scaling, out)
+    return len(adapters)
+
+
+def _by_weight(saved: SavedAdapter, family: Family, num_layers: int, directory: Path) -> dict[str, LoRA]:
+    """The adapter of each adapted weight, by the weight's name; exactly those that the placement asks for."""
+    modules = [
+        f"{family.layers}.{layer_idx}.{projection_path(family, projection)}"
+        for layer_idx in range(num_layers)
+        for projection in placement(saved.config, layer_idx)
+    ]
+    expected = {f"{module}.lora_{which}.weight" for module in modules for which in "AB"}
+    for name in sorted(expected ^ set(saved.tensors)):
+        problem = "lacks" if name in expected else "holds"
+        raise AdapterError(
+            f"{directory}: {problem} {name}, unlike its placement over {num_layers} layers; it was saved for "
+            "another model"
+        )
+    tensors = saved.tensors
+    return {
+        f"{module}.weight": (tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"])
+        for module in modules
+    }
+
+
+def _write(weights: SafetensorsWeights, adapters: Mapping[str, LoRA], scaling: float, out: Path) -> None:
+    """Copies the model, merging on the way; `out` appears when it is complete."""
+    base = weights.directory
+    stray = [file for file in weights.files if file.parent != base]
+    if stray:
+        raise ModelError(f"{base}: its index names {stray[0]}, which is outside; name a complete model")
+    metadata = {file for pattern in METADATA_PATTERNS for file in base.glob(pattern) if file.is_file()}
+    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    with explained(out, "choose another --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.mkdir()
+            for file in (*metadata, *weights.files):
+                shutil.copyfile(file, beside / file.name)
+            for name, (lora_A, lora_B) in adapters.items():
+                stored = weights.stored(name)
+                _overwrite(
+                    beside / stored.file.name, stored.begin, merged(stored.read(), lora_A, lora_B, scaling)
+                )
+            for file in beside.iterdir():
+                sync(file)
+            sync(beside)
+            beside.rename(out)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        sync(out.parent)
+
+
+def _overwrite(file: Path, begin: int, tensor: Tensor) -> None:
+    content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    with file.open("rb+") as stream:
+        stream.seek(begin)
+        stream.write(content)

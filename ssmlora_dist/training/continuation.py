@@ -1,0 +1,108 @@
+"""Which checkpoint a run continues from, by what `--resume` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssmlora_dist.config.resume import resume_problems
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.errors import CheckpointError, ConfigError
+from ssmlora_dist.tracking import RunDirectory
+from ssmlora_dist.training.checkpoints import (
+    Checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+)
+
+NEVER, AUTO = "never", "auto"
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: what it goes on from; None: from the start.
+        path: of the checkpoint.
+        in_place: whether the run directory is there already, is claimed, and is written on.
+    """
+
+    checkpoint: Checkpoint | None = None
+    path: Path | None = None
+    in_place: bool = False
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+def find_continuation(resume: str, directory: RunDirectory, warn: Callable[[str], object]) -> Continuation:
+    """Finds and reads the checkpoint to continue from; on rank 0.
+
+    Args:
+        resume: `never`; `auto`, for the newest whole checkpoint in the run's own directory, where there is
+            one; or a checkpoint's or a run's directory, the run's own or another one that is continued as a
+            new run.
+        directory: of this run; claimed if it is written on.
+        warn: told of damaged checkpoints.
+
+    Raises:
+        CheckpointError: the directory is taken, or nothing can be continued from there.
+    """
+    source = None if resume in (NEVER, AUTO) else Path(resume)
+    if source is not None and not source.is_dir():
+        raise CheckpointError(f"--resume {source}: no such directory; name a run or a checkpoint, or auto")
+    own = directory.path.resolve()
+    in_place = directory.metrics_file.exists() and (
+        resume == AUTO or (source is not None and source.resolve().is_relative_to(own))
+    )
+    if in_place:
+        directory.claim(resume=True)
+        remove_leftovers(directory.checkpoints)
+    else:
+        RunDirectory.check_free(directory.path)
+        if source is None:
+            return Continuation()
+    place = directory.checkpoints if source is None else _checkpoints_of(source)
+    if place is None:
+        assert source is not None
+        return Continuation(read_checkpoint(source), source, in_place)
+    found = newest_checkpoint(place, warn)
+    if found is not None:
+        return Continuation(found[1], found[0], in_place)
+    if source is not None:
+        raise CheckpointError(f"--resume {source}: holds no checkpoint; name another one, or use never")
+    warn(f"{directory.path}: its run had saved no checkpoint yet: it begins anew")
+    return Continuation(in_place=True)
+
+
+def check_continuation(continuation: Continuation, config: RunConfig, fingerprint: str) -> None:
+    """Checks that the checkpoint is of such a run and of the same base model.
+
+    Raises:
+        ConfigError: a setting has changed that may not; a line for each.
+        CheckpointError: the base model is another one.
+    """
+    checkpoint = continuation.checkpoint
+    if checkpoint is None:
+        return
+    if problems := resume_problems(checkpoint.config, config):
+        raise ConfigError(problems, source=f"--resume {continuation.path}")
+    if checkpoint.base_fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{continuation.path}: was trained on another base model (fingerprint "
+            f"{checkpoint.base_fingerprint}) than that of model.path (fingerprint {fingerprint}); name the "
+            "one it was trained on"
+        )
+
+
+def _checkpoints_of(source: Path) -> Path | None:
+    """The directory of checkpoints in a run, or itself; None for a checkpoint."""
+    inside = RunDirectory(source).checkpoints
+    if inside.is_dir():
+        return inside
+    return source if source.name == inside.name else None

@@ -1,0 +1,121 @@
+"""When a run saves a checkpoint, and what it puts into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.training.checkpoint_writer import BackgroundWriter
+from ssmlora_dist.training.checkpoints import Checkpoint
+from ssmlora_dist.training.continuation import Continuation
+from ssmlora_dist.training.topology import TopologyEngine
+
+
+class Saver:
+    """Saves checkpoints: every rank calls its methods, rank 0 writes.
+
+    Args:
+        config: of the run.
+        group: its processes.
+        engine: holds what is saved.
+        directory: of the run's checkpoints.
+        base: how to load the base model, kept with the adapter.
+        base_fingerprint: of the base model; rank 0's counts.
+        continuation: where the run began.
+        warn: told when a save has failed.
+
+    Attributes:
+        last_step: the step saved last.
+        best_validation_loss: of all evaluations so far.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        group: ProcessGroup,
+        engine: TopologyEngine,
+        directory: Path,
+        base: Mapping[str, Any],
+        base_fingerprint: str,
+        continuation: Continuation,
+        warn: Callable[[str], object],
+    ) -> None:
+        self._config, self._group, self._engine = config, group, engine
+        self._base_fingerprint = base_fingerprint
+        section = config.checkpoint
+        self._every_steps = section.every_steps
+        self._writer = BackgroundWriter(
+            directory,
+            config.adapter,
+            base,
+            keep=section.keep,
+            keep_best=section.keep_best,
+            warn=warn,
+            on_written=lambda path: group.note_checkpoint(str(path)),
+            last_good=continuation.path,
+        )
+        if continuation.path is not None:
+            group.note_checkpoint(str(continuation.path))
+        self.last_step = continuation.step
+        best = continuation.checkpoint.progress["best_validation_loss"] if continuation.checkpoint else None
+        self.best_validation_loss: float | None = best
+
+    def is_due(self, step: int, validation_loss: float | None = None) -> bool:
+        """Whether to save after `step`: every so many steps, and when the validation loss is the best yet."""
+        if self._every_steps is None:
+            return False
+        return step % self._every_steps == 0 or self.is_best(validation_loss)
+
+    def is_best(self, validation_loss: float | None) -> bool:
+        """Whether parameters of this validation loss are to be kept as the best ones."""
+        section, best = self._config.checkpoint, self.best_validation_loss
+        if section.every_steps is None or not section.keep_best or validation_loss is None:
+            return False
+        return math.isfinite(validation_loss) and (best is None or validation_loss < best)
+
+    def save(self, step: int, progress: Mapping[str, Any], validation_loss: float | None = None) -> None:
+        """Copies out what is trained, and has it written while training goes on.
+
+        Args:
+            step: steps done.
+            progress: what else the run needs to go on, in JSON types.
+            validation_loss: of these parameters, if they have been evaluated.
+        """
+        if self.is_best(validation_loss):
+            self.best_validation_loss = validation_loss
+        parameters, moments = self._engine.adapter_tensors(), self._engine.moments()
+        self.last_step = step
+        if not self._group.is_main:
+            return
+        self._writer.save(
+            Checkpoint(
+                step=step,
+                parameters=parameters,
+                moments=moments.tensors,
+                progress={
+                    **progress,
+                    "num_updates": moments.num_updates,
+                    "samples_consumed": step * self._config.training.global_batch_size,
+                    "best_validation_loss": self.best_validation_loss,
+                },
+                config=self._config.model_dump(mode="json", by_alias=True),
+                base_fingerprint=self._base_fingerprint,
+                validation_loss=validation_loss,
+            )
+        )
+
+    def finish(self) -> str:
+        """Waits for what is being written; says where the last good checkpoint is."""
+
+        def where() -> str:
+            self._writer.wait()
+            if self._writer.last_good is None:
+                return "no checkpoint has been saved"
+            return f"the last good checkpoint is {self._writer.last_good}"
+
+        said: str = self._group.on_main(where)
+        return said

@@ -1,0 +1,52 @@
+"""What the ranks of `resume_worker.py` train: runs on every topology, each continued on all."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from .jobs import ROWS_FILE, Overrides
+
+NUM_STEPS, MIDDLE = 20, 10
+_SOURCE = f'{{"format":"instruction","path":"{ROWS_FILE}"}}'
+
+# Dropout draws other numbers on another topology, which is no matter of the checkpoint: see BITWISE_ONLY.
+COMMON: Overrides = (
+    "model.config.num_hidden_layers=4",
+    f"data.train={_SOURCE}",
+    "data.validation=null",
+    f"training.max_steps={NUM_STEPS}",
+    "training.global_batch_size=4",
+    "training.warmup_steps=1",
+    "training.max_grad_norm=0.25",
+    f"checkpoint.every_steps={MIDDLE}",
+    "checkpoint.keep=9",
+    "evaluation.every_steps=null",
+    "tracking.tracker=none",
+)
+# Name -> ranks, overrides. Those with stages come last: a process that had one makes no other engine.
+TOPOLOGIES: dict[str, tuple[int, Overrides]] = {
+    "dp1": (1, ()),
+    "dp2": (2, ()),
+    "zero3": (2, ("parallel.zero_stage=3",)),
+    "pp2": (2, ("parallel.pipeline_stages=2",)),
+    "pp2dp2": (4, ("parallel.pipeline_stages=2",)),
+}
+# Continued on themselves alone.
+BITWISE_ONLY: dict[str, tuple[int, Overrides]] = {
+    "dropout": (1, ("adapter.dropout=0.2",)),
+    "zero1": (2, ("parallel.zero_stage=1", "adapter.dropout=0.2")),
+    "zero2": (2, ("parallel.zero_stage=2",)),
+    "offload": (2, ("parallel.zero_stage=2", "parallel.offload_optimizer=true")),
+    "zero3offload": (
+        2,
+        ("parallel.zero_stage=3", "parallel.offload_optimizer=true", "parallel.offload_parameters=true"),
+    ),
+    "pp2zero1": (2, ("parallel.pipeline_stages=2", "parallel.zero_stage=1")),
+}
+RUNS = dict(sorted({**TOPOLOGIES, **BITWISE_ONLY}.items(), key=lambda run: "pipeline" in str(run[1][1])))
+PAIRS = [*product(TOPOLOGIES, TOPOLOGIES), *((name, name) for name in BITWISE_ONLY)]
+
+
+def continued(then: str, now: str) -> str:
+    """The name of a run that was begun on one topology and continued on another."""
+    return f"{then}-then-{now}"
