@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmlora_dist.distributed.engine import StepResult
+from ssmlora_dist.distributed.engine import Check, StepResult, no_check
 from ssmlora_dist.errors import EXIT_TRAINING_FAILED, TrainingError
 from ssmlora_dist.training.loop import StepRecord, train
 
@@ -22,7 +22,10 @@ class ScriptedEngine:
         self.batches: list[list[int]] = []
         self.learning_rates: list[float] = []
 
-    def train_step(self, micro_batches: Sequence[dict[str, Tensor]], learning_rate: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[dict[str, Tensor]], learning_rate: float, check: Check = no_check
+    ) -> StepResult:
+        check()
         step = len(self.batches)
         self.batches.append([int(batch["input_ids"]) for batch in micro_batches])
         self.learning_rates.append(learning_rate)
@@ -108,3 +111,41 @@ def test_on_step_comes_between_steps() -> None:
         on_step=lambda record: seen.append((record.step, len(engine.batches))),
     )
     assert seen == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_a_continued_run_begins_behind_the_steps_done() -> None:
+    engine = ScriptedEngine([True, False])
+    records: list[StepRecord] = []
+    train(
+        engine,
+        lambda step: [{"input_ids": torch.tensor(step)}],
+        lambda step: 0.5**step,
+        num_steps=5,
+        max_nonfinite_steps=2,
+        on_step=records.append,
+        first_step=3,
+        skipped_steps=4,
+    )
+    assert engine.batches == [[3], [4]]
+    assert engine.learning_rates == [0.5**3, 0.5**4]
+    assert [(record.step, record.skipped_steps) for record in records] == [(4, 5), (5, 5)]
+
+
+def test_what_a_check_raises_ends_the_loop_before_the_step() -> None:
+    engine = ScriptedEngine([False] * 3)
+
+    def check() -> None:
+        if len(engine.batches) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            engine,
+            lambda step: [{"input_ids": torch.tensor(step)}],
+            lambda step: 1.0,
+            num_steps=3,
+            max_nonfinite_steps=1,
+            on_step=lambda record: None,
+            check=check,
+        )
+    assert engine.batches == [[0]]
