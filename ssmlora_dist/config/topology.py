@@ -130,6 +130,11 @@ def _optimizer_offloaded(topology: Topology) -> str | None:
     return f'"{optimizer}" given with offload_optimizer' if wrong else None
 
 
+def _optimizer_sharded(topology: Topology) -> str | None:
+    optimizer, stage = topology.config.training.optimizer, topology.config.parallel.zero_stage
+    return f'"{optimizer}" given with zero_stage {stage}' if "8bit" in optimizer and stage > 0 else None
+
+
 def _flash_on_cpu(topology: Topology) -> str | None:
     wrong = _wants_flash(topology) and topology.device_type not in (None, "cuda")
     return f'"flash_attention_2" given on device type {topology.device_type}' if wrong else None
@@ -216,6 +221,13 @@ RULES = (
         reason="an offloaded optimiser steps in host memory, where 8-bit and paged moments save nothing",
         remedy='set training.optimizer to "adamw" or parallel.offload_optimizer to false',
         broken=_optimizer_offloaded,
+    ),
+    TopologyRule(
+        fields=("training.optimizer", "parallel.zero_stage"),
+        condition="in 8 bits only with parallel.zero_stage 0",
+        reason="8-bit moments come in blocks that shards would cut, so that no checkpoint could be of them",
+        remedy='set training.optimizer to "adamw" or "paged_adamw", or parallel.zero_stage to 0',
+        broken=_optimizer_sharded,
     ),
     TopologyRule(
         fields=("model.attention",),

@@ -52,7 +52,9 @@ CASES: list[tuple[list[Change], dict[str, Any], str | None]] = [
         None,
     ),
     ([("training.optimizer", "adamw_8bit")], CPU, "training.optimizer"),
-    ([("training.optimizer", "adamw_8bit"), ("parallel.zero_stage", 3)], CUDA, None),
+    ([("training.optimizer", "adamw_8bit")], CUDA, None),
+    ([("training.optimizer", "adamw_8bit"), ("parallel.zero_stage", 3)], CUDA, "training.optimizer"),
+    ([("training.optimizer", "paged_adamw"), ("parallel.zero_stage", 3)], CUDA, None),
     ([("training.optimizer", "paged_adamw")], {"device_type": None}, None),
     (
         [("training.optimizer", "paged_adamw"), ("parallel", {"zero_stage": 2, "offload_optimizer": True})],
@@ -87,13 +89,14 @@ def test_every_rule_can_be_broken() -> None:
         ("model", {"attention": "flash_attention_2", "compute_dtype": "float32"}),
         ("parallel", {"offload_optimizer": True, "offload_parameters": True}),
     ]
+    sharded: list[Change] = [("training.optimizer", "adamw_8bit"), ("parallel.zero_stage", 1)]
     pipeline: list[Change] = [
         ("parallel", {"pipeline_stages": 3, "zero_stage": 2, "stage_boundaries": [0, 1]}),
         ("adapter.state_dtype", "float16"),
     ]
     lines = [
         line
-        for changes in (everything, pipeline)
+        for changes in (everything, pipeline, sharded)
         for line in topology_problems(
             RunConfig.model_validate(changed(*changes)),
             world_size=2,
