@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ssmlora_dist.distributed.schedule import Recompute
 
@@ -32,6 +32,21 @@ class DecoderShape:
     head_dim: int
     vocab_size: int
     tied_embeddings: bool
+
+    @classmethod
+    def of(cls, config: Any) -> DecoderShape:
+        """Of a transformers configuration of a supported family."""
+        heads = config.num_attention_heads
+        return cls(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+            tied_embeddings=config.tie_word_embeddings,
+        )
 
     @property
     def attention_size(self) -> int:

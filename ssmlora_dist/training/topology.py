@@ -148,7 +148,7 @@ def plan_stages(
 
 def _costs(config: RunConfig, place: Place, num_targets: int, num_tokens: int) -> ModelCosts:
     model = meta_model(config)
-    shape = _decoder_shape(model.config)
+    shape = DecoderShape.of(model.config)
     trained = [0] * shape.num_layers
     for index, layer in decoder_layers(model).items():
         trained[index] = sum(parameter.numel() for parameter in adapter_parameters(layer).values())
@@ -279,17 +279,3 @@ def _take(parameters: Mapping[str, nn.Parameter], checkpoint: Checkpoint) -> Non
             )
         with torch.no_grad():
             parameter.copy_(value)
-
-
-def _decoder_shape(config: Any) -> DecoderShape:
-    heads = config.num_attention_heads
-    return DecoderShape(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-        tied_embeddings=config.tie_word_embeddings,
-    )

@@ -1,0 +1,85 @@
+"""The physical limit of training, by model and length: `python benchmarks/roofline.py --model llama2-7b`.
+
+The ceilings are those of one H100 (SXM) unless given; `--measure` takes those of this machine's device. They
+are what a device reaches, not what its data sheet says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from ssmlora_dist.distributed.cost_model import DecoderShape, bytes_per_weight
+from ssmlora_dist.distributed.roofline import Ceilings, step_limit
+from ssmlora_dist.models import load_config
+from ssmlora_dist.models.shapes import SHAPES
+
+H100 = Ceilings(matmul_tflops=790.0, attention_tflops=550.0, bandwidth_gb_per_second=2800.0)
+LENGTHS = (512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+
+
+def measured_ceilings(device: torch.device, repeats: int = 10) -> Ceilings:
+    """Of this device, in bfloat16: the best of `repeats` large operations of each kind."""
+    cuda = device.type == "cuda"
+    size, length, heads, width = (8192, 8192, 32, 128) if cuda else (1024, 1024, 9, 64)
+
+    def best(operation: object, repeats: int = repeats) -> float:
+        assert callable(operation)
+        seconds = []
+        for _ in range(repeats + 2):
+            if cuda:
+                torch.cuda.synchronize(device)
+            started = time.perf_counter()
+            operation()
+            if cuda:
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    q, k, v = (torch.randn(1, heads, length, width, device=device).to(torch.bfloat16) for _ in range(3))
+    read, written = torch.empty(2, 2**28 if cuda else 2**26, dtype=torch.uint8, device=device)
+    attention_flops = 2 * heads * length * length * width
+    return Ceilings(
+        matmul_tflops=2 * size**3 / best(lambda: a @ b) / 1e12,
+        attention_tflops=attention_flops
+        / best(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        / 1e12,
+        bandwidth_gb_per_second=2 * read.nbytes / best(lambda: written.copy_(read)) / 1e9,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", choices=SHAPES, default="llama2-7b")
+    parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, help="lengths of one sequence")
+    parser.add_argument("--measure", action="store_true", help="measure the ceilings of this machine")
+    for name in Ceilings.__dataclass_fields__:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(H100, name))
+    arguments = parser.parse_args()
+    ceilings = Ceilings(**{name: getattr(arguments, name) for name in Ceilings.__dataclass_fields__})
+    if arguments.measure:
+        ceilings = measured_ceilings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(
+        f"{arguments.model}, NF4, checkpointing; {ceilings.matmul_tflops:.3g} TFLOP/s of products, "
+        f"{ceilings.attention_tflops:.3g} of attention, {ceilings.bandwidth_gb_per_second:.4g} GB/s"
+    )
+    print("  tokens  products  attention  dequantise    tokens/s at most")
+    nf4 = bytes_per_weight("nf4", double_quantization=True, compute_dtype_bytes=2)
+    shape = DecoderShape.of(load_config(config=SHAPES[arguments.model]))
+    for length in arguments.tokens:
+        limit = step_limit(shape, ceilings, sequence_length=length, bytes_per_linear_weight=nf4)
+        shares = (limit.matmul_seconds, limit.attention_seconds, limit.dequantization_seconds)
+        products, attention, dequantise = (f"{share / limit.seconds:.1%}" for share in shares)
+        print(
+            f"{length:8}  {products:>8}  {attention:>9}  {dequantise:>10}  {limit.tokens_per_second:18,.0f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""How fast a training step could be at best on a device: the limit that measured speeds are set against.
+
+A frozen weight costs 2 FLOPs per token forward, 2 backward to the input and, with gradient checkpointing, 2
+again for the recompute. Quantised weights are dequantised once for each of these passes, which is bound by
+memory: the packed bytes are read and 16-bit weights written. Adapters, norms, activation functions and the
+optimiser count as nothing: what they take is what is to be seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ssmlora_dist.distributed.cost_model import DecoderShape
+
+WRITTEN_BYTES_PER_WEIGHT = 2  # dequantised: bfloat16
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches at best, as measured on it.
+
+    Attributes:
+        matmul_tflops: large matrix products in the compute dtype, TFLOP/s.
+        attention_tflops: the attention kernel, of the FLOPs that the causal mask leaves, TFLOP/s.
+        bandwidth_gb_per_second: reading and writing memory, 1e9 bytes/s.
+    """
+
+    matmul_tflops: float
+    attention_tflops: float
+    bandwidth_gb_per_second: float
+
+
+@dataclass(frozen=True)
+class StepLimit:
+    """Least time of one micro-batch.
+
+    Attributes:
+        num_tokens: in the micro-batch.
+        matmul_seconds: matrix products with frozen weights.
+        attention_seconds: attention.
+        dequantization_seconds: of quantised weights.
+    """
+
+    num_tokens: int
+    matmul_seconds: float
+    attention_seconds: float
+    dequantization_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all."""
+        return self.matmul_seconds + self.attention_seconds + self.dequantization_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At that."""
+        return self.num_tokens / self.seconds
+
+
+def step_limit(
+    shape: DecoderShape,
+    ceilings: Ceilings,
+    *,
+    sequence_length: int,
+    micro_batch_size: int = 1,
+    supervised_tokens: int | None = None,
+    checkpointing: bool = True,
+    bytes_per_linear_weight: float | None = None,
+) -> StepLimit:
+    """The limit of one micro-batch, forward and backward.
+
+    Args:
+        shape: of the decoder.
+        ceilings: of the device.
+        sequence_length: S.
+        micro_batch_size: B.
+        supervised_tokens: per sequence, which the output head sees; None: all.
+        checkpointing: whether layers are recomputed; the loss recomputes its logits in any case.
+        bytes_per_linear_weight: `cost_model.bytes_per_weight` of quantised weights; None: not quantised.
+    """
+    passes = 3 if checkpointing else 2
+    tokens = micro_batch_size * sequence_length
+    supervised = micro_batch_size * (sequence_length if supervised_tokens is None else supervised_tokens)
+    linear_weights = shape.num_layers * shape.linear_weights
+    head_weights = shape.hidden_size * shape.vocab_size
+    matmul_flops = 2 * passes * tokens * linear_weights + 2 * 3 * supervised * head_weights
+    # Forward two products of S/2 positions each; backward five, as the scores are computed again.
+    forward = 2 * tokens * sequence_length * shape.attention_size * shape.num_layers
+    attention_flops = forward * (passes - 1 + 2.5)
+    moved = 0.0
+    if bytes_per_linear_weight is not None:
+        moved = passes * linear_weights * (bytes_per_linear_weight + WRITTEN_BYTES_PER_WEIGHT)
+    return StepLimit(
+        num_tokens=tokens,
+        matmul_seconds=matmul_flops / (ceilings.matmul_tflops * 1e12),
+        attention_seconds=attention_flops / (ceilings.attention_tflops * 1e12),
+        dequantization_seconds=moved / (ceilings.bandwidth_gb_per_second * 1e9),
+    )

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ssmlora_dist.distributed.cost_model import DecoderShape
+from ssmlora_dist.distributed.roofline import Ceilings, step_limit
+
+LLAMA_2_7B = DecoderShape(4096, 11008, 32, 32, 32, 128, 32000, tied_embeddings=False)
+LINEAR_WEIGHTS = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+ENDLESS = math.inf
+
+
+def test_each_part_alone_is_its_count_over_its_ceiling() -> None:
+    limit = step_limit(
+        LLAMA_2_7B,
+        Ceilings(1.0, 2.0, 4.0),
+        sequence_length=1024,
+        micro_batch_size=2,
+        supervised_tokens=100,
+        bytes_per_linear_weight=0.5,
+    )
+    assert limit.matmul_seconds == pytest.approx((6 * 2048 * LINEAR_WEIGHTS + 6 * 200 * 4096 * 32000) / 1e12)
+    # 2 FLOPs x 2 products x half the positions, forward, again, and 2.5 times backward.
+    assert limit.attention_seconds == pytest.approx(4.5 * 32 * 2048 * 2 * 1024 * 4096 / 2e12)
+    assert limit.dequantization_seconds == pytest.approx(3 * LINEAR_WEIGHTS * 2.5 / 4e9)
+    parts = limit.matmul_seconds + limit.attention_seconds + limit.dequantization_seconds
+    assert limit.tokens_per_second == pytest.approx(2048 / parts)
+
+
+def test_without_checkpointing_a_pass_less() -> None:
+    ceilings = Ceilings(1.0, ENDLESS, ENDLESS)
+    more = step_limit(LLAMA_2_7B, ceilings, sequence_length=64, supervised_tokens=0)
+    less = step_limit(LLAMA_2_7B, ceilings, sequence_length=64, supervised_tokens=0, checkpointing=False)
+    assert less.seconds == pytest.approx(more.seconds * 2 / 3)
+    assert less.dequantization_seconds == 0.0
+
+
+def test_the_design_s_figure_for_one_h100() -> None:
+    """Llama-2-7B, 4,096 tokens, 790 TFLOP/s everywhere and no dequantisation: about 19,000 tokens/s."""
+    limit = step_limit(LLAMA_2_7B, Ceilings(790.0, 790.0, ENDLESS), sequence_length=4096)
+    assert 17_500 < limit.tokens_per_second < 19_500
