@@ -7,6 +7,7 @@ without a traceback and exits with the exception's `exit_code`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
@@ -36,10 +37,14 @@ class ConfigError(SSMLoRAError):
     """
 
     def __init__(self, problems: Sequence[str], source: str = "configuration") -> None:
-        self.problems = list(problems)
+        self.problems, self.source = list(problems), source
         count = len(self.problems)
         heading = f"{source}: {count} problem{'s' if count != 1 else ''}"
         super().__init__("\n".join([heading, *(f"  {problem}" for problem in self.problems)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Sent from rank to rank.
+        return type(self), (self.problems, self.source)
 
 
 class DataError(SSMLoRAError):

@@ -35,6 +35,8 @@ MIN_BEATS_UNTIL_SILENT = 5
 NOTICE_SECONDS = 1.0
 # An unexpected error here so shortly after another rank has left is its consequence; a later one is our own.
 CONSEQUENCE_SECONDS = 0.5
+# Launchers look every second, and take the rank that they find ended for the cause: it must be the lost one.
+LAUNCHER_SECONDS = 2.0
 # For the tracker. The launchers kill 30 seconds after the signal that they send when a rank has died.
 LAST_ACTS_SECONDS = 15.0
 MAX_REASON_LENGTH = 1000
@@ -157,12 +159,10 @@ class PeerWatch:
         speaks: whether this rank shows the message when it is rank 0 that is lost.
 
     Attributes:
-        last_checkpoint: named in the message; rank 0 sets it, and tells the others.
         before_exit: called before the process ends because another rank is lost.
     """
 
     def __init__(self, rank: int, peers: list[Peer], silence_seconds: float, speaks: bool) -> None:
-        self.last_checkpoint: str | None = None
         self.before_exit: Callable[[], object] | None = None
         self._rank, self._peers, self._speaks = rank, peers, speaks
         self._silence_seconds = silence_seconds
@@ -170,6 +170,7 @@ class PeerWatch:
         self._beats_until_silent = math.ceil(silence_seconds / self._beat_seconds)
         self._ending = self._closing = self._asking = self._leaving = False
         self._last_word: str | None = None
+        self._last_checkpoint: str | None = None
         # The first rank that left with an error, why, and until when this one may still meet the same error.
         self._left: tuple[Peer, str, float] | None = None
         self._asked_until = 0.0
@@ -185,6 +186,11 @@ class PeerWatch:
         os.register_at_fork(after_in_child=self._forget)
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def note_checkpoint(self, path: str) -> None:
+        """Tells all ranks, from rank 0, which checkpoint the message is to name; from any thread."""
+        self._last_checkpoint = path
+        self._wake()
 
     def about_to_leave(self, error: BaseException | None) -> None:
         """Says that this rank ends by itself, for which it may need longer than those that left before it."""
@@ -239,7 +245,8 @@ class PeerWatch:
         while not self._closing:
             for key, _ in self._selector.select(max(0.0, next_beat - time.monotonic())):
                 if key.data is None:
-                    self._woken.recv(64)
+                    self._woken.recv(MAX_WORD_LENGTH)
+                    self._tell({"checkpoint": self._last_checkpoint})
                 else:
                     self._receive(key.data)
             if self._asking:
@@ -280,7 +287,7 @@ class PeerWatch:
             if word["end"] is not None and self._left is None:
                 self._left = (peer, word["end"], time.monotonic() + self._silence_seconds)
         elif peer.rank == 0:
-            self.last_checkpoint = word["checkpoint"]
+            self._last_checkpoint = word["checkpoint"]
 
     def _ask(self) -> None:
         """A collective may have failed, here or on the rank that asks: one that has left may be the cause."""
@@ -289,7 +296,7 @@ class PeerWatch:
             self._tell({"ask": True})
 
     def _beat(self) -> None:
-        self._tell({"checkpoint": self.last_checkpoint})
+        self._tell({"checkpoint": self._last_checkpoint})
         for peer in self._peers:
             # Not seconds: this process may have been stopped itself.
             peer.silent_beats += 1
@@ -323,6 +330,7 @@ class PeerWatch:
             # On another thread, for whatever it waits for is not waited for long.
             last_acts = threading.Thread(target=self._act, args=(problem,), daemon=True)
             last_acts.start()
+            time.sleep(LAUNCHER_SECONDS)
             last_acts.join(LAST_ACTS_SECONDS)
         finally:
             os._exit(EXIT_TRAINING_FAILED)
@@ -339,8 +347,8 @@ class PeerWatch:
         start = "\n" if sys.stderr.isatty() else ""
         place = f" on rank {self._rank}" if self._rank else ""
         checkpoint = "no checkpoint had been written"
-        if self.last_checkpoint is not None:
-            checkpoint = f"the last good checkpoint is {self.last_checkpoint}"
+        if self._last_checkpoint is not None:
+            checkpoint = f"the last good checkpoint is {self._last_checkpoint}"
         return f"{start}error{place}: {problem}. The run has stopped; {checkpoint}"
 
 

@@ -89,7 +89,7 @@ class ProcessGroup:
     def note_checkpoint(self, path: str) -> None:
         """The checkpoint that is named when a rank is lost; rank 0 notes it for all."""
         if self.watch is not None:
-            self.watch.last_checkpoint = path
+            self.watch.note_checkpoint(path)
 
 
 def world_size_from_environment() -> int:

@@ -24,20 +24,35 @@ from ..launch.forking import run_side_by_side
 # The first passes while a busy machine lets a thread wait; the second, before the time limit, does not.
 SHORT_SILENCE, NO_SILENCE = 2.0, 1000.0
 CHECKPOINT = "checkpoints/step-7"
+ENDED = "the tracker has ended"
 
 Behaviour = Callable[[int, PeerWatch], int]
 
 
 def in_a_collective() -> NoReturn:
     """Waits for a lost rank for ever, as NCCL does."""
+    Path(f"{os.getpid()}.waiting").touch()
     while True:
         time.sleep(1)
 
 
+def wait_for_the_others() -> None:
+    """Until they are in a collective, and have heard what they were told before."""
+    while len(list(Path().glob("*.waiting"))) < len(list(Path().glob("*.pid"))) - 1:
+        time.sleep(0.01)
+    time.sleep(0.5)
+
+
 def die(signum: int = signal.SIGKILL) -> NoReturn:
+    wait_for_the_others()
     print(time.monotonic(), flush=True)
     os.kill(os.getpid(), signum)
     in_a_collective()
+
+
+def end_tracker() -> None:
+    time.sleep(0.5)
+    print(ENDED, flush=True)
 
 
 def pid_of(rank: int) -> int:
@@ -50,11 +65,9 @@ def leave(watch: PeerWatch, error: Exception, exit_code: int) -> int:
 
 
 def with_victim(victim: int, signum: int, rank: int, watch: PeerWatch) -> int:
+    watch.before_exit = end_tracker
     if rank == 0:
-        watch.last_checkpoint = CHECKPOINT
-    # So long that every rank has heard of the checkpoint.
-    time.sleep(1.0)
-    watch.before_exit = lambda: print("the tracker has ended", flush=True)
+        watch.note_checkpoint(CHECKPOINT)
     if rank == victim:
         die(signum)
     in_a_collective()
@@ -103,11 +116,13 @@ def rank_0_ends_slowly(rank: int, watch: PeerWatch) -> int:
 
 def terminated_before_the_death(rank: int, watch: PeerWatch) -> int:
     """The launcher's signal overtakes the news."""
-    watch.before_exit = lambda: (time.sleep(0.5), print("the tracker has ended", flush=True))
+    watch.before_exit = end_tracker
     if rank == 1:
+        wait_for_the_others()
         os.kill(pid_of(0), signal.SIGTERM)
-        time.sleep(0.1)
-        die()
+        # Less than the time that the other takes to notice, more than a signal takes.
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
     in_a_collective()
 
 
@@ -121,10 +136,11 @@ def aborted_on_the_way_out(rank: int, watch: PeerWatch) -> int:
     def abort_elsewhere() -> None:
         threading.Thread(target=ctypes.CDLL(None).abort, daemon=True).start()
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
-        print("the tracker has ended", flush=True)
+        end_tracker()
 
     watch.before_exit = abort_elsewhere
+    # As a run does that is told to stop a second time.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     if rank == 1:
         die()
     in_a_collective()
@@ -141,7 +157,7 @@ def tracker_hangs(rank: int, watch: PeerWatch) -> int:
 def child_outlives_its_rank(rank: int, watch: PeerWatch) -> int:
     if rank == 1:
         if os.fork() == 0:
-            time.sleep(10)
+            time.sleep(100)
             os._exit(0)
         die()
     in_a_collective()
@@ -187,7 +203,7 @@ def share(rank: int, value: Any) -> Any:
     file = Path("address")
     if rank == 0:
         with socket.create_connection(("127.0.0.1", value[0])) as stranger:
-            stranger.sendall(b'{"token": "guessed"}\n')
+            stranger.sendall(b'{"token": "guessed", "rank": 1, "host": "elsewhere", "process": 1}\n')
         file.with_suffix(".new").write_text(json.dumps(value))
         file.with_suffix(".new").rename(file)
     return json.loads(wait_for(file))

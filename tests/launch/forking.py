@@ -49,6 +49,16 @@ class Ranks:
             self._stopped.discard(rank)
         return not running
 
+    @property
+    def first_ended_at(self) -> float | None:
+        """When the first of them ended, by the system's monotonic clock."""
+        return min(self._ended_at.values(), default=None)
+
+    def kill(self, rank: int) -> None:
+        """Kills one that has not been seen to end, as the kernel does when memory is short."""
+        if rank not in self._codes:
+            os.kill(self._pids[rank], signal.SIGKILL)
+
     def found(self) -> list[dict[str, Any]]:
         """Of every rank what it wrote, its exit code and when it ended, by the system's monotonic clock."""
         return [

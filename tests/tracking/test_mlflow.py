@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +109,36 @@ def test_the_status_is_the_true_one(output_dir: Path, warnings: list[str], statu
     assert recorded(output_dir, run_id).info.status == "RUNNING"
     tracker.finish(status)
     assert recorded(output_dir, run_id).info.status == status
+
+
+def test_whoever_ends_the_run_second_waits_for_the_first(
+    output_dir: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main thread and that which ends a process that has lost a rank may do so at the same time."""
+    tracker = mlflow_tracker(output_dir, None, EXPERIMENT, warnings.append)
+    run_id = tracker.start("ended twice", {}, {})
+    closing, may_close = threading.Event(), threading.Event()
+    close = tracking_mlflow.Delivery.close
+
+    def close_late(*arguments: Any) -> None:
+        closing.set()
+        may_close.wait()
+        close(*arguments)
+
+    monkeypatch.setattr(tracking_mlflow.Delivery, "close", close_late)
+    first, second = (
+        threading.Thread(target=tracker.finish, args=[status], daemon=True)
+        for status in ("FAILED", "FINISHED")
+    )
+    first.start()
+    assert closing.wait(20)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    may_close.set()
+    second.join(20)
+    assert recorded(output_dir, run_id).info.status == "FAILED"
+    assert warnings == []
 
 
 def test_many_and_long_parameters(output_dir: Path, warnings: list[str]) -> None:

@@ -1,0 +1,73 @@
+"""Training on two ranks, of which one is lost: `python -m tests.launch.lost_worker RESULTS`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+from .doomed_train import train
+from .forking import run_side_by_side
+from .processes import DEBUG_TINY, free_port
+
+# Imported once for all ranks: it would take most of their time.
+NEEDED = (
+    "deepspeed.runtime.pipe.engine",
+    "ssmlora_dist.training.run",
+    "transformers.models.llama.modeling_llama",
+    "transformers.conversion_mapping",
+    "torch._dynamo",
+    "bitsandbytes",
+)
+ZERO_3, STAGES = "parallel.zero_stage=3", "parallel.pipeline_stages=2"
+EVERY_STEP, NEVER = "checkpoint.every_steps=1", "checkpoint.every_steps=null"
+
+SILENCE_SECONDS = 6
+
+# Name -> (lost rank, how, overrides).
+LOST: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "two stages, rank 1 stopped": (
+        1,
+        signal.SIGSTOP,
+        (STAGES, f"parallel.timeout_seconds={2 * SILENCE_SECONDS}"),
+    ),
+    "zero 0 without rank 1": (1, signal.SIGKILL, (NEVER,)),
+    "zero 0 without rank 0": (0, signal.SIGKILL, (NEVER,)),
+    "zero 3 without rank 1": (1, signal.SIGKILL, (ZERO_3, EVERY_STEP)),
+    "zero 3 without rank 0": (0, signal.SIGKILL, (ZERO_3, EVERY_STEP)),
+    "two stages without rank 1": (1, signal.SIGKILL, (STAGES, EVERY_STEP)),
+    "two stages without rank 0": (0, signal.SIGKILL, (STAGES, NEVER)),
+}
+
+
+def rank_of(name: str, port: int, rank: int) -> int:
+    """One rank of a case; its exit code."""
+    victim, signum, overrides = LOST[name]
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DOOMED=f"{victim}:{int(signum)}",
+    )
+    train(["--config", str(DEBUG_TINY), "--set", "tracking.tracker=none", *overrides])
+    return 0
+
+
+def main() -> None:
+    for module in NEEDED:
+        importlib.import_module(module)
+    runs = {}
+    for name in LOST:
+        port = free_port()
+        runs[name] = [partial(rank_of, name, port, rank) for rank in range(2)]
+    Path(sys.argv[1]).write_text(json.dumps(run_side_by_side(runs, Path.cwd(), num_at_once=2)))
+
+
+if __name__ == "__main__":
+    main()
