@@ -1,10 +1,10 @@
 """What each of two ranks reads and holds while a backbone is loaded: `python benchmarks/loading.py`.
 
 SmolLM2-135M and a generated checkpoint of 1.5 billion parameters, in NF4, as two pipeline stages and under
-ZeRO 3, over gloo on the CPU. Every load has processes of its own, and nothing of the files is in the page cache.
-Two bounds for every rank: it reads at most 1.05 of its share of the checkpoint (half of it as a stage, all of
-it under ZeRO 3), and its memory rises by at most 1.2 times the sum of what it then holds and two of the largest
-tensors. Every tensor that it holds is compared with a plain load of the same files.
+ZeRO 3, over gloo on the CPU. Every load has processes of its own and finds nothing of the files in the page
+cache. Two bounds for every rank: it reads at most 1.05 of its share of the checkpoint, half of it as a stage
+and all of it under ZeRO 3; its memory rises by at most 1.2 times the sum of what it then holds and two of the
+largest tensors. All that it holds is compared with a plain load of the same files.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _equal(held: dict[str, Tensor], plain: dict[str, Tensor], group: ProcessGrou
     different = [name for name, tensor in held.items() if not same(tensor, plain[name])]
     if different:
         print(
-            f"rank {group.rank}: {len(different)} tensors are not what a plain load gives, {different[0]} first",
+            f"rank {group.rank}: {len(different)} tensors are not a plain load's, {different[0]} first",
             file=sys.stderr,
         )
     return not different

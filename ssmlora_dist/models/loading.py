@@ -7,6 +7,7 @@ read, fills those in its own order.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Mapping
 from functools import partial
@@ -112,6 +113,7 @@ def load_model(
         fill(part, name, source, family, device=device, dtype=compute_dtype, quantize=quantize)
         if on_part is not None:
             on_part(part)
+        _return_free_memory()
     model.tie_weights()
     if stage is not None:
         cut_to_stage(model, family, stage)
@@ -209,6 +211,13 @@ def _shapes(parts: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
         for name, part in parts.items()
         for key, parameter in part.named_parameters()
     }
+
+
+def _return_free_memory() -> None:
+    """Hands back what lies free between the tensors that stay: dense weights were there, and temporaries."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; other allocators do without
+    if trim is not None:
+        trim(0)
 
 
 def attention_implementation(

@@ -29,6 +29,7 @@ from ssmlora_dist.errors import ModelError
 QuantizationMode = Literal["nf4", "fp4", "int8"]
 
 BLOCK_SIZE = 64  # weights per scale in 4 bits: QLoRA's choice and bitsandbytes' default
+CHUNK_SIZE = 2**20  # weights quantised at a time on a CPU: whole blocks, and whole elements of any storage
 INT8_MAX = 127.0
 QUANTIZABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -214,14 +215,38 @@ def quantize_linear(
         codes, scale, _ = functional.int8_vectorwise_quant(weight.contiguous().to(torch.float16))
         packed = codes.view(-1).view(storage).unsqueeze(1)
         return Linear8bit(*sizes, packed, bias, compute_dtype, scale=scale).train(linear.training)
-    packed, quant_state = functional.quantize_4bit(
-        weight.contiguous(),
-        blocksize=BLOCK_SIZE,
-        compress_statistics=double_quantization,
-        quant_type=mode,
-        quant_storage=storage,
-    )
+    packed, quant_state = _quantize_4bit(weight.contiguous(), mode, double_quantization, storage)
     return Linear4bit(*sizes, packed, bias, compute_dtype, quant_state=quant_state).train(linear.training)
+
+
+def _quantize_4bit(
+    weight: Tensor, mode: str, double_quantization: bool, storage: torch.dtype
+) -> tuple[Tensor, Any]:
+    """What bitsandbytes' `quantize_4bit` gives; on a CPU without its temporaries of five times the weight."""
+    functional = bitsandbytes().functional
+    settings = {"blocksize": BLOCK_SIZE, "quant_type": mode, "quant_storage": storage}
+    if weight.device.type != "cpu" or weight.numel() <= CHUNK_SIZE:
+        packed, state = functional.quantize_4bit(weight, compress_statistics=double_quantization, **settings)
+        return packed, state
+    pieces = [functional.quantize_4bit(chunk, **settings) for chunk in weight.view(-1).split(CHUNK_SIZE)]
+    packed = torch.cat([piece for piece, _ in pieces])
+    absmax = torch.cat([state.absmax for _, state in pieces])
+    offset, state2 = None, None
+    if double_quantization:
+        # Over the scales of all chunks, as bitsandbytes does it.
+        offset = absmax.mean()
+        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=256)
+    state = functional.QuantState(
+        absmax=absmax,
+        shape=weight.shape,
+        code=pieces[0][1].code,
+        blocksize=BLOCK_SIZE,
+        quant_type=mode,
+        dtype=weight.dtype,
+        offset=offset,
+        state2=state2,
+    )
+    return packed, state
 
 
 def is_quantized(layer: nn.Module) -> bool:

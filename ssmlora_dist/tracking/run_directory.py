@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -40,6 +41,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
         self._lock: IO[str] | None = None
+        self._unwritten = b""
 
     @classmethod
     def create(cls, path: Path, resume: bool = False) -> RunDirectory:
@@ -67,6 +69,9 @@ class RunDirectory:
             self._lock = _locked(self.path)
             if continued:
                 _drop_unfinished_line(self.metrics_file)
+                for directory in (self.path, self.adapter, self.plots):
+                    for leftover in directory.glob(".*.partial"):
+                        leftover.unlink()
                 return
             try:
                 self.metrics_file.open("x").close()
@@ -117,10 +122,22 @@ class RunDirectory:
         return candidate
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Adds one line to metrics.jsonl; numbers that are not finite become null."""
-        line = json.dumps(_plain(row), allow_nan=False) + "\n"
-        with explained(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(line)
+        """Adds one line to metrics.jsonl; numbers that are not finite become null.
+
+        Raises:
+            CheckpointError: the disk does not take it; it is kept, and written before the next line.
+        """
+        self._unwritten += json.dumps(_plain(row), allow_nan=False).encode() + b"\n"
+        with explained(self.metrics_file), self.metrics_file.open("ab", buffering=0) as file:
+            size, rest = file.tell(), self._unwritten
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
+        self._unwritten = b""
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl, in the order they were written."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,8 +19,10 @@ from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.errors import SSMLoRAError
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-# Ctrl-C reaches a rank twice: from the terminal, and as SIGTERM from the launcher, which it has reached too.
+# One request reaches a rank twice where it reaches the launcher too, which hands it on, Ctrl-C as SIGTERM.
 TOGETHER_SECONDS = 2.0
+# No signal, but the news that another rank has got one.
+_AGREED = 0
 
 
 class StoppedError(SSMLoRAError):
@@ -49,7 +52,9 @@ class Interrupts:
     """Takes over SIGTERM, SIGINT and SIGUSR1 from `__enter__` to `__exit__`; for the main thread.
 
     The first signal to stop is noted and a clock starts; what it leaves unfinished after `grace_seconds`, and
-    what a second signal finds, ends at once: what is on the disk stays whole either way.
+    what a second signal to the same rank finds, ends at once: what is on the disk stays whole either way. A
+    thread of its own sees to that, as the main thread may be in a long computation or a collective that never
+    ends.
 
     Args:
         group: this run's processes.
@@ -63,21 +68,34 @@ class Interrupts:
         self.save_requested = False
         self._group, self._grace_seconds = group, grace_seconds
         self._stop, self._save = 0, False
-        self._stopped_at = 0.0
+        self._asked_at = 0.0
+        self._stopped = False
+        # The first signal to stop that this rank itself has got, and when.
+        self._own, self._own_at = 0, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        for signum in STOPPING:
-            self._before[signum] = signal.signal(signum, self._on_stop)
-        self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
+        self._told, self._heard = socket.socketpair()
+        self._told.setblocking(False)
+        self._thread = threading.Thread(target=self._listen, name="interrupts", daemon=True)
+        self._thread.start()
+        # Written to as the signal comes, whatever the main thread is doing.
+        self._descriptor_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        for signum in (*STOPPING, signal.SIGUSR1):
+            self._before[signum] = signal.signal(signum, _go_on)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._stop:
-            # Still to come: the end of the run, which a signal must not cut short but the clock may.
+            # Still to come: the end of the process, which no signal cuts short any more, but the clock may.
+            self._stopped = True
             return
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(self._descriptor_before)
+        self._told.close()
+        self._thread.join()
+        self._heard.close()
 
     def check(self) -> None:
         """Asks all ranks for what has reached them; all of them must call it.
@@ -88,36 +106,61 @@ class Interrupts:
         stop, save = float(self._stop), float(self._save)
         if self._group.world_size > 1:
             stop, save = self._group.max([stop, save])
-        self._save = False
-        self.save_requested = self.save_requested or bool(save)
+        if save:
+            self._save, self.save_requested = False, True
         if stop:
             self._note_stop(int(stop))
+            # The clock.
+            self._told.send(bytes([_AGREED]))
             raise StopRequested(int(stop))
 
-    def _on_stop(self, signum: int, frame: FrameType | None) -> None:
-        together = time.monotonic() - self._stopped_at < TOGETHER_SECONDS
-        if self._stop and not (together and signum != self._stop):
-            os._exit(128 + signum)
-        if not self._stop:
+    def _listen(self) -> None:
+        while True:
+            if self._stop:
+                remaining = self._asked_at + self._grace_seconds - time.monotonic()
+                # Not 0, which would make the socket one that never waits.
+                self._heard.settimeout(max(0.001, remaining))
+            try:
+                signums = self._heard.recv(64)
+            except TimeoutError:
+                self._time_is_over()
+                return
+            if not signums:
+                return
+            for signum in signums:
+                if signum == signal.SIGUSR1:
+                    self._save = True
+                elif signum in STOPPING:
+                    self._on_stop(signum)
+
+    def _on_stop(self, signum: int) -> None:
+        now = time.monotonic()
+        # Not what the other ranks have got: whoever stops a run signals all of them, one after another.
+        if not self._own:
+            self._own, self._own_at = signum, now
             self._note_stop(signum)
+        # Ctrl-C twice is a person, who means it.
+        elif not self._stopped and (
+            now - self._own_at > TOGETHER_SECONDS or self._own == signum == signal.SIGINT
+        ):
+            os._exit(128 + signum)
 
     def _note_stop(self, signum: int) -> None:
-        if self._stop:
-            return
-        self._stop, self._stopped_at = signum, time.monotonic()
-        clock = threading.Timer(self._grace_seconds, self._time_is_over, [signum])
-        clock.daemon = True
-        clock.start()
+        if not self._stop:
+            self._asked_at = time.monotonic()
+            self._stop = signum
 
-    def _time_is_over(self, signum: int) -> None:
+    def _time_is_over(self) -> None:
         if self._group.is_main:
             print(
-                f"error: not ready to stop {self._grace_seconds:g} seconds after signal {signum} "
-                "(checkpoint.grace_seconds); the last complete checkpoint stays: go on with --resume auto",
+                f"error: not ready to stop {self._grace_seconds:g} seconds after "
+                f"{signal.Signals(self._stop).name} (checkpoint.grace_seconds); the last complete checkpoint "
+                "stays: go on with --resume auto",
                 file=sys.stderr,
                 flush=True,
             )
-        os._exit(128 + signum)
+        os._exit(128 + self._stop)
 
-    def _on_save(self, signum: int, frame: FrameType | None) -> None:
-        self._save = True
+
+def _go_on(signum: int, frame: FrameType | None) -> None:
+    """What Python itself does at a signal that `Interrupts` hears of by other means."""

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +28,8 @@ from ssmlora_dist.config.build import (
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset, GlobalBatches
 from ssmlora_dist.distributed.process_group import ProcessGroup
-from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.durable import explained
+from ssmlora_dist.errors import CheckpointError, ConfigError, TrainingError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL, Score
 from ssmlora_dist.tracking import (
     BeforeAfter,
@@ -99,24 +101,21 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     if not continuation.in_place:
         group.on_main(directory.claim)
     group.when_a_rank_is_lost(lambda: tracker.finish("FAILED"))
-    status: RunStatus = "FAILED"
-    try:
-        if group.is_main:
-            directory.cut_metrics(continuation.step if continuation.checkpoint else -1)
-            resolved = config.model_dump(mode="json", by_alias=True)
-            directory.write_config(resolved)
-            tracker.start(config.run.name, flat_parameters(resolved), _tags(environment_record()))
-        run.execute()
-        status = "FINISHED"
-    except (KeyboardInterrupt, StoppedError):
-        status = "KILLED"
-        raise
-    finally:
-        group.about_to_stop()
-        tracker.finish(status)
-        if status == "KILLED":
-            # A launcher ends the others once one has ended: none does before rank 0 has said all.
-            group.share(None)
+    with Interrupts(group, config.checkpoint.grace_seconds) as interrupts:
+        status: RunStatus = "FAILED"
+        try:
+            run.begin()
+            run.execute(interrupts)
+            status = "FINISHED"
+        except StoppedError:
+            status = "KILLED"
+            raise
+        finally:
+            group.about_to_stop()
+            tracker.finish(status)
+            if status == "KILLED":
+                # A launcher ends the others once one has ended: none does before rank 0 has said all.
+                group.share(None)
 
 
 @dataclass
@@ -153,6 +152,7 @@ class _Run:
         self.totals = Totals(**progress["totals"])
         self.before = _scores(progress["before"])
         self.seconds_before: float = progress["wall_seconds"]
+        self.warned_of_metrics = False
 
     def is_complete(self) -> bool:
         """Whether the run that is to be continued is done.
@@ -171,17 +171,30 @@ class _Run:
         finished = self.continuation.in_place and self.group.on_main(self.directory.summary_file.exists)
         return done == self.num_steps and bool(finished)
 
-    def execute(self) -> None:
+    def begin(self) -> None:
+        """Writes down what is going to be run, and whence."""
+        if self.group.is_main:
+            self.directory.cut_metrics(self.continuation.step if self.continuation.checkpoint else -1)
+            resolved = self.config.model_dump(mode="json", by_alias=True)
+            self.directory.write_config(resolved)
+        if self.continuation.checkpoint and not self.continuation.in_place:
+            # Without one of its own this run, continued, would begin anew.
+            self._save(self.continuation.step)
+            self.saver.finish()
+        if self.group.is_main:
+            self.tracker.start(self.config.run.name, flat_parameters(resolved), _tags(environment_record()))
+
+    def execute(self, interrupts: Interrupts) -> None:
         """Evaluate, train, save, evaluate, summarise.
 
         Raises:
             StoppedError: a signal asked for it.
         """
-        with Interrupts(self.group, self.config.checkpoint.grace_seconds) as self.interrupts:
-            try:
-                self._execute()
-            except StopRequested as request:
-                raise self._stopped(request.signum) from None
+        self.interrupts = interrupts
+        try:
+            self._execute()
+        except StopRequested as request:
+            raise self._stopped(request.signum) from None
 
     def _execute(self) -> None:
         if self.before is None:
@@ -361,25 +374,44 @@ class _Run:
         return row
 
     def _log(self, row: dict[str, float], step: int) -> None:
-        self.directory.append_metrics({"step": step, **row})
+        try:
+            self.directory.append_metrics({"step": step, **row})
+        except CheckpointError as error:
+            if not self.warned_of_metrics:
+                self.console.warn(f"{error}; training goes on, and what is missing is written once it can be")
+            self.warned_of_metrics = True
         self.tracker.log_metrics(row, step)
 
     def _save_adapter(self) -> None:
         tensors = self.engine.adapter_tensors()
-        self.group.on_main(
-            lambda: write_adapter(
-                self.directory.adapter,
-                self.config.adapter,
-                tensors,
-                base=self.base,
-                base_fingerprint=self.fingerprint,
-            )
-        )
+
+        def write() -> None:
+            with self._writing_results():
+                write_adapter(
+                    self.directory.adapter,
+                    self.config.adapter,
+                    tensors,
+                    base=self.base,
+                    base_fingerprint=self.fingerprint,
+                )
+
+        self.group.on_main(write)
+
+    @contextmanager
+    def _writing_results(self) -> Iterator[None]:
+        """What the disk refuses after training is no bad input, and loses nothing that a checkpoint has."""
+        try:
+            with explained(self.directory.path):
+                yield
+        except CheckpointError as error:
+            raise TrainingError(f"{error}, and go on with --resume; {self.saver.last_good()}") from error
 
     def _finish(self, summary: dict[str, Any], before: Scores | None, after: Scores | None) -> None:
-        self.directory.write_summary(summary)
-        self.directory.plots.mkdir(exist_ok=True)
-        plot_curves(self.directory.read_metrics(), self.directory.plots / "curves.png")
+        with self._writing_results():
+            self.directory.plots.mkdir(exist_ok=True)
+            plot_curves(self.directory.read_metrics(), self.directory.plots / "curves.png")
+            # Last, as it marks a run that is done.
+            self.directory.write_summary(summary)
         if self.config.tracking.log_adapter:
             self.tracker.log_directory(self.directory.adapter, "adapter")
         self.tracker.log_directory(self.directory.plots, "plots")

@@ -109,13 +109,13 @@ class Saver:
         )
 
     def finish(self) -> str:
-        """Waits for what is being written; says where the last good checkpoint is."""
-
-        def where() -> str:
-            self._writer.wait()
-            if self._writer.last_good is None:
-                return "no checkpoint has been saved"
-            return f"the last good checkpoint is {self._writer.last_good}"
-
-        said: str = self._group.on_main(where)
+        """Waits for what is being written; says on every rank what `last_good` says."""
+        said: str = self._group.on_main(self.last_good)
         return said
+
+    def last_good(self) -> str:
+        """Says, on rank 0, where the last good checkpoint is, once what is being written has been."""
+        self._writer.wait()
+        if self._writer.last_good is None:
+            return "no checkpoint has been saved"
+        return f"the last good checkpoint is {self._writer.last_good}"

@@ -102,7 +102,13 @@ MICRO_BATCHES: dict[str, Overrides] = {
     )
 }
 
-JOBS: dict[str, Overrides] = {**_WITHOUT_EVALUATION, **EVALUATED, **QUANTIZED, **MICRO_BATCHES}
+# Embedding and head are one parameter, which ZeRO 3 shards once.
+TIED: dict[str, Overrides] = {
+    f"tied, {name}": (*TOPOLOGIES[name], "model.config.tie_word_embeddings=true")
+    for name in (REFERENCE, "zero 3", "zero 3, nothing persistent")
+}
+
+JOBS: dict[str, Overrides] = {**_WITHOUT_EVALUATION, **EVALUATED, **QUANTIZED, **MICRO_BATCHES, **TIED}
 
 
 STAGES = (0, 1, 2, 3)

@@ -48,6 +48,9 @@ VARIANTS: dict[str, Overrides] = {
 }
 SPLITS = [(0, *inner) for stages in (2, 3, 4) for inner in combinations(range(1, NUM_LAYERS), stages - 1)]
 _NAMES = list(VARIANTS)
+# Of which the first and the last stage each read one half.
+TIED_DIRECTORY = "tied"
+_TIED = f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}'
 
 
 def _split(boundaries: tuple[int, ...], ahead: int | str = "auto") -> Overrides:
@@ -63,6 +66,7 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
     **{name: (1, overrides) for name, overrides in VARIANTS.items()},
     "nf4": (1, ("quantization.mode=nf4", "model.compute_dtype=bfloat16", *EVALUATION)),
     "lora": (1, ("adapter.method=lora",)),
+    "tied from a file": (1, (_TIED,)),
     # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
     "two ranks": (2, VARIANTS[_NAMES[0]]),
 }
@@ -80,6 +84,8 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
 } | {
     "nf4 in stages": (2, (*PLAIN["nf4"][1], *_split((0, 2))), "nf4"),
     "lora in stages": (3, (*PLAIN["lora"][1], *_split((0, 2, 3))), "lora"),
+    "tied from a file in two": (2, (_TIED, *_split((0, 3))), "tied from a file"),
+    "tied from a file in three": (3, (_TIED, *_split((0, 2, 4))), "tied from a file"),
     "balanced": (2, (*VARIANTS[_NAMES[0]], "parallel.pipeline_stages=2"), _NAMES[0]),
 }
 # Within a tolerance: other sums.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .conftest import WORLD_SIZES, Results
-from .jobs import DROPOUT, EVALUATED, MICRO_BATCHES, QUANTIZED, REFERENCE, TOPOLOGIES, fits
+from .jobs import DROPOUT, EVALUATED, MICRO_BATCHES, QUANTIZED, REFERENCE, TIED, TOPOLOGIES, fits
 
 # Float32 sums over a few hundred tokens in another order: at most 6e-7 in the loss, 2e-7 of the norm and 4e-7
 # in the adapters were seen. A mistake of scale (ranks or micro-batches counted twice) is 100,000 times that.
@@ -99,6 +99,12 @@ def test_a_quantised_backbone_trains_the_same(results: Results, num_ranks: int, 
         BFLOAT16_NORM_TOLERANCE,
         BFLOAT16_ADAPTER_TOLERANCE,
     )
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+@pytest.mark.parametrize("job", TIED)
+def test_tied_weights_train_the_same(results: Results, num_ranks: int, job: str) -> None:
+    assert_same_training(results, (job, num_ranks), (f"tied, {REFERENCE}", 1))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +20,12 @@ from torch import Tensor, nn
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.engine import DataParallelEngine
+from ssmlora_dist.distributed.loading import swap_rows
 from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
 from ssmlora_dist.errors import CheckpointError, SSMLoRAError
+from ssmlora_dist.models import loading
 from ssmlora_dist.tracking import Console, quiet_libraries
-from ssmlora_dist.training.run import run_training
+from ssmlora_dist.training import run
 
 from ..launch.processes import DEBUG_TINY
 from .jobs import COMMON, JOBS, POISONS, STAGES, fits, result_file, run_name
@@ -36,7 +41,8 @@ def main() -> None:
     try:
         found = {
             "collectives": collectives(group),
-            "trained twice": train_all(group),
+            "swapped": swap_halves(group),
+            **train_all(group),
             "skipping": {
                 f"zero {stage}, {poison}": steps_with_poison(group, stage, poison)
                 for stage in STAGES
@@ -48,18 +54,61 @@ def main() -> None:
     Path(result_file(group.rank, group.world_size)).write_text(json.dumps(found))
 
 
-def train_all(group: ProcessGroup) -> str:
-    """Runs all jobs that fit, and one of them again; gives the message that this raises."""
+def train_all(group: ProcessGroup) -> dict[str, Any]:
+    """Runs all jobs that fit, and one of them again: what this raises, and what was seen of their loading."""
     message = ""
+    whole_parts = {}
     names = [name for name in JOBS if fits(name, group.world_size)]
-    for name in [*names, names[0]]:
-        own = f"run.name={run_name(name, group.world_size)}"
-        config = load_config(DEBUG_TINY, [own, *COMMON, *JOBS[name]], device_type="cpu")
-        try:
-            run_training(config, group, Console(enabled=False))
-        except SSMLoRAError as error:
-            message = str(error)
-    return message
+    with mock.patch.object(run, "build_fingerprint", wraps=run.build_fingerprint) as fingerprint:
+        for name in [*names, names[0]]:
+            own = f"run.name={run_name(name, group.world_size)}"
+            config = load_config(DEBUG_TINY, [own, *COMMON, *JOBS[name]], device_type="cpu")
+            try:
+                with watched_loading(group) as whole_parts[name]:
+                    run.run_training(config, group, Console(enabled=False))
+            except SSMLoRAError as error:
+                message = str(error)
+    return {"trained twice": message, "whole parts": whole_parts, "fingerprints": fingerprint.call_count}
+
+
+@contextmanager
+def watched_loading(group: ProcessGroup) -> Iterator[list[int]]:
+    """As each part of a model is filled, how many of those before it are not shards; in a list that grows."""
+    parts: list[nn.Module] = []
+    whole_before: list[int] = []
+    fill = loading.fill
+
+    def watched(part: nn.Module, *arguments: Any, **settings: Any) -> None:
+        whole_before.append(sum(not is_sharded(before, group.world_size) for before in parts))
+        fill(part, *arguments, **settings)
+        parts.append(part)
+
+    with mock.patch.object(loading, "fill", watched):
+        yield whole_before
+
+
+def is_sharded(part: nn.Module, num_ranks: int) -> bool:
+    """Whether of every parameter this rank holds nothing but its shard."""
+    return all(
+        hasattr(parameter, "ds_tensor")
+        and parameter.numel() == 0
+        and parameter.ds_tensor.numel() == -(-parameter.ds_numel // num_ranks)
+        for parameter in part.parameters()
+    )
+
+
+def swap_halves(group: ProcessGroup) -> bool:
+    """Whether two ranks that each hold one half of a table have the whole table after they swapped."""
+    if group.world_size != 2:
+        return True
+    # So large that neither can be sent before the other side receives.
+    table = torch.arange(3 * 2**20, dtype=torch.float32).view(-1, 2).to(torch.bfloat16)
+    middle = len(table) // 2 - 1
+    mine = torch.zeros_like(table)
+    halves = (mine[:middle], mine[middle:])
+    halves[group.rank].copy_((table[:middle], table[middle:])[group.rank])
+    swap_rows(1 - group.rank, halves[group.rank], halves[1 - group.rank])
+    return torch.equal(mine, table)
 
 
 def collectives(group: ProcessGroup) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from ssmlora_dist.quantization import (
     is_quantized,
     quantize_linear,
 )
+from ssmlora_dist.quantization import linear as linear_module
+from ssmlora_dist.quantization.linear import bitsandbytes
 
 MODES = get_args(QuantizationMode)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -65,6 +67,42 @@ def bitsandbytes_layer(linear: nn.Linear, mode: str, double_quantization: bool, 
     if bias:
         layer.bias = nn.Parameter(linear.bias.data.to(dtype), requires_grad=False)
     return layer.to("cpu").train()
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quantization", [False, True])
+@pytest.mark.parametrize("mode", ["nf4", "fp4"])
+def test_a_weight_in_chunks_is_quantised_as_a_whole(
+    mode: Any,
+    double_quantization: bool,
+    dtype: torch.dtype,
+    storage: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Three chunks and a last one that ends within a block.
+    monkeypatch.setattr(linear_module, "CHUNK_SIZE", 1024)
+    linear = nn.Linear(88, 36, bias=False)
+    packed, state = bitsandbytes().functional.quantize_4bit(
+        linear.weight.detach().to(dtype),
+        blocksize=64,
+        compress_statistics=double_quantization,
+        quant_type=mode,
+        quant_storage=storage,
+    )
+    layer: Any = quantize_linear(
+        linear,
+        mode=mode,
+        double_quantization=double_quantization,
+        compute_dtype=dtype,
+        quant_storage=storage,
+    )
+    assert torch.equal(layer.weight.view(torch.uint8), packed.view(torch.uint8))
+    expected, found = state.as_dict(), layer.quant_state.as_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(value, found[name]) if isinstance(value, Tensor) else value == found[name]
+        assert same, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

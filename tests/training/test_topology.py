@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset, DatasetReport, Example
+from ssmlora_dist.distributed.loading import swap_rows
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.errors import ConfigError
-from ssmlora_dist.training.topology import Place, place_of, plan_stages
+from ssmlora_dist.training import topology
+from ssmlora_dist.training.topology import Place, build_engine, place_of, plan_stages
 
 from ..launch.processes import DEBUG_TINY
 
@@ -30,6 +33,56 @@ def test_ranks_count_through_a_stage_first(stages: int, ranks: int) -> None:
     places = [place_of(config, ProcessGroup(r, ranks, r, torch.device("cpu"))) for r in range(ranks)]
     size = ranks // stages
     assert places == [Place(rank % size, size, rank // size, stages) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "ranks", "opposite"),
+    [
+        (1, 2, [None, None]),
+        (2, 2, [1, 0]),
+        (2, 4, [2, 3, 0, 1]),
+        (3, 3, [2, None, 0]),
+        (3, 6, [4, 5, None, None, 0, 1]),
+    ],
+)
+def test_the_ends_of_each_pipeline_swap_halves_of_a_table(
+    stages: int, ranks: int, opposite: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_with(f"parallel.pipeline_stages={stages}", ranks=ranks)
+    for rank, peer in enumerate(opposite):
+        handed_over = handed_to_the_loader(config, rank, ranks, monkeypatch)
+        swap = handed_over["swap_rows"]
+        assert (swap and (swap.func, swap.args)) == (None if peer is None else (swap_rows, (peer,)))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_only_zero_3_takes_part_after_part(zero_stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_with(f"parallel.zero_stage={zero_stage}", ranks=2)
+    on_part = handed_to_the_loader(config, 0, 2, monkeypatch)["on_part"]
+    assert (on_part is not None) == (zero_stage == 3)
+
+
+class Stopped(Exception):
+    """Loading was about to begin."""
+
+
+def handed_to_the_loader(
+    config: RunConfig, rank: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """The keywords with which a rank's part of the backbone would be loaded."""
+    handed_over: dict[str, Any] = {}
+
+    def build_model(*arguments: Any, **keywords: Any) -> None:
+        handed_over.update(keywords)
+        raise Stopped
+
+    monkeypatch.setattr(topology, "build_model", build_model)
+    group = ProcessGroup(rank, ranks, rank, torch.device("cpu"))
+    place = place_of(config, group)
+    plan = plan_stages(config, DATA, place) if place.num_stages > 1 else None
+    with pytest.raises(Stopped):
+        build_engine(config, group, place, plan)
+    return handed_over
 
 
 def test_every_layer_is_on_one_stage() -> None:
