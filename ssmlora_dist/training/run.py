@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,17 +29,14 @@ from ssmlora_dist.data import Dataset, GlobalBatches
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, ConfigError, TrainingError
-from ssmlora_dist.evaluation.teacher_forced import OVERALL, Score
+from ssmlora_dist.evaluation.teacher_forced import OVERALL
 from ssmlora_dist.tracking import (
-    BeforeAfter,
     Console,
-    NullTracker,
     RunDirectory,
     RunStatus,
     Tracker,
     environment_record,
     flat_parameters,
-    mlflow_tracker,
     plot_curves,
     store_uri,
 )
@@ -48,13 +44,22 @@ from ssmlora_dist.training.continuation import NEVER, Continuation, check_contin
 from ssmlora_dist.training.evaluation import evaluate
 from ssmlora_dist.training.interrupts import Interrupts, StoppedError, StopRequested
 from ssmlora_dist.training.loop import StepRecord, train
-from ssmlora_dist.training.metrics import ModelShape, peak_memory_gib, peak_tflops, usable_memory_bytes
+from ssmlora_dist.training.metrics import ModelShape, peak_memory_gib, usable_memory_bytes
+from ssmlora_dist.training.report import (
+    Scores,
+    before_and_after,
+    environment_tags,
+    plain_scores,
+    score_row,
+    scores_from_plain,
+    step_row,
+    tracker_of,
+)
 from ssmlora_dist.training.saving import Saver
 from ssmlora_dist.training.schedule import learning_rate
 from ssmlora_dist.training.topology import build_engine, place_of, plan_stages
 from ssmlora_dist.training.totals import Totals
 
-Scores = dict[str, Score]
 # Of the memory that is free before loading, what is planned with: the rest is for allocators and libraries.
 MEMORY_SHARE = 0.85
 
@@ -78,7 +83,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     check_model(config)
     tokenizer = build_tokenizer(config.model)
     train_data, validation = build_data(config, tokenizer)
-    tracker = _tracker(config, group, console, continuation)
+    tracker = tracker_of(config, group, console, continuation)
     run = _Run(
         config,
         group,
@@ -150,7 +155,7 @@ class _Run:
         checkpoint = self.continuation.checkpoint
         progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
         self.totals = Totals(**progress["totals"])
-        self.before = _scores(progress["before"])
+        self.before = scores_from_plain(progress["before"])
         self.seconds_before: float = progress["wall_seconds"]
         self.warned_of_metrics = False
 
@@ -182,7 +187,9 @@ class _Run:
             self._save(self.continuation.step)
             self.saver.finish()
         if self.group.is_main:
-            self.tracker.start(self.config.run.name, flat_parameters(resolved), _tags(environment_record()))
+            self.tracker.start(
+                self.config.run.name, flat_parameters(resolved), environment_tags(environment_record())
+            )
 
     def execute(self, interrupts: Interrupts) -> None:
         """Evaluate, train, save, evaluate, summarise.
@@ -225,7 +232,7 @@ class _Run:
             "wall_seconds": self._wall_seconds(),
             "peak_memory_gib": peak_memory_gib(self.group),
             "num_trainable_parameters": self.num_trainable,
-            "evaluation": {"before": _plain(before), "after": _plain(after)},
+            "evaluation": {"before": plain_scores(before), "after": plain_scores(after)},
             "data": {
                 "train": asdict(self.train_data.report),
                 "validation": asdict(self.validation.report) if self.validation else None,
@@ -299,11 +306,7 @@ class _Run:
             )
         row = health.metrics(self.group.sum(health.sums.flatten().tolist()))
         if self.group.is_main:
-            for length, score in scores.items():
-                suffix = "" if length == OVERALL else f"_{length}"
-                row[f"validation_loss{suffix}"] = score.loss
-                row[f"validation_exact_match{suffix}"] = score.exact_match
-            self._log(row, step)
+            self._log(row | score_row(scores), step)
         return scores
 
     def _checked(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -315,7 +318,7 @@ class _Run:
 
     def _on_step(self, show: Callable[..., None], record: StepRecord) -> None:
         self.totals.add(record)
-        row = self._row(record)
+        row = step_row(record, self.group, self.shape, self.config.training.global_batch_size)
         show(record.step, loss=record.result.loss, tokens_per_second=row["tokens_per_second"])
         if self.group.is_main and record.step % self.config.tracking.every_steps == 0:
             self._log(row, record.step)
@@ -333,7 +336,7 @@ class _Run:
         progress = {
             "totals": self.totals.plain(),
             "wall_seconds": self._wall_seconds(),
-            "before": _plain(self.before),
+            "before": plain_scores(self.before),
             "tracker_run_id": self.tracker.run_id,
         }
         self.saver.save(step, progress, validation_loss)
@@ -352,26 +355,6 @@ class _Run:
     def _wall_seconds(self) -> float:
         """Since the run began, the time aside in which it stood still."""
         return self.seconds_before + time.perf_counter() - self.started
-
-    def _row(self, record: StepRecord) -> dict[str, float]:
-        result, seconds, ranks = record.result, record.step_seconds, self.group.world_size
-        row = {
-            "loss": result.loss,
-            "learning_rate": record.learning_rate,
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": result.num_tokens / seconds,
-            "tokens_per_second_per_device": result.num_tokens / seconds / ranks,
-            "target_tokens_per_second": result.num_target_tokens / seconds,
-            "step_seconds": seconds,
-            "data_seconds": record.data_seconds,
-            "skipped_steps": float(record.skipped_steps),
-        }
-        peak = peak_tflops(self.group.device)
-        if peak is not None:
-            length = result.num_tokens / self.config.training.global_batch_size
-            achieved = self.shape.flops_per_token(length) * row["tokens_per_second_per_device"] / 1e12
-            row["model_flop_utilization"] = achieved / peak
-        return row
 
     def _log(self, row: dict[str, float], step: int) -> None:
         try:
@@ -419,49 +402,5 @@ class _Run:
         tracking = self.config.tracking
         uri = store_uri(self.config.run.output_dir, tracking.uri) if tracking.tracker == "mlflow" else None
         if before and after:
-            self.console.print_before_after([_before_after(key, before[key], after[key]) for key in before])
+            self.console.print_before_after(before_and_after(before, after))
         self.console.print_where_to_look(self.directory.path, self.directory.adapter, uri)
-
-
-def _tracker(config: RunConfig, group: ProcessGroup, console: Console, continuation: Continuation) -> Tracker:
-    if config.tracking.tracker == "none" or not group.is_main:
-        return NullTracker()
-    checkpoint = continuation.checkpoint if continuation.in_place else None
-    run_id = checkpoint.progress["tracker_run_id"] if checkpoint else None
-    tracking = config.tracking
-    return mlflow_tracker(config.run.output_dir, tracking.uri, tracking.experiment, console.warn, run_id)
-
-
-def _tags(environment: dict[str, Any]) -> dict[str, str]:
-    git = environment["git"] or {}
-    tags = {f"version.{name}": version for name, version in environment["packages"].items() if version}
-    return tags | {f"git.{name}": str(value) for name, value in git.items()}
-
-
-def _plain(scores: Scores | None) -> dict[str, Any] | None:
-    """In JSON types, which have no number that is not finite."""
-    if not scores:
-        return None
-    return {
-        length: {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(score).items()
-        }
-        for length, score in scores.items()
-    }
-
-
-def _scores(plain: dict[str, Any] | None) -> Scores | None:
-    """The inverse of `_plain`."""
-    return {length: Score(**score) for length, score in plain.items()} if plain else None
-
-
-def _before_after(length: str, before: Score, after: Score) -> BeforeAfter:
-    return BeforeAfter(
-        length if length != OVERALL else "all",
-        after.num_examples,
-        before.loss,
-        after.loss,
-        before.exact_match,
-        after.exact_match,
-    )

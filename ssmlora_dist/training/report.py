@@ -1,0 +1,103 @@
+"""What a run reports of itself: rows, tables and tags, and to whom."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.evaluation.teacher_forced import OVERALL, Score
+from ssmlora_dist.tracking import BeforeAfter, Console, NullTracker, Tracker, mlflow_tracker
+from ssmlora_dist.training.continuation import Continuation
+from ssmlora_dist.training.loop import StepRecord
+from ssmlora_dist.training.metrics import ModelShape, peak_tflops
+
+Scores = dict[str, Score]
+
+
+def step_row(
+    record: StepRecord, group: ProcessGroup, shape: ModelShape, global_batch_size: int
+) -> dict[str, float]:
+    """The logged row of a step; with the model FLOP utilisation where the device's peak is known."""
+    result, seconds, num_ranks = record.result, record.step_seconds, group.world_size
+    row = {
+        "loss": result.loss,
+        "learning_rate": record.learning_rate,
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": result.num_tokens / seconds,
+        "tokens_per_second_per_device": result.num_tokens / seconds / num_ranks,
+        "target_tokens_per_second": result.num_target_tokens / seconds,
+        "step_seconds": seconds,
+        "data_seconds": record.data_seconds,
+        "skipped_steps": float(record.skipped_steps),
+    }
+    peak = peak_tflops(group.device)
+    if peak is not None:
+        length = result.num_tokens / global_batch_size
+        achieved = shape.flops_per_token(length) * row["tokens_per_second_per_device"] / 1e12
+        row["model_flop_utilization"] = achieved / peak
+    return row
+
+
+def score_row(scores: Scores) -> dict[str, float]:
+    """The logged row of an evaluation, with the figures of every length and of all."""
+    row = {}
+    for length, score in scores.items():
+        suffix = "" if length == OVERALL else f"_{length}"
+        row[f"validation_loss{suffix}"] = score.loss
+        row[f"validation_exact_match{suffix}"] = score.exact_match
+    return row
+
+
+def plain_scores(scores: Scores | None) -> dict[str, Any] | None:
+    """In JSON types, which have no number that is not finite."""
+    if not scores:
+        return None
+    return {
+        length: {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(score).items()
+        }
+        for length, score in scores.items()
+    }
+
+
+def scores_from_plain(plain: dict[str, Any] | None) -> Scores | None:
+    """The inverse of `plain_scores`."""
+    return {length: Score(**score) for length, score in plain.items()} if plain else None
+
+
+def before_and_after(before: Scores, after: Scores) -> list[BeforeAfter]:
+    """The rows of the table that is shown at the end."""
+    return [
+        BeforeAfter(
+            length if length != OVERALL else "all",
+            after[length].num_examples,
+            score.loss,
+            after[length].loss,
+            score.exact_match,
+            after[length].exact_match,
+        )
+        for length, score in before.items()
+    ]
+
+
+def environment_tags(environment: dict[str, Any]) -> dict[str, str]:
+    """Tags of a tracked run, from `tracking.environment_record`."""
+    git = environment["git"] or {}
+    tags = {f"version.{name}": version for name, version in environment["packages"].items() if version}
+    return tags | {f"git.{name}": str(value) for name, value in git.items()}
+
+
+def tracker_of(
+    config: RunConfig, group: ProcessGroup, console: Console, continuation: Continuation
+) -> Tracker:
+    """Rank 0's tracker, which goes on with the run that is continued in place; none on the other ranks."""
+    if config.tracking.tracker == "none" or not group.is_main:
+        return NullTracker()
+    checkpoint = continuation.checkpoint if continuation.in_place else None
+    run_id = checkpoint.progress["tracker_run_id"] if checkpoint else None
+    tracking = config.tracking
+    return mlflow_tracker(config.run.output_dir, tracking.uri, tracking.experiment, console.warn, run_id)
