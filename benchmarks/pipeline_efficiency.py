@@ -4,20 +4,19 @@ Two ranks over gloo on the CPU, one thread each, train a randomly initialised Ll
 micro-batches a step. One stage with gradient checkpointing is the reference; against it, by 1F1B, stages that
 recompute each layer on its gradient, and stages that recompute while they wait. All of them are first checked
 to train the same adapter, bit for bit, and then timed in turn. The bound of the plain schedule is
-m / (m + p - 1).
+m / (m + p - 1). The simulated step follows from the passes' own times, without what they wait for.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -145,6 +144,7 @@ def _measure(arguments: argparse.Namespace, group: ProcessGroup) -> int:
     built = {name: build_engine(configs[name], group, place, plans[name]) for name in configs}
     batches = {m: list(GlobalBatches(data, m, 1, 0, 1, 0, 0).micro_batches(0)) for m in MICRO_BATCHES}
     _check_equal(single, built, batches[MICRO_BATCHES[-1]], group)
+    clocks = {name: PassClock(engine) for name, engine in built.items()}
 
     step: dict[str, Callable[[list[dict[str, Tensor]]], object]] = {
         "one stage": single.step,
@@ -157,12 +157,9 @@ def _measure(arguments: argparse.Namespace, group: ProcessGroup) -> int:
     for _ in range(arguments.repeats):
         for name, m in timed:
             timed[name, m].seconds.append(_seconds(step[name], batches[m], group))
+    times = {name: clock.stage_times(arguments.tokens, group) for name, clock in clocks.items()}
     for name, m in timed:
         timed[name, m].peak_memory_mib.extend(_peak_memory_mib(step[name], batches[m], group))
-    times = {
-        name: _stage_times(engine, plans[name], batches[MICRO_BATCHES[0]], arguments.repeats, group)
-        for name, engine in built.items()
-    }
     rows = [
         _row(arguments, name, m, plans[name], timed["one stage", m], timed[name, m], times[name])
         for m in MICRO_BATCHES
@@ -225,53 +222,52 @@ def _status_mib(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def _stage_times(
-    built: BuiltEngine,
-    plan: StagePlan,
-    batches: list[dict[str, Tensor]],
-    repeats: int,
-    group: ProcessGroup,
-) -> list[StageTimes]:
-    """Of every stage, each timed by itself, the other one at work too."""
-    engine: Any = built.engine
-    stage, rank = engine.stage, group.rank
-    batch = batches[0]
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    shape = (*batch["input_ids"].shape, stage.boundary_width)
-    is_last = rank == STAGES - 1
-    ahead = plan.layers_ahead > 0 and not is_last
-    passes: dict[str, list[float]] = {"forward": [], "recompute": [], "backward": [], "transfer": []}
+class PassClock:
+    """Times the passes of one stage while it trains; what they wait for is not in them."""
 
-    @contextlib.contextmanager
-    def clock(name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        passes[name].append(time.perf_counter() - started)
+    def __init__(self, built: BuiltEngine) -> None:
+        engine: Any = built.engine
+        self.inner, self.width = engine.engine, engine.stage.boundary_width
+        self.seconds: dict[str, list[float]] = {"forward": [], "recompute": [], "backward": []}
+        instructions = dict(self.inner._INSTRUCTION_MAP)
+        kinds = {kind.__name__: kind for kind in instructions}
+        for name, kind in (("forward", kinds["ForwardPass"]), ("backward", kinds["BackwardPass"])):
+            instructions[kind] = self._timed(name, instructions[kind])
+        self.inner._INSTRUCTION_MAP = instructions
+        self.inner._finish_again = self._timed("recompute", self.inner._finish_again)
 
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds[name].append(time.perf_counter() - started)
+            return result
+
+        return call
+
+    def stage_times(self, num_tokens: int, group: ProcessGroup) -> list[StageTimes]:
+        """Medians, of every stage."""
+        transfer = _transfer_seconds((1, num_tokens, self.width), group)
+        mine = [statistics.median(seconds) if seconds else 0.0 for seconds in self.seconds.values()]
+        everyone = [0.0] * (len(mine) * STAGES)
+        everyone[group.rank * len(mine) : (group.rank + 1) * len(mine)] = mine
+        of_each = zip(*[iter(group.sum(everyone))] * len(mine), strict=True)
+        return [
+            StageTimes(forward, backward, recompute, transfer, transfer)
+            for forward, recompute, backward in of_each
+        ]
+
+
+def _transfer_seconds(shape: tuple[int, ...], group: ProcessGroup, repeats: int = 20) -> float:
+    """Of one tensor between stages, both of them ready."""
+    tensor = torch.zeros(shape, dtype=torch.bfloat16)
+    seconds = []
     for _ in range(repeats):
-        received = None if rank == 0 else torch.randn(shape, dtype=torch.bfloat16).requires_grad_()
         dist.barrier()
-        if ahead:
-            with clock("forward"), torch.no_grad():
-                stage.finish(received, **inputs)
-        with clock("recompute" if ahead else "forward"):
-            output = stage.finish(received, **inputs) if ahead else stage(received, **batch)
-        gradient = torch.ones_like(output)
-        with clock("backward"):
-            output.backward(gradient)
-        tensor = torch.empty(shape, dtype=torch.bfloat16)
-        dist.barrier()
-        with clock("transfer"):
-            dist.send(tensor, 1) if rank == 0 else dist.recv(tensor, 0)
-    engine.engine.zero_grad()
-    medians = [statistics.median(passes[name]) if passes[name] else 0.0 for name in passes]
-    everyone = [0.0] * (len(passes) * STAGES)
-    everyone[rank * len(passes) : (rank + 1) * len(passes)] = medians
-    everyone = group.sum(everyone)
-    return [
-        StageTimes(forward, backward, recompute, transfer, transfer)
-        for forward, recompute, backward, transfer in zip(*[iter(everyone)] * len(passes), strict=True)
-    ]
+        started = time.perf_counter()
+        dist.send(tensor, 1) if group.rank == 0 else dist.recv(tensor, 0)
+        seconds.append(time.perf_counter() - started)
+    return group.max([statistics.median(seconds)])[0]
 
 
 def _row(
