@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -64,7 +64,10 @@ def free_port() -> int:
 
 
 def finish(
-    commands: Sequence[Sequence[str]], directory: Path, variables: Sequence[Mapping[str, str]]
+    commands: Sequence[Sequence[str]],
+    directory: Path,
+    variables: Sequence[Mapping[str, str]],
+    meanwhile: Callable[[list[int]], object] = lambda pids: None,
 ) -> list[Finished]:
     """Runs commands side by side, each with its variables, and waits for all of them.
 
@@ -72,6 +75,7 @@ def finish(
         commands: what to run.
         directory: where; must exist.
         variables: environment of each, beside `environment`.
+        meanwhile: called once all have been started; each leads a session and process group of its own.
 
     Raises:
         AssertionError: they took longer than `TIMEOUT_SECONDS`; all of them are killed.
@@ -96,6 +100,7 @@ def finish(
             )
             stack.callback(_kill_session, process)
             processes.append(process)
+        meanwhile([process.pid for process in processes])
         try:
             codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in processes]
         except subprocess.TimeoutExpired:
@@ -128,6 +133,19 @@ def launched(launcher: str, num_ranks: int, *arguments: str) -> list[str]:
         "torchrun": ["--nproc_per_node", str(num_ranks), "--master_port", str(free_port())],
     }
     return [program, *settings[launcher], str(TRAIN_SCRIPT), *arguments]
+
+
+def others_in_session(session: int) -> list[int]:
+    """The processes that run in a session, its leader aside."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and int(entry.name) != session:
+                # Behind the name, which may hold anything: state, parent, group, session.
+                state, _, _, own = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(own) == session and state != "Z":
+                    found.append(int(entry.name))
+    return found
 
 
 def _content(stream: IO[str]) -> str:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -218,6 +219,24 @@ def test_metrics_on_a_full_disk(tmp_path: Path) -> None:
         CheckpointError, match=r"metrics\.jsonl: cannot be written: no space left on the device"
     ):
         RunDirectory(tmp_path).append_metrics({"step": 1})
+
+
+def test_a_line_that_the_disk_does_not_take_is_written_before_the_next(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    run.append_metrics({"step": 1})
+    size = run.metrics_file.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # So small that half of a line finds a place.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+    try:
+        for step in (2, 3):
+            with pytest.raises(CheckpointError, match="a file would be larger than is allowed"):
+                run.append_metrics({"step": step})
+            assert run.metrics_file.stat().st_size == size
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run.append_metrics({"step": 4})
+    assert [row["step"] for row in run.read_metrics()] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
