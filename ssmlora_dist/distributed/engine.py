@@ -140,7 +140,6 @@ class DataParallelEngine:
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
             return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
 
-
     def moments(self) -> Moments:
         """The optimiser's moments; every rank must call it."""
         return gather_moments(self.engine.optimizer, self.parameters, self.zero_stage)

@@ -136,7 +136,6 @@ class PipelineParallelEngine:
         dist.all_gather_object(stages, mine, group=self.engine.grid.get_pipe_parallel_group())
         return dict(sorted(item for stage in stages for item in stage.items()))
 
-
     def moments(self) -> Moments:
         """The optimiser's moments of all stages; every rank must call it."""
         mine = gather_moments(self.engine.optimizer, self.parameters, self.zero_stage)
