@@ -32,7 +32,7 @@ from torch import Tensor
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config.build import build_model
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.data import Dataset, DatasetReport, Example, GlobalBatches
+from ssmlora_dist.data import BatchShape, Dataset, DatasetReport, Example, GlobalBatches
 from ssmlora_dist.distributed.engine import clip_gradients, count_targets
 from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
 from ssmlora_dist.distributed.schedule import Recompute, StageTimes, simulate
@@ -142,7 +142,7 @@ def _measure(arguments: argparse.Namespace, group: ProcessGroup) -> int:
     place = place_of(configs["on_gradient"], group)
     plans = {name: plan_stages(config, data, place) for name, config in configs.items()}
     built = {name: build_engine(configs[name], group, place, plans[name]) for name in configs}
-    batches = {m: list(GlobalBatches(data, m, 1, 0, 1, 0, 0).micro_batches(0)) for m in MICRO_BATCHES}
+    batches = {m: GlobalBatches(data, BatchShape(m, 1, 0, 1, 0), 0).micro_batches(0) for m in MICRO_BATCHES}
     _check_equal(single, built, batches[MICRO_BATCHES[-1]], group)
     clocks = {name: PassClock(engine) for name, engine in built.items()}
 

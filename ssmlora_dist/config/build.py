@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from ssmlora_dist.adapters.files import read_base
 from ssmlora_dist.api import add_adapters, load_adapter
 from ssmlora_dist.config.schema import ModelSection, RetrievalSection, RunConfig, SourceSection
-from ssmlora_dist.data import Dataset, build_dataset
+from ssmlora_dist.data import (
+    Dataset,
+    ExampleReader,
+    ExampleStream,
+    Partition,
+    generate_dataset,
+    read_dataset,
+)
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models import (
     base_fingerprint,
@@ -124,31 +131,47 @@ def _fingerprint(base: Mapping[str, Any]) -> str:
     return base_fingerprint(base["path"], **known)
 
 
-def build_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """Training and validation examples; validation is cut to `evaluation.num_examples`."""
-    train = _dataset(config, config.data.train, tokenizer, "train", None)
-    if config.data.validation is None:
-        return train, None
-    limit = config.evaluation.num_examples
-    return train, _dataset(config, config.data.validation, tokenizer, "validation", limit)
+def build_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset | ExampleStream, Dataset | None]:
+    """Training and validation examples; validation is cut to `evaluation.num_examples`.
+
+    Raises:
+        DataError: anything that keeps the data from being used, with file and line; of a stream, in its first
+            examples.
+    """
+    source, validation = config.data.train, config.data.validation
+    train: Dataset | ExampleStream
+    if source.streaming:
+        reader = _reader(config, source, tokenizer, "train")
+        train = ExampleStream(reader, source.shuffle_buffer_size, config.run.seed)
+    else:
+        train = _dataset(config, source, tokenizer, "train")
+    return train, _dataset(config, validation, tokenizer, "validation") if validation else None
 
 
-def _dataset(
-    config: RunConfig,
-    source: SourceSection,
-    tokenizer: Any,
-    partition: Literal["train", "validation"],
-    limit: int | None,
-) -> Dataset:
-    settings = source.model_dump(exclude={"retrieval", "limit"})
+def _dataset(config: RunConfig, source: SourceSection, tokenizer: Any, partition: Partition) -> Dataset:
+    num_examples = config.evaluation.num_examples if partition == "validation" else None
+    if source.format == "retrieval":
+        settings = (source.retrieval or RetrievalSection()).model_dump()
+        settings["num_examples"] = min(settings["num_examples"], num_examples or settings["num_examples"])
+        return generate_dataset(
+            tokenizer=tokenizer,
+            max_length=config.data.max_length,
+            partition=partition,
+            seed=config.run.seed,
+            settings=settings,
+        )
+    return read_dataset(_reader(config, source, tokenizer, partition, num_examples))
+
+
+def _reader(
+    config: RunConfig, source: SourceSection, tokenizer: Any, partition: Partition, limit: int | None = None
+) -> ExampleReader:
     limits = [n for n in (source.limit, limit) if n is not None]
-    return build_dataset(
-        **settings,
-        retrieval=(source.retrieval or RetrievalSection()).model_dump(),
+    return ExampleReader(
+        **source.model_dump(exclude={"retrieval", "limit", "shuffle_buffer_size"}),
         limit=min(limits) if limits else None,
         tokenizer=tokenizer,
         max_length=config.data.max_length,
         too_long=config.data.too_long,
         partition=partition,
-        seed=config.run.seed,
     )

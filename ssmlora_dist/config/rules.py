@@ -19,7 +19,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 """The linear layers of every supported decoder family that can carry an adapter."""
 
 # What a generated source has no use for.
-_RECORD_KEYS = ("path", "hub", "subset", "split", "fields", "prompt", "answer", "choices")
+_RECORD_KEYS = ("path", "hub", "subset", "split", "fields", "prompt", "answer", "choices", "streaming")
 _TEMPLATES = ("prompt", "answer", "choices")
 
 
@@ -42,6 +42,7 @@ def rule_problems(
     ]
     for place, source in _sources(config):
         lines += _source(place, source, doubtful)
+        lines += _streaming(place, source, config, doubtful)
         lines += _retrieval(place, source, config.data.max_length, doubtful)
     if check_files:
         lines += _model_files(config)
@@ -164,6 +165,30 @@ def _source(place: str, source: SourceSection, doubtful: Doubtful) -> Iterator[s
                 f"{place}.{key}: {shown(value)} given without {place}.hub; allowed: only for a "
                 f"hub data set; remove it or name {place}.hub"
             )
+
+
+def _streaming(place: str, source: SourceSection, config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+    """Rules for a source that is read as training goes on."""
+    if not source.streaming or not doubtful.clear_of(f"{place}.streaming"):
+        return
+    num_epochs = config.training.num_epochs
+    if place == "data.train" and num_epochs is not None and doubtful.clear_of("training.num_epochs"):
+        yield (
+            f"training.num_epochs: {num_epochs:g} given with data.train.streaming; allowed: only with all "
+            "records at hand, as the length of a stream is known at its end; set training.max_steps instead"
+        )
+    limits = (source.limit, config.evaluation.num_examples)
+    names = (f"{place}.limit", "evaluation.num_examples")
+    if place == "data.validation" and limits == (None, None) and doubtful.clear_of(*names):
+        yield (
+            f"{place}.limit: missing; needed with {place}.streaming, as every evaluation is of the same "
+            "examples, which are kept; set it, or evaluation.num_examples"
+        )
+    if source.split is not None and "[" in source.split and doubtful.clear_of(f"{place}.split"):
+        yield (
+            f"{place}.split: {shown(source.split)} given with {place}.streaming; allowed: the name of a "
+            f"split, as a slice is taken of what is downloaded; set {place}.limit for the first records"
+        )
 
 
 def _format_settings(place: str, source: SourceSection) -> Iterator[str]:

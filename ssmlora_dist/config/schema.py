@@ -111,6 +111,10 @@ class SourceSection(Section):
     """Templates of the answers to choose from, in the order that the label counts."""
     limit: int | None = Field(default=None, ge=1)
     """Number of records read at most; by default all."""
+    streaming: bool = False
+    """Read records while training goes on instead of all of them before; nothing is downloaded ahead."""
+    shuffle_buffer_size: int = Field(default=1000, ge=1)
+    """Consecutive examples of a stream that are shuffled among each other; 1: none."""
     retrieval: RetrievalSection | None = None
     """Settings of the format `retrieval`."""
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from ssmlora_dist.data.building import build_dataset
+from ssmlora_dist.data.building import ExampleReader, Partition, generate_dataset, read_dataset
 from ssmlora_dist.data.collation import collate
 from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, DatasetReport, Example
 from ssmlora_dist.data.formats import FORMATS
-from ssmlora_dist.data.loader import EvaluationBatch, GlobalBatches, evaluation_batches
+from ssmlora_dist.data.loader import BatchShape, EvaluationBatch, GlobalBatches, evaluation_batches
 from ssmlora_dist.data.retrieval import generate_retrieval
+from ssmlora_dist.data.streaming import ExampleStream, StreamedBatches
 
 __all__ = [
     "FORMATS",
     "IGNORE_INDEX",
+    "BatchShape",
     "Dataset",
     "DatasetReport",
     "EvaluationBatch",
     "Example",
+    "ExampleReader",
+    "ExampleStream",
     "GlobalBatches",
-    "build_dataset",
+    "Partition",
+    "StreamedBatches",
     "collate",
     "evaluation_batches",
+    "generate_dataset",
     "generate_retrieval",
+    "read_dataset",
 ]

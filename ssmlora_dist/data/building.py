@@ -1,8 +1,8 @@
-"""One entry for every kind of data: settings in, examples out."""
+"""Settings of one source in, its examples out: all at once, generated, or one record after another."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ssmlora_dist.data.examples import Dataset, DatasetReport, Example
@@ -14,80 +14,128 @@ from ssmlora_dist.data.sources import read_records
 from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
 
+Partition = Literal["train", "validation", "test"]
 
-def build_dataset(
-    *,
-    format: str,
-    tokenizer: Any,
-    max_length: int,
-    partition: Literal["train", "validation", "test"],
-    too_long: Literal["drop", "truncate", "refuse"] = "drop",
-    seed: int = 0,
-    path: str | Sequence[str] | None = None,
-    hub: str | None = None,
-    subset: str | None = None,
-    split: str | None = None,
-    fields: Mapping[str, Paths] | None = None,
-    prompt: str | None = None,
-    answer: str | None = None,
-    choices: Sequence[str] | None = None,
-    limit: int | None = None,
-    retrieval: Mapping[str, Any] | None = None,
-) -> Dataset:
-    """Reads or generates the examples of one source.
+
+class ExampleReader:
+    """The examples of one source of records, from any record on.
 
     Args:
-        format: `retrieval`, or a format of `formats.FORMATS`.
+        format: a format of `formats.FORMATS`.
         tokenizer: a transformers tokenizer.
         max_length: the most tokens of an example.
-        partition: what the data are for; the hub's split by that name is read unless `split` says otherwise,
-            and retrieval gives each its own keys and values.
+        partition: what the data are for; the hub's split by that name is read unless `split` says otherwise.
         too_long: what happens to longer rows (see `RowEncoder`).
-        seed: of generated data.
         path: files or globs.
         hub: the name of a hub data set, instead of `path`.
         subset: its configuration.
         split: its split.
+        streaming: read a hub data set while it is downloaded, and no more of it than is asked for.
         fields: the format's names to paths in the records.
         prompt: template of the prompt.
         answer: template of the answer.
         choices: templates of the choices.
         limit: the most records to read.
-        retrieval: the arguments of `generate_retrieval` but for tokenizer, split and seed.
 
-    Returns:
-        The examples, at least one, and what became of the rows.
+    Raises:
+        DataError: neither files nor a hub name or both, or settings that do not fit the format.
+    """
+
+    def __init__(
+        self,
+        *,
+        format: str,
+        tokenizer: Any,
+        max_length: int,
+        partition: Partition,
+        too_long: Literal["drop", "truncate", "refuse"] = "drop",
+        path: str | Sequence[str] | None = None,
+        hub: str | None = None,
+        subset: str | None = None,
+        split: str | None = None,
+        streaming: bool = False,
+        fields: Mapping[str, Paths] | None = None,
+        prompt: str | None = None,
+        answer: str | None = None,
+        choices: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if (path is None) == (hub is None):
+            raise DataError(
+                f"{partition} data: the format {format!r} needs either `path` (files) or `hub` (a name)"
+            )
+        self.name: str = hub or (path if isinstance(path, str) else ", ".join(path or ()))
+        self._render = make_renderer(format, tokenizer, fields, prompt, answer, choices)
+        self._encoder = TextEncoder(tokenizer)
+        self._max_length, self._too_long = max_length, too_long
+        self._source: dict[str, Any] = {
+            "path": path,
+            "hub": hub,
+            "subset": subset,
+            "split": split or partition,
+            "limit": limit,
+            "streaming": streaming,
+        }
+
+    def read(self, skip: int = 0) -> Iterator[tuple[list[Example], DatasetReport]]:
+        """For each record in order its examples, and what became of its rows.
+
+        Args:
+            skip: how many records to leave out at the beginning.
+
+        Raises:
+            DataError: a record cannot be read or does not fit, with its place.
+        """
+        encoder = RowEncoder(self._encoder, self._max_length, self._too_long)
+        for record in read_records(**self._source, skip=skip):
+            examples = [example for row in self._render(record) for example in encoder.encode(row)]
+            yield examples, encoder.take_report(1, len(examples))
+
+    def nothing_left(self, report: DatasetReport) -> DataError:
+        """Why there are no examples, and what to do."""
+        if report.num_dropped_too_long == 0:
+            return DataError(
+                f"{self.name}: none of {report.num_rows} rows has target tokens, so there is nothing to "
+                "train on; every answer is empty: check `fields` and `answer`"
+            )
+        return DataError(
+            f"{self.name}: nothing is left of {report.num_rows} rows: {report.num_dropped_too_long} are "
+            f"longer than max_length {self._max_length} tokens, {report.num_without_target} have no target "
+            "tokens; raise `data.max_length` or set `data.too_long` to 'truncate'"
+        )
+
+
+def read_dataset(reader: ExampleReader) -> Dataset:
+    """All examples of a source, at least one, and what became of its rows.
 
     Raises:
         DataError: anything that keeps the data from being used, with file and line.
     """
-    if format == "retrieval":
-        if retrieval is None:
-            raise DataError(f"{partition} data: the format 'retrieval' needs its settings; add `retrieval`")
-        return _generate(tokenizer, max_length, partition, seed, retrieval)
-    if (path is None) == (hub is None):
-        raise DataError(
-            f"{partition} data: the format {format!r} needs either `path` (files) or `hub` (a name)"
-        )
-    render = make_renderer(format, tokenizer, fields, prompt, answer, choices)
-    encoder = RowEncoder(TextEncoder(tokenizer), max_length, too_long)
-    records = read_records(path=path, hub=hub, subset=subset, split=split or partition, limit=limit)
     examples: list[Example] = []
-    num_rows = 0
-    for record in records:
-        num_rows += 1
-        for row in render(record):
-            examples.extend(encoder.encode(row))
-    report = encoder.report(num_rows, len(examples))
+    report = DatasetReport()
+    for of_record, its_report in reader.read():
+        examples += of_record
+        report += its_report
     if not examples:
-        source = hub or (path if isinstance(path, str) else ", ".join(path or ()))
-        raise DataError(_nothing_left(source, report, max_length))
+        raise reader.nothing_left(report)
     return Dataset(examples, report)
 
 
-def _generate(
-    tokenizer: Any, max_length: int, partition: str, seed: int, settings: Mapping[str, Any]
+def generate_dataset(
+    *, tokenizer: Any, max_length: int, partition: Partition, seed: int, settings: Mapping[str, Any]
 ) -> Dataset:
+    """Examples of the format `retrieval`; each partition has keys and values of its own.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        max_length: the most tokens of an example.
+        partition: what the data are for.
+        seed: of what is drawn.
+        settings: the other arguments of `generate_retrieval`.
+
+    Raises:
+        DataError: the settings ask for what cannot be.
+    """
     too_long = [length for length in settings["lengths"] if length > max_length]
     if too_long:
         raise DataError(
@@ -96,16 +144,3 @@ def _generate(
         )
     examples = generate_retrieval(tokenizer, partition, seed=seed, **settings)
     return Dataset(examples, DatasetReport(len(examples), len(examples)))
-
-
-def _nothing_left(source: str, report: DatasetReport, max_length: int) -> str:
-    if report.num_dropped_too_long == 0:
-        return (
-            f"{source}: none of {report.num_rows} rows has target tokens, so there is nothing to train on; "
-            "every answer is empty: check `fields` and `answer`"
-        )
-    return (
-        f"{source}: nothing is left of {report.num_rows} rows: {report.num_dropped_too_long} are longer than "
-        f"max_length {max_length} tokens, {report.num_without_target} have no target tokens; raise "
-        "`data.max_length` or set `data.too_long` to 'truncate'"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -67,11 +67,14 @@ class DatasetReport:
         num_without_target: examples left out because no token of them would be trained.
     """
 
-    num_rows: int
-    num_examples: int
+    num_rows: int = 0
+    num_examples: int = 0
     num_dropped_too_long: int = 0
     num_truncated: int = 0
     num_without_target: int = 0
+
+    def __add__(self, other: DatasetReport) -> DatasetReport:
+        return DatasetReport(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,9 @@
-"""Which rank sees which examples when: functions of seed, step and topology, with no state to save."""
+"""Which rank sees which examples when: functions of seed, step and topology."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,89 +11,105 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssmlora_dist.data.collation import collate
-from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, Example
+from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, DatasetReport, Example
 
 
-class GlobalBatches:
-    """The global batches of a run, and one data-parallel rank's share of each.
-
-    The examples are an endless row, a fresh permutation for each epoch, and global batch `step` is the next
-    `global_batch_size` of it: a batch may span the end of an epoch and no example is left out. The row
-    depends on the seed alone, so a run goes on at any step, on any number of ranks, with the batches it would
-    have had.
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is shared out.
 
     Args:
-        dataset: the examples.
         global_batch_size: examples of one step over all ranks; a multiple of `micro_batch_size` times
             `data_parallel_size`.
         micro_batch_size: examples of one forward pass.
         data_parallel_rank: this rank.
         data_parallel_size: the number of ranks that share the batch.
-        seed: of the order.
         pad_token_id: what fills a batch's shorter rows.
 
     Raises:
         ValueError: the sizes do not divide.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        global_batch_size: int,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        seed: int,
-        pad_token_id: int,
-    ) -> None:
-        if global_batch_size % (micro_batch_size * data_parallel_size):
+    global_batch_size: int
+    micro_batch_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % (self.micro_batch_size * self.data_parallel_size):
             raise ValueError(
-                f"global batch {global_batch_size} is no multiple of micro-batch {micro_batch_size} x "
-                f"{data_parallel_size} data-parallel ranks"
+                f"global batch {self.global_batch_size} is no multiple of micro-batch "
+                f"{self.micro_batch_size} x {self.data_parallel_size} data-parallel ranks"
             )
-        self._dataset = dataset
-        self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._rank = data_parallel_rank
-        self._size = data_parallel_size
-        self._seed = seed
-        self._pad_token_id = pad_token_id
+
+    def micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """This rank's micro-batches of a global batch, collated."""
+        share = self.global_batch_size // self.data_parallel_size
+        begin = self.data_parallel_rank * share
+        return [
+            collate(examples[k : k + self.micro_batch_size], self.pad_token_id)
+            for k in range(begin, begin + share, self.micro_batch_size)
+        ]
+
+
+class GlobalBatches:
+    """The global batches of a run over examples that are in memory, and one rank's share of each.
+
+    The examples are an endless row, a fresh permutation for each epoch, and global batch `step` is the next
+    `global_batch_size` of it: a batch may span the end of an epoch and no example is left out. The row
+    depends on the seed alone, so a run goes on at any step, on any number of ranks, with the batches it would
+    have had, and has no position to save.
+
+    Args:
+        dataset: the examples.
+        shape: of the batches.
+        seed: of the order.
+    """
+
+    def __init__(self, dataset: Dataset, shape: BatchShape, seed: int) -> None:
+        self._dataset, self._shape, self._seed = dataset, shape, seed
         self._epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def num_steps(self, num_epochs: float) -> int:
         """Steps that are needed for `num_epochs` passes over the examples."""
         # Rounding first keeps 0.1 x 30 from being a hair over 3.
-        return max(1, math.ceil(round(num_epochs * len(self._dataset) / self._global_batch_size, 6)))
+        return max(1, math.ceil(round(num_epochs * len(self._dataset) / self._shape.global_batch_size, 6)))
 
     def indices(self, step: int) -> list[int]:
         """The examples of global batch `step` (from 0), in order, the same on every rank."""
-        begin = step * self._global_batch_size
-        return [self._index_at(position) for position in range(begin, begin + self._global_batch_size)]
-
-    def num_targets(self, step: int) -> int:
-        """Target tokens of global batch `step`, over all ranks."""
-        return sum(self._dataset[index].num_targets for index in self.indices(step))
+        size = self._shape.global_batch_size
+        return [self._index_at(position) for position in range(step * size, (step + 1) * size)]
 
     def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of global batch `step`, collated."""
-        share = self._global_batch_size // self._size
-        mine = self.indices(step)[self._rank * share : (self._rank + 1) * share]
-        return [
-            collate(
-                [self._dataset[index] for index in mine[k : k + self._micro_batch_size]], self._pad_token_id
-            )
-            for k in range(0, share, self._micro_batch_size)
-        ]
+        return self._shape.micro_batches([self._dataset[index] for index in self.indices(step)])
+
+    @property
+    def report(self) -> DatasetReport:
+        """What became of the rows of the source."""
+        return self._dataset.report
+
+    def position(self, step: int) -> None:
+        """What a checkpoint needs beyond the number of steps to go on from there: nothing."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
     def _index_at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self._dataset))
         if epoch != self._epoch:
-            # RandomState's stream is frozen: a run resumes with the same order under any numpy version.
-            bits = np.random.MT19937(np.random.SeedSequence([self._seed, epoch]))
-            self._order = np.random.RandomState(bits).permutation(len(self._dataset))
+            self._order = permutation(len(self._dataset), self._seed, epoch)
             self._epoch = epoch
         return int(self._order[offset])
+
+
+def permutation(length: int, *seeds: int) -> NDArray[np.int64]:
+    """The numbers below `length`, [length], in an order that `seeds` decide, now and with any later numpy."""
+    # RandomState's stream is frozen.
+    bits = np.random.MT19937(np.random.SeedSequence(seeds))
+    return np.random.RandomState(bits).permutation(length)
 
 
 @dataclass(frozen=True)

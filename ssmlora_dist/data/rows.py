@@ -77,10 +77,13 @@ class RowEncoder:
         self._num_truncated = 0
         self._num_without_target = 0
 
-    def report(self, num_rows: int, num_examples: int) -> DatasetReport:
-        return DatasetReport(
+    def take_report(self, num_rows: int, num_examples: int) -> DatasetReport:
+        """What became of the rows since it was last asked for."""
+        report = DatasetReport(
             num_rows, num_examples, self._num_dropped_too_long, self._num_truncated, self._num_without_target
         )
+        self._num_dropped_too_long = self._num_truncated = self._num_without_target = 0
+        return report
 
     def encode(self, row: Row) -> list[Example]:
         """The examples of one row: none, one, or the pieces of a document.

@@ -19,7 +19,9 @@ def read_records(
     hub: str | None = None,
     subset: str | None = None,
     split: str = "train",
+    streaming: bool = False,
     limit: int | None = None,
+    skip: int = 0,
 ) -> Iterator[Record]:
     """Reads the records of files or of a hub data set, one at a time and in order.
 
@@ -28,19 +30,21 @@ def read_records(
             `.parquet`: a record per row; `.txt`: one document, in the field `text`.
         hub: the name of a data set for `datasets.load_dataset`, instead of `path`.
         subset: the hub data set's configuration.
-        split: the hub data set's split, slices such as `train[:1000]` included.
+        split: the hub data set's split, slices such as `train[:1000]` included unless it is streamed.
+        streaming: read the hub data set while it is downloaded.
         limit: the most records to read.
+        skip: how many of these to leave out, the first ones.
 
     Raises:
         DataError: a file is missing, empty, of an unknown kind or corrupt (with its line); the hub data set
             cannot be had.
     """
     if hub is not None:
-        records = _read_hub(hub, subset, split)
+        records = _read_hub(hub, subset, split, streaming)
     else:
         files = find_files([path] if isinstance(path, str) else list(path or ()))
         records = itertools.chain.from_iterable(map(_read_file, files))
-    return itertools.islice(records, limit)
+    return itertools.islice(records, skip, limit)
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -139,20 +143,29 @@ READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
 }
 
 
-def _read_hub(hub: str, subset: str | None, split: str) -> Iterator[Record]:
+def _read_hub(hub: str, subset: str | None, split: str, streaming: bool) -> Iterator[Record]:
     name = hub if subset is None else f"{hub} ({subset})"
-    rows: Any = _load_hub(hub, subset, split, name)
-    if len(rows) == 0:
+    rows: Any = _load_hub(hub, subset, split, streaming, name)
+    number = 0
+    try:
+        for number, values in enumerate(rows, start=1):
+            yield Record(values, f"{name}, split {split}: row {number}")
+    # Of a stream, which meets with whatever is wrong on the way, as an error of any of several libraries.
+    except Exception as error:
+        raise DataError(
+            f"{name}, split {split}: the row after {number} cannot be read ({type(error).__name__}: "
+            f"{_first_line(error)}); check the connection to the hub, or save the data as JSONL or Parquet "
+            "and name it in `path`"
+        ) from None
+    if number == 0:
         raise DataError(f"{name}: split {split!r} holds no records; name another split")
-    for number, values in enumerate(rows, start=1):
-        yield Record(values, f"{name}, split {split}: row {number}")
 
 
-def _load_hub(hub: str, subset: str | None, split: str, name: str) -> Any:
+def _load_hub(hub: str, subset: str | None, split: str, streaming: bool, name: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(hub, subset, split=split)
+        return datasets.load_dataset(hub, subset, split=split, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError:
         raise DataError(
             f"{name}: no such data set on the hub, or a private one; check `hub`, or use `hf auth login`"

@@ -8,7 +8,7 @@ from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config.build import build_data, build_tokenizer, check_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import gradient_accumulation_steps
-from ssmlora_dist.data import Dataset
+from ssmlora_dist.data import Dataset, ExampleStream
 
 
 def describe(config: RunConfig, world_size: int) -> str:
@@ -36,7 +36,9 @@ def describe(config: RunConfig, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def _data_line(dataset: Dataset) -> str:
+def _data_line(dataset: Dataset | ExampleStream) -> str:
+    if isinstance(dataset, ExampleStream):
+        return f"streamed; of the first rows: {_data_line(dataset.sample())}"
     report = dataset.report
     return (
         f"{report.num_examples} examples of {report.num_rows} rows; {report.num_dropped_too_long} dropped as "

@@ -25,10 +25,10 @@ from ssmlora_dist.config.build import (
     check_model,
 )
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.data import Dataset, GlobalBatches
+from ssmlora_dist.data import BatchShape, Dataset, ExampleStream, GlobalBatches, StreamedBatches
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
-from ssmlora_dist.errors import CheckpointError, ConfigError, TrainingError
+from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
 from ssmlora_dist.tracking import (
     Console,
@@ -83,6 +83,10 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     check_model(config)
     tokenizer = build_tokenizer(config.model)
     train_data, validation = build_data(config, tokenizer)
+    if isinstance(train_data, ExampleStream):
+        sample: Dataset = group.on_main(train_data.sample)
+    else:
+        sample = train_data
     tracker = tracker_of(config, group, console, continuation)
     run = _Run(
         config,
@@ -93,6 +97,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
         continuation,
         tokenizer.pad_token_id,
         train_data,
+        sample,
         validation,
     )
     if run.is_complete():
@@ -117,6 +122,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
             raise
         finally:
             group.about_to_stop()
+            run.batches.close()
             tracker.finish(status)
             if status == "KILLED":
                 # A launcher ends the others once one has ended: none does before rank 0 has said all.
@@ -134,26 +140,38 @@ class _Run:
     directory: RunDirectory
     continuation: Continuation
     pad_token_id: int
-    train_data: Dataset
+    train_data: Dataset | ExampleStream
+    sample: Dataset
     validation: Dataset | None
 
     def __post_init__(self) -> None:
         training, config = self.config.training, self.config
         self.started = time.perf_counter()
         self.place = place_of(config, self.group)
-        self.batches = GlobalBatches(
-            self.train_data,
+        checkpoint = self.continuation.checkpoint
+        progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
+        shape = BatchShape(
             training.global_batch_size,
             training.micro_batch_size,
             self.place.data_parallel_rank,
             self.place.data_parallel_size,
-            config.run.seed,
             self.pad_token_id,
         )
-        assert training.num_epochs or training.max_steps, "refused by config.rules"
-        self.num_steps = training.max_steps or self.batches.num_steps(training.num_epochs or 1.0)
-        checkpoint = self.continuation.checkpoint
-        progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
+        self.batches: GlobalBatches | StreamedBatches
+        if isinstance(self.train_data, ExampleStream):
+            assert training.max_steps, "refused by config.rules"
+            self.num_steps = training.max_steps
+            self.batches = StreamedBatches(
+                self.train_data,
+                shape,
+                self.group.on_main,
+                self.continuation.step,
+                progress.get("data_position"),
+            )
+        else:
+            assert training.num_epochs or training.max_steps, "refused by config.rules"
+            self.batches = GlobalBatches(self.train_data, shape, config.run.seed)
+            self.num_steps = training.max_steps or self.batches.num_steps(training.num_epochs or 1.0)
         self.totals = Totals(**progress["totals"])
         self.before = scores_from_plain(progress["before"])
         self.seconds_before: float = progress["wall_seconds"]
@@ -202,6 +220,12 @@ class _Run:
             self._execute()
         except StopRequested as request:
             raise self._stopped(request.signum) from None
+        except DataError as error:
+            # Of a stream, and on all ranks alike, as they are about to begin a step.
+            if self.totals.num_steps > self.saver.last_step:
+                self._save(self.totals.num_steps)
+            again = "once that is mended, go on with --resume auto"
+            raise DataError(f"{error}; {self.saver.finish()}; {again}") from None
 
     def _execute(self) -> None:
         if self.before is None:
@@ -234,7 +258,7 @@ class _Run:
             "num_trainable_parameters": self.num_trainable,
             "evaluation": {"before": plain_scores(before), "after": plain_scores(after)},
             "data": {
-                "train": asdict(self.train_data.report),
+                "train": asdict(self.batches.report),
                 "validation": asdict(self.validation.report) if self.validation else None,
             },
             "environment": environment_record(),
@@ -248,7 +272,7 @@ class _Run:
         plan = None
         if self.place.num_stages > 1:
             memory = -self.group.max([-usable_memory_bytes(self.group)])[0]
-            plan = plan_stages(self.config, self.train_data, self.place, MEMORY_SHARE * memory)
+            plan = plan_stages(self.config, self.sample, self.place, MEMORY_SHARE * memory)
             self.console.message(plan.table)
         built = build_engine(self.config, self.group, self.place, plan, self.continuation.checkpoint)
         self.engine = built.engine
@@ -337,6 +361,7 @@ class _Run:
             "totals": self.totals.plain(),
             "wall_seconds": self._wall_seconds(),
             "before": plain_scores(self.before),
+            "data_position": self.batches.position(step) if self.group.is_main else None,
             "tracker_run_id": self.tracker.run_id,
         }
         self.saver.save(step, progress, validation_loss)

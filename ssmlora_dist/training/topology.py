@@ -113,21 +113,21 @@ class StagePlan:
 
 
 def plan_stages(
-    config: RunConfig, train_data: Dataset, place: Place, memory_limit_bytes: float = math.inf
+    config: RunConfig, sample: Dataset, place: Place, memory_limit_bytes: float = math.inf
 ) -> StagePlan:
     """The split, as configured or balanced, and how much is recomputed ahead.
 
     Args:
         config: of the run.
-        train_data: time is counted for an example of mean length, memory for the longest.
+        sample: of the training data; time is counted for an example of mean length, memory for the longest.
         place: of any rank.
         memory_limit_bytes: that a stage may hold, for `parallel.recompute_ahead: "auto"`.
 
     Raises:
         ConfigError: more stages than layers, or boundaries that skip or repeat a layer.
     """
-    lengths = [example.num_tokens for example in train_data.examples]
-    num_targets = sum(example.num_targets for example in train_data.examples) // len(lengths)
+    lengths = [example.num_tokens for example in sample.examples]
+    num_targets = sum(example.num_targets for example in sample.examples) // len(lengths)
     costs_of = partial(_costs, config, place, max(1, num_targets))
     costs = costs_of(sum(lengths) // len(lengths))
     num_layers, num_stages = len(costs.layers), place.num_stages
@@ -136,7 +136,7 @@ def plan_stages(
         boundaries = check_boundaries(given, num_layers=num_layers, num_stages=num_stages)
     else:
         boundaries = partition(costs, num_stages)
-    longest = costs_of(max(lengths))
+    longest = costs_of(config.data.max_length if config.data.train.streaming else max(lengths))
     ahead = costs.layers_ahead
     if not config.training.gradient_checkpointing:
         ahead = 0

@@ -161,6 +161,26 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
         [("data.train", {"format": "text", "path": __file__, "split": "train"})],
         ('data.train.split: "train" given', "name data.train.hub"),
     ),
+    "epochs of a stream": (
+        [
+            ("data.train", {"format": "text", "path": __file__, "streaming": True}),
+            ("training.max_steps", None),
+            ("training.num_epochs", 2.0),
+        ],
+        ("training.num_epochs: 2 given", "set training.max_steps instead"),
+    ),
+    "a stream to evaluate on without end": (
+        [("data.validation", {"format": "text", "hub": "org/set", "streaming": True})],
+        ("data.validation.limit: missing", "set it, or evaluation.num_examples"),
+    ),
+    "slice of a stream": (
+        [("data.train", {"format": "text", "hub": "org/set", "split": "train[:9]", "streaming": True})],
+        ('data.train.split: "train[:9]" given', "set data.train.limit"),
+    ),
+    "streaming for generated data": (
+        [("data.train.streaming", True)],
+        ("data.train.streaming: true given", "retrieval is generated"),
+    ),
     "records for generated data": (
         [("data.train.path", "a.jsonl")],
         ("data.train.path:", "retrieval is generated"),

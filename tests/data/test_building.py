@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ssmlora_dist.data import DatasetReport, build_dataset
+from ssmlora_dist.data import DatasetReport, ExampleReader, generate_dataset, read_dataset
 from ssmlora_dist.errors import DataError
 
 RECORDS = {
@@ -23,16 +23,8 @@ RECORDS = {
 
 
 def build(tokenizer, path, **settings):
-    return build_dataset(
-        **{
-            "format": "instruction",
-            "tokenizer": tokenizer,
-            "max_length": 256,
-            "partition": "train",
-            "path": path,
-            **settings,
-        }
-    )
+    given = {"format": "instruction", "max_length": 256, "partition": "train", "path": path, **settings}
+    return read_dataset(ExampleReader(tokenizer=tokenizer, **given))
 
 
 def trained_text(tokenizer, example):
@@ -77,6 +69,19 @@ def test_limit_counts_records(byte_tokenizer, write_jsonl):
     assert data.report == DatasetReport(4, 4)
 
 
+def test_any_record_can_come_first(byte_tokenizer, write_jsonl):
+    rows = [{"p": "short", "a": "ok"}, {"p": "x" * 99, "a": "ok"}, {"p": "none", "a": ""}]
+    settings = {"format": "instruction", "prompt": "{p}", "answer": "{a}", "max_length": 20, "limit": 5}
+    reader = ExampleReader(
+        tokenizer=byte_tokenizer, partition="train", path=write_jsonl(rows * 3), **settings
+    )
+    reports = [report for _, report in reader.read()]
+    kept, dropped, empty = DatasetReport(1, 1), DatasetReport(1, 0, 1), DatasetReport(1, 0, 0, 0, 1)
+    assert reports == [kept, dropped, empty, kept, dropped]
+    for skip in range(7):
+        assert [report for _, report in reader.read(skip)] == reports[skip:]
+
+
 def test_nothing_to_train_on(byte_tokenizer, write_jsonl):
     path = write_jsonl([{"instruction": "Say hi.", "output": ""}] * 2)
     with pytest.raises(DataError, match=r"rows\.jsonl: none of 2 rows has target tokens"):
@@ -90,8 +95,6 @@ def test_nothing_to_train_on(byte_tokenizer, write_jsonl):
 def test_a_source_must_be_named(byte_tokenizer):
     with pytest.raises(DataError, match=r"train data: .*'instruction' needs either `path` .* or `hub`"):
         build(byte_tokenizer, None)
-    with pytest.raises(DataError, match=r"train data: .*'retrieval' needs its settings"):
-        build(byte_tokenizer, None, format="retrieval")
 
 
 def test_the_partition_is_the_default_split(byte_tokenizer, tmp_path, monkeypatch):
@@ -116,11 +119,12 @@ def test_retrieval(byte_tokenizer):
         "num_digits": 3,
         "num_examples": 5,
     }
-    data = build(byte_tokenizer, None, format="retrieval", partition="test", seed=3, retrieval=retrieval)
+    given = {"tokenizer": byte_tokenizer, "partition": "test", "seed": 3, "settings": retrieval}
+    data = generate_dataset(max_length=256, **given)
     assert data.report == DatasetReport(5, 5)
     assert [example.num_tokens for example in data.examples] == [200, 256, 200, 256, 200]
     with pytest.raises(DataError, match=r"retrieval\.lengths: 256 is more than max_length 255"):
-        build(byte_tokenizer, None, format="retrieval", max_length=255, retrieval=retrieval)
+        generate_dataset(max_length=255, **given)
 
 
 def test_import_brings_no_heavy_library():

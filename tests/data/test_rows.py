@@ -14,7 +14,7 @@ def encode_row(tokenizer, row, max_length=1000, too_long="drop"):
     """The examples of one row and what was counted."""
     encoder = RowEncoder(TextEncoder(tokenizer), max_length, too_long)
     examples = encoder.encode(row)
-    return examples, encoder.report(1, len(examples))
+    return examples, encoder.take_report(1, len(examples))
 
 
 def prompt_and_answer(prompt="aaaa", answer="bb", may_shrink=True):

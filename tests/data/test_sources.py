@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -112,6 +113,21 @@ def hub(tmp_path, monkeypatch):
 def test_hub(hub):
     assert read(hub=hub, split="validation") == [({"q": "validation 0"}, f"{hub}, split validation: row 1")]
     assert [values["q"] for values, _ in read(hub=hub, split="train[1:]", limit=1)] == ["train 1"]
+
+
+def test_streamed_hub(hub):
+    rows = read(hub=hub, split="train")
+    assert read(hub=hub, split="train", streaming=True) == rows
+    assert read(hub=hub, split="train", streaming=True, skip=1, limit=2) == rows[1:2]
+    assert read(hub=hub, split="train", streaming=True, skip=3) == []
+
+
+def test_a_stream_that_breaks_off(hub):
+    with Path(hub, "train.jsonl").open("a") as file:
+        file.write("\n{broken\n")
+    rows = read_records(hub=hub, split="train", streaming=True)
+    with pytest.raises(DataError, match=r"set, split train: the row after \d+ cannot be read \(.*`path`"):
+        list(rows)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from .jobs import ROWS_FILE, Overrides
 
 NUM_STEPS, MIDDLE = 20, 10
 _SOURCE = f'{{"format":"instruction","path":"{ROWS_FILE}"}}'
+# Blocks that end neither with the steps nor with the rows.
+_STREAM = f'{{"format":"instruction","path":"{ROWS_FILE}","streaming":true,"shuffle_buffer_size":7}}'
 
 # Dropout draws other numbers on another topology, which is no matter of the checkpoint: see BITWISE_ONLY.
 COMMON: Overrides = (
@@ -43,8 +45,19 @@ BITWISE_ONLY: dict[str, tuple[int, Overrides]] = {
     ),
     "pp2zero1": (2, ("parallel.pipeline_stages=2", "parallel.zero_stage=1")),
 }
-RUNS = dict(sorted({**TOPOLOGIES, **BITWISE_ONLY}.items(), key=lambda run: "pipeline" in str(run[1][1])))
-PAIRS = [*product(TOPOLOGIES, TOPOLOGIES), *((name, name) for name in BITWISE_ONLY)]
+# Continued on each other.
+STREAMED: dict[str, tuple[int, Overrides]] = {
+    f"streamed-{name}": (TOPOLOGIES[name][0], (*TOPOLOGIES[name][1], f"data.train={_STREAM}"))
+    for name in ("dp1", "zero3", "pp2")
+}
+RUNS = dict(
+    sorted({**TOPOLOGIES, **BITWISE_ONLY, **STREAMED}.items(), key=lambda run: "pipeline" in str(run[1][1]))
+)
+PAIRS = [
+    *product(TOPOLOGIES, TOPOLOGIES),
+    *((name, name) for name in BITWISE_ONLY),
+    *product(STREAMED, STREAMED),
+]
 
 
 def continued(then: str, now: str) -> str:

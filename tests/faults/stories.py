@@ -35,11 +35,15 @@ KILLS: dict[str, tuple[tuple[int, str, int], ...]] = {
 OVERRIDES = {"ZeRO 3": ("training.max_steps=8",)}
 MIB = 2**20
 DISK_MIB = 3
+STREAM, BROKEN_STREAM = "a stream", "a stream with a broken line"
 FULL, FREED = "a disk that stays full", "a disk that is full for a while"
 REFUSED, ELSEWHERE = "refused", "continued elsewhere"
 OTHER_RUN = "other"
 WITHOUT_EVALUATION = ("evaluation.every_steps=null", "data.validation=null")
 EXECUTED = "executed"
+STREAMED = "two stages"
+# In the fourth block.
+BROKEN_LINE, BLOCK = 30, 8
 
 
 def stories(directory: Path) -> dict[str, Story]:
@@ -55,6 +59,8 @@ def stories(directory: Path) -> dict[str, Story]:
         FREED: full_disk(run(FREED), for_ever=False),
         REFUSED: refused(run(REFUSED)),
         ELSEWHERE: continued_elsewhere(),
+        STREAM: streamed(run(STREAM)),
+        BROKEN_STREAM: broken_stream(run(BROKEN_STREAM)),
     }
 
 
@@ -124,6 +130,27 @@ def full_disk(directory: Path, for_ever: bool) -> Story:
             lives.append((yield Life(ALONE, overrides)))
         subprocess.run(["cp", "-r", str(run), str(directory / RUN_NAME)], check=True)
         return {"lives": lives, **seen}
+
+
+def stream_file(directory: Path, broken: bool) -> tuple[str, ...]:
+    """Writes the records of a stream; the overrides that name it."""
+    lines = [f'{{"instruction": "Say {i}.", "output": "{i * i}"}}' for i in range(1, 61)]
+    if broken:
+        lines[BROKEN_LINE - 1] = "{"
+    file = directory / "rows.jsonl"
+    file.write_text("\n".join(lines))
+    source = f'{{"format":"instruction","path":"{file}","streaming":true,"shuffle_buffer_size":{BLOCK}}}'
+    return (f"data.train={source}", "checkpoint.every_steps=4", *WITHOUT_EVALUATION)
+
+
+def streamed(directory: Path) -> Story:
+    return [(yield Life(STREAMED, stream_file(directory, broken=False)))]
+
+
+def broken_stream(directory: Path) -> Story:
+    """A line of what is streamed is broken; once it is mended the run goes on."""
+    lives = [(yield Life(STREAMED, stream_file(directory, broken=True)))]
+    return [*lives, (yield Life(STREAMED, stream_file(directory, broken=False)))]
 
 
 def continued_elsewhere() -> Story:

@@ -20,7 +20,18 @@ from ..launch.conftest import ON_CPU
 from ..launch.processes import run
 from .harness import ALONE, RUN_NAME, SAVE_EVERY, adapter, loss_lines, losses
 from .moments import DISK
-from .stories import ELSEWHERE, EXECUTED, FREED, FULL, KILLS, OTHER_RUN, REFUSED
+from .stories import (
+    BROKEN_LINE,
+    BROKEN_STREAM,
+    ELSEWHERE,
+    EXECUTED,
+    FREED,
+    FULL,
+    KILLS,
+    OTHER_RUN,
+    REFUSED,
+    STREAM,
+)
 
 KILLED = -signal.SIGKILL
 
@@ -192,6 +203,23 @@ def test_a_run_continued_elsewhere_goes_on_by_itself_from_the_start(told: Told) 
     other = told.run(ELSEWHERE).with_name(OTHER_RUN)
     assert losses(other) == losses(told.run(ALONE))[6:]
     assert adapter(other) == adapter(told.run(ALONE))
+
+
+def test_a_broken_line_in_a_stream_costs_nothing(told: Told) -> None:
+    """The steps before it are saved, and the run goes on once the line is mended."""
+    broken, mended = told.of[BROKEN_STREAM]
+    stderr = broken[0]["stderr"]
+    # The other rank waits for the launcher, that rank 0 may say it all.
+    assert broken[0]["exit_code"] == 2, stderr
+    assert f"rows.jsonl:{BROKEN_LINE}: is not valid JSON" in stderr
+    assert (
+        "the last good checkpoint is ../run/checkpoints/step-00000006; once that is mended, go on with "
+        "--resume auto\n"
+    ) in stderr
+    assert "Traceback" not in "".join(rank["stderr"] for rank in broken)
+    assert [rank["exit_code"] for rank in mended] == [0, 0], mended
+    assert losses(told.run(BROKEN_STREAM)) == losses(told.run(STREAM))
+    assert adapter(told.run(BROKEN_STREAM)) == adapter(told.run(STREAM))
 
 
 def test_every_run_has_each_step_once(told: Told) -> None:
