@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ssmlora_dist import load_adapter
+from ssmlora_dist import AdapterConfig, add_adapters, load_adapter
 from ssmlora_dist.adapters.files import read_adapter
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.errors import CheckpointError
+from ssmlora_dist.models.shapes import SHAPES
 from ssmlora_dist.training.checkpoints import (
     LATEST_FILE,
     OPTIMIZER_FILE,
@@ -30,7 +32,7 @@ from ssmlora_dist.training.checkpoints import (
 )
 from tests.tiny import QV_AND_MLP, adapted_model, tiny_model
 
-from .checkpoint_cases import ADAPTER, BASE, checkpoint, contents, same, tensors, write
+from .checkpoint_cases import BASE, checkpoint, contents, same, tensors, write
 
 
 def names(directory: Path) -> list[str]:
@@ -88,11 +90,16 @@ def test_it_is_an_adapter_directory(tmp_path: Path) -> None:
 
 
 def test_its_size_is_that_of_parameters_and_moments(tmp_path: Path) -> None:
-    large = {name: torch.ones(200, 300) for name in tensors(10)}
+    """Of Llama-2-7B's adapter with 15.8 million parameters."""
+    config = AdapterConfig(rank=8, every_layer=("o_proj", "gate_proj", "up_proj", "down_proj"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES["llama2-7b"]))
+    shapes = {name: p.shape for name, p in adapter_parameters(add_adapters(model, config)).items()}
+    large = {name: torch.ones(shape) for name, shape in shapes.items()}
     moments = {kind: {name: t + 1 for name, t in large.items()} for kind in ("exp_avg", "exp_avg_sq")}
     whole = checkpoint(parameters=large, moments=moments)
-    path = write_checkpoint(tmp_path, whole, ADAPTER, BASE)
-    expected = 3 * sum(tensor.nbytes for tensor in large.values())
+    path = write_checkpoint(tmp_path, whole, config, BASE)
+    expected = 3 * 4 * 15_798_272
     assert whole.num_bytes == expected
     assert sum(entry.stat().st_size for entry in path.iterdir()) == pytest.approx(expected, rel=0.01)
 
