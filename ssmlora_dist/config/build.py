@@ -67,10 +67,17 @@ def build_model(
 
     `on_part` and `swap_rows` are handed to `load_model`.
     """
+    model = build_backbone(config, device, stage, on_part=on_part, swap_rows=swap_rows)
+    return add_adapters(model, config.adapter, seed=config.run.seed)
+
+
+def build_backbone(
+    config: RunConfig, device: torch.device, stage: StageLayers | None = None, **load: Any
+) -> PreTrainedModel:
+    """The frozen backbone alone; `load` is handed to `load_model`."""
     settings = backbone_settings(config)
     settings["compute_dtype"] = getattr(torch, config.model.compute_dtype)
-    model = load_model(**settings, device=device, stage=stage, on_part=on_part, swap_rows=swap_rows)
-    return add_adapters(model, config.adapter, seed=config.run.seed)
+    return load_model(**settings, device=device, stage=stage, **load)
 
 
 def meta_model(config: RunConfig) -> PreTrainedModel:

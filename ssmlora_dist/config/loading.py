@@ -38,6 +38,7 @@ def load_config(
     world_size: int | None = None,
     device_type: str | None = None,
     check_files: bool = True,
+    for_training: bool = True,
 ) -> RunConfig:
     """Reads, overrides and checks a run configuration.
 
@@ -47,6 +48,8 @@ def load_config(
         world_size: number of ranks; by default the launcher's `WORLD_SIZE`, or 1.
         device_type: `cuda` or `cpu`, where the run will compute; None leaves the rules about it unjudged.
         check_files: whether the files and directories that the configuration names must exist.
+        for_training: whether a training is to be possible here; otherwise the files of its data may be
+            missing, and ranks may be as many as there are.
 
     Returns:
         The configuration, with nothing left to find wrong that needs neither model nor data.
@@ -59,13 +62,14 @@ def load_config(
     _refuse_half_characters(data, str(path))
     config, doubtful, schema_lines = _validate(data)
     lines += schema_lines
-    lines += rule_problems(config, doubtful, check_files=check_files)
+    lines += rule_problems(config, doubtful, check_files=check_files, for_training=for_training)
     lines += topology_problems(
         config,
         world_size=int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size,
         device_type=device_type,
         flash_attention_installed=importlib.util.find_spec("flash_attn") is not None,
         doubtful=doubtful,
+        for_training=for_training,
     )
     if lines:
         raise ConfigError(lines, source=str(path))

@@ -13,6 +13,7 @@ from pathlib import Path
 from ssmlora_dist.config.deepspeed_keys import deepspeed_problems
 from ssmlora_dist.config.problems import NONE_DOUBTFUL, Doubtful, did_you_mean, nearest, shown
 from ssmlora_dist.config.schema import RetrievalSection, RunConfig, SourceSection
+from ssmlora_dist.config.task_rules import task_problems
 from ssmlora_dist.errors import DataError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -24,7 +25,11 @@ _TEMPLATES = ("prompt", "answer", "choices")
 
 
 def rule_problems(
-    config: RunConfig, doubtful: Doubtful = NONE_DOUBTFUL, *, check_files: bool = True
+    config: RunConfig,
+    doubtful: Doubtful = NONE_DOUBTFUL,
+    *,
+    check_files: bool = True,
+    for_training: bool = True,
 ) -> list[str]:
     """All lines about a configuration whose fields are each valid.
 
@@ -32,12 +37,14 @@ def rule_problems(
         config: the configuration.
         doubtful: fields that hold a stand-in; rules that read one of them are left out.
         check_files: whether the files and directories it names must exist.
+        for_training: false leaves out the files of training and validation data.
     """
     lines = [
         *_end_of_training(config, doubtful),
         *_model(config, doubtful),
         *_projections(config, doubtful),
         *_evaluation(config, doubtful),
+        *task_problems(config, doubtful, check_files=check_files),
         *deepspeed_problems(config.deepspeed),
     ]
     for place, source in _sources(config):
@@ -46,6 +53,7 @@ def rule_problems(
         lines += _retrieval(place, source, config.data.max_length, doubtful)
     if check_files:
         lines += _model_files(config)
+    if check_files and for_training:
         for place, source in _sources(config):
             lines += _data_files(place, source)
     return lines
@@ -240,7 +248,7 @@ def _retrieval(place: str, source: SourceSection, max_length: int, doubtful: Dou
 
 def _templates(place: str, source: SourceSection) -> tuple[list[str], set[str]]:
     """Lines about malformed templates, and the names that the others look up."""
-    from ssmlora_dist.data.records import Template
+    from ssmlora_dist.records import Template
 
     lines: list[str] = []
     names: set[str] = set()

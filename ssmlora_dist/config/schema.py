@@ -19,6 +19,7 @@ Names = NonEmpty | Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Length = Annotated[int, Field(ge=64)]
+Metric = Literal["f1", "exact_match", "rouge_l", "string_match_all", "string_match_part"]
 LARGEST_SEED = 2**32 - 1  # the widest that every random generator in use accepts
 
 
@@ -199,15 +200,60 @@ class CheckpointSection(Section):
     """Seconds that a run which is told to stop takes at most to save."""
 
 
+class TaskSection(Section):
+    """One task: a generated or a published one by its name, or your own over your records."""
+
+    task: NonEmpty
+    """A known task, such as `passkey` or `boolq`; `multiple_choice` or `generation` for your own."""
+    name: NonEmpty | None = None
+    """What results call it; by default the task."""
+    num_examples: int | None = Field(default=None, ge=1)
+    """Number of items at most; of a generated task for each length. By default 100 generated, all read."""
+    lengths: Annotated[tuple[Length, ...], Field(min_length=1)] | None = None
+    """Tokens of prompt and answer together, for generated tasks; by default 1024."""
+    depths: Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = None
+    """Places of the fact in generated tasks, 0 the start and 1 the end, each used in turn."""
+    background: Names | None = None
+    """Text files in which generated tasks hide their facts; by default Python's language reference."""
+    path: Names | None = None
+    """Files of records, as in `data`; of the `babilong` tasks the bAbI file."""
+    hub: NonEmpty | None = None
+    """Name of a data set for the `datasets` library; by default that of the published task."""
+    subset: NonEmpty | None = None
+    """Subset (configuration) of the hub data set."""
+    split: NonEmpty | None = None
+    """Split of the hub data set."""
+    fields: dict[str, Names] = {}
+    """Maps the names that your own task needs to names or paths (`outer.inner`) in the records."""
+    prompt: str | None = None
+    """Template of the prompt of your own task; by default `"Question: {question}\nAnswer:"`."""
+    choices: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """Templates of the choices of `multiple_choice`; by default the texts in the field `choices`."""
+    labels: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    """What labels mean as positions of choices from 0, where they are neither these nor letters nor texts."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that an answer of `generation` has at most; by default 64."""
+    stop: tuple[NonEmpty, ...] | None = None
+    """Texts before which an answer of `generation` ends; by default the end of the line."""
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
+    """Scores of `generation`, the first of which stands for the task; by default `f1` and `exact_match`."""
+
+
 class EvaluationSection(Section):
-    """Loss and teacher-forced exact match on `data.validation`, before, during and after training."""
+    """Loss and exact match on `data.validation`, and tasks that are answered freely."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps between evaluations; null: only before and after training."""
+    """Optimiser steps between evaluations on `data.validation`; null: only before and after training."""
     num_examples: int | None = Field(default=None, ge=1)
     """Number of validation examples evaluated at most; null: all."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Sequences per rank in one forward pass."""
+    tasks: tuple[TaskSection, ...] = ()
+    """Tasks for `launch/evaluate.py`, and for training with `tasks_every_steps`."""
+    tasks_every_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps between evaluations on `tasks` during training; null: none."""
+    max_batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens of one forward pass on `tasks` at most, rows times their length with padding and answers."""
 
 
 class TrackingSection(Section):

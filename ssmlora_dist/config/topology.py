@@ -81,6 +81,16 @@ def _stages_and_zero(topology: Topology) -> str | None:
     return f"{parallel.zero_stage} given with pipeline_stages {parallel.pipeline_stages}" if wrong else None
 
 
+def _tasks_on_parts(topology: Topology) -> str | None:
+    every_steps, parallel = topology.config.evaluation.tasks_every_steps, topology.config.parallel
+    if every_steps is None or (parallel.pipeline_stages == 1 and parallel.zero_stage < 3):
+        return None
+    return (
+        f"{every_steps} given with pipeline_stages {parallel.pipeline_stages} and zero_stage "
+        f"{parallel.zero_stage}"
+    )
+
+
 def _boundary_count(topology: Topology) -> str | None:
     parallel = topology.config.parallel
     wrong = (
@@ -188,6 +198,13 @@ RULES = (
         broken=_boundary_count,
     ),
     TopologyRule(
+        fields=("evaluation.tasks_every_steps", "parallel.pipeline_stages", "parallel.zero_stage"),
+        condition="null with parallel.pipeline_stages above 1 or parallel.zero_stage 3",
+        reason="tasks are answered by a whole model on every rank, each with items of its own",
+        remedy="set it to null and evaluate a checkpoint with launch/evaluate.py",
+        broken=_tasks_on_parts,
+    ),
+    TopologyRule(
         fields=("adapter.state_dtype", "parallel.pipeline_stages", "model.compute_dtype"),
         condition="null or model.compute_dtype with parallel.pipeline_stages above 1",
         reason="hidden states and state cross a stage boundary in one tensor",
@@ -260,6 +277,7 @@ def topology_problems(
     device_type: str | None = None,
     flash_attention_installed: bool | None = None,
     doubtful: Doubtful = NONE_DOUBTFUL,
+    for_training: bool = True,
 ) -> list[str]:
     """One line per rule of `RULES` that is broken.
 
@@ -269,10 +287,13 @@ def topology_problems(
         device_type: `cuda` or `cpu`; None leaves the rules about it unjudged.
         flash_attention_installed: whether `flash_attn` is; None leaves the rule about it unjudged.
         doubtful: fields that hold a stand-in; rules that read one of them are left out.
+        for_training: false leaves out all rules but those about the model alone.
     """
     topology = Topology(config, world_size, device_type, flash_attention_installed)
     lines = []
     for rule in RULES:
+        if not for_training and not all(field.startswith("model.") for field in rule.fields):
+            continue
         given = rule.broken(topology) if doubtful.clear_of(*rule.fields) else None
         if given is not None:
             lines.append(

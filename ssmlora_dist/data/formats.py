@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ssmlora_dist.data.chat import chat_segments
-from ssmlora_dist.data.records import Paths, Record, RecordView, Template, nearest_name
 from ssmlora_dist.data.rows import Row, Segment
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.records import Paths, Record, RecordView, Template, nearest_name
 
 INSTRUCTION_PROMPT = Template("Instruction: {instruction}\nAnswer:", "prompt")
 INSTRUCTION_INPUT_PROMPT = Template("Instruction: {instruction}\nInput: {input}\nAnswer:", "prompt")

@@ -7,10 +7,8 @@ Python language reference that comes with the interpreter, so it differs a littl
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,34 +19,11 @@ from numpy.typing import NDArray
 from ssmlora_dist.data.examples import Example
 from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.prose import KEYS, sentences, split_of
 
 FACT = " The access code for {key} is {value}."
 QUESTION = "\nWhat is the access code for {key}?\nAnswer:"
 ANSWER = " {value}"
-
-# Tenths of the key and value spaces that each split owns.
-SPLIT_TENTHS = {"train": range(0, 6), "validation": range(6, 8), "test": range(8, 10)}
-
-QUALITIES = """
-    amber azure black blue brave bright broad bronze brown calm chilly clear clever cold copper cosy crimson
-    curly dark deep dusty eager early faint fancy fast fine fresh gentle giant gold grand grey happy heavy
-    hollow humble icy ivory jolly keen large late lean little lively long loud lucky mellow mild misty modest
-    narrow noble odd olive orange pale patient pink plain polite proud purple quick quiet rapid rare red rosy
-    rough round royal rusty sandy scarlet sharp shiny short silent silver simple sleepy slim slow small smart
-    smooth snowy soft solid spare steady steep stout strong sunny sweet swift tall tame tidy tiny tough vast
-    violet warm wide wild wise witty young
-""".split()
-THINGS = """
-    acorn anchor arrow badger barn basket beacon bell bench birch boat bottle bridge brook bucket button
-    cabin camel candle canoe castle cedar chapel cliff clock cloud comet compass coral cottage crane creek
-    crow desk dove drum eagle falcon farm fern ferry field finch flute forest fountain fox garden gate
-    goat goose grove hammer harbor harp hawk hill horse island jacket jar kettle kite ladder lake lamp
-    lantern lemon lion lizard lynx maple market meadow mill mirror moon moose oak orchard otter owl palace
-    panda parrot path pearl pier pine pond pony quarry rabbit raven reef ridge river robin saddle seal
-    ship spoon stable star stone swan tiger tower train trout tulip tunnel valley village wagon walnut
-    whale willow window wolf zebra
-""".split()
-KEYS = [f"{quality} {thing}" for quality, thing in itertools.product(QUALITIES, THINGS)]
 
 
 @dataclass(frozen=True)
@@ -81,13 +56,6 @@ class Puzzle:
         facts = [self.fact, *self.lookalikes]
         slack = max(map(len, facts)) if self.lookalikes else 0
         return sum(map(len, facts)) + slack + len(self.question) + len(self.answer) + 1
-
-
-def split_of(name: str) -> str:
-    """The split that owns a key or a value."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    tenth = int.from_bytes(digest, "big") % 10
-    return next(split for split, tenths in SPLIT_TENTHS.items() if tenth in tenths)
 
 
 def generate_retrieval(
@@ -192,19 +160,11 @@ def _draw_puzzle(
 
 def _encode_corpus(encoder: TextEncoder) -> Corpus:
     """The prose of the language reference, sentence by sentence."""
-    from pydoc_data.topics import topics
-
     ids: list[int] = []
     starts: list[int] = []
-    for name in sorted(topics):
-        for paragraph in re.split(r"\n\s*\n", topics[name]):
-            text = " ".join(paragraph.split())
-            # Code, grammar and tables are no prose: a fact among them would stand out.
-            if len(text) < 80 or text[-1] not in ".:" or ">>>" in text or "::=" in text:
-                continue
-            for sentence in re.split(r"(?<=[.:]) (?=[A-Z])", text):
-                starts.append(len(ids))
-                ids.extend(encoder.encode_continuation(f" {sentence}"))
+    for sentence in sentences():
+        starts.append(len(ids))
+        ids.extend(encoder.encode_continuation(f" {sentence}"))
     starts_sentence = np.zeros(len(ids), dtype=np.bool_)
     starts_sentence[starts] = True
     return Corpus(np.asarray(ids, dtype=np.int32), starts_sentence)

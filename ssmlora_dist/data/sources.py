@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssmlora_dist.data.records import Record, nearest_name
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.records import Record, nearest_name
 
 
 def read_records(

@@ -70,6 +70,12 @@ class ProcessGroup:
             raise error
         return result
 
+    def gather(self, value: Any) -> list[Any]:
+        """What `value` is on every rank, by rank, on all of them."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def share(self, value: Any) -> Any:
         """What `value` is on rank 0."""
         values = [value]

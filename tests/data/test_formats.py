@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ssmlora_dist.data.formats import make_renderer
-from ssmlora_dist.data.records import Record
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.records import Record
 
 
 def render(format, values, **settings):

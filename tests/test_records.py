@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ssmlora_dist.data.records import MISSING, Record, RecordView, Template, resolve_path
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.records import MISSING, Record, RecordView, Template, resolve_path
 
 VALUES = {
     "question": "why",

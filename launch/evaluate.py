@@ -1,0 +1,65 @@
+"""Evaluates a model on tasks: `deepspeed launch/evaluate.py --config C [--adapter DIR] [--tasks ...]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ssmlora_dist.config.arguments import build_parser, run_command
+from ssmlora_dist.errors import DataError
+from ssmlora_dist.tracking.quiet import quiet_libraries
+
+
+def main() -> None:
+    parser = build_parser("Evaluate a base model, and an adapter on it, on tasks.")
+    add = parser.add_argument
+    add("--adapter", type=Path, metavar="DIR", help="adapter or checkpoint; by default the base model alone")
+    add("--tasks", nargs="+", default=[], metavar="NAME", help="by default those in evaluation.tasks")
+    add("--lengths", nargs="+", type=int, default=[], metavar="TOKENS", help="of generated tasks")
+    add("--out", type=Path, metavar="DIR", help="by default `evaluation` beside the adapter, or in the run")
+    add("--no-base", action="store_true", help="do not evaluate the base model beside the adapter")
+    arguments = parser.parse_args()
+    is_main = os.environ.get("RANK", "0") == "0"
+    quiet_libraries(arguments.log_level, is_main)
+    if arguments.adapter is not None and not arguments.adapter.is_dir():
+        raise DataError(f"--adapter {arguments.adapter}: no such directory; name that of an adapter")
+    if any(length < 64 for length in arguments.lengths):
+        raise DataError(f"--lengths {min(arguments.lengths)}: allowed: at least 64 tokens; name longer ones")
+
+    import torch
+
+    from ssmlora_dist.config.loading import load_config
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    config = load_config(arguments.config, arguments.overrides, device_type=device_type, for_training=False)
+
+    from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group
+    from ssmlora_dist.tracking import Console
+    from ssmlora_dist.training.task_evaluation import describe_tasks, run_evaluation
+
+    console = Console(enabled=is_main)
+    if arguments.dry_run:
+        console.message(describe_tasks(config, arguments.tasks, arguments.lengths))
+        return
+    group = start_process_group(
+        config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug")
+    )
+    quiet_libraries(arguments.log_level, is_main)
+    try:
+        run_evaluation(
+            config,
+            group,
+            console,
+            adapter=arguments.adapter,
+            out=arguments.out,
+            names=arguments.tasks,
+            lengths=arguments.lengths,
+            with_base=not arguments.no_base,
+        )
+    finally:
+        stop_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

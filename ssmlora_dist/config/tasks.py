@@ -1,0 +1,209 @@
+"""Tasks of the evaluation from their sections: the known ones by name, and a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ssmlora_dist.config.schema import RunConfig, TaskSection
+from ssmlora_dist.data.sources import read_records
+from ssmlora_dist.errors import DataError
+from ssmlora_dist.evaluation.items import FailedItem, Item, Task
+from ssmlora_dist.evaluation.metrics import (
+    BABILONG_LABELS,
+    SCORERS,
+    all_scores,
+    babilong_match,
+    choice_accuracy,
+    string_match_all,
+)
+from ssmlora_dist.evaluation.tasks.babilong import babilong
+from ssmlora_dist.evaluation.tasks.common_words import common_words
+from ssmlora_dist.evaluation.tasks.frequent_words import frequent_words
+from ssmlora_dist.evaluation.tasks.needles import NEEDLE_VARIANTS, needles
+from ssmlora_dist.evaluation.tasks.passkey import passkey
+from ssmlora_dist.evaluation.tasks.records import (
+    QUESTION_PROMPT,
+    ChoiceFormat,
+    GenerationFormat,
+    ItemFormat,
+    items_of_records,
+)
+from ssmlora_dist.evaluation.tasks.standard import STANDARD, StandardTask, items_of
+from ssmlora_dist.evaluation.tasks.variable_tracking import variable_tracking
+from ssmlora_dist.records import RecordView, nearest_name
+
+DEFAULT_LENGTHS = (1024,)
+DEFAULT_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+DEFAULT_NUM_EXAMPLES = 100
+DEFAULT_METRICS = ("f1", "exact_match")
+DEFAULT_MAX_NEW_TOKENS = 64
+DEFAULT_STOP = ("\n",)
+# Whatever training has seen of such tasks, these keys and values it has not.
+SPLIT = "test"
+
+# Those whose one fact has a depth, and those without.
+DEEP: Mapping[str, Callable[..., Iterator[Item]]] = {
+    "passkey": passkey,
+    **{f"niah_{name}": partial(needles, variant=variant) for name, variant in NEEDLE_VARIANTS.items()},
+}
+FLAT: Mapping[str, Callable[..., Iterator[Item]]] = {
+    "variable_tracking": variable_tracking,
+    "common_words": common_words,
+    "frequent_words": frequent_words,
+}
+WITHOUT_BACKGROUND = ("common_words", "frequent_words")
+BABILONG = tuple(f"babilong_{name}" for name in BABILONG_LABELS)
+OWN = ("multiple_choice", "generation")
+KNOWN = (*DEEP, *FLAT, *BABILONG, *STANDARD, *OWN)
+
+_RECORDS = ("path", "hub", "subset", "split")
+_OWN_KEYS = {
+    "multiple_choice": ("fields", "prompt", "choices", "labels"),
+    "generation": ("fields", "prompt", "max_new_tokens", "stop", "metrics"),
+}
+_WITHOUT_DEFAULT = ("task", "name", "num_examples")
+
+
+def keys_of(task: str) -> tuple[str, ...]:
+    """The settings that a known task takes beside its name and number of examples."""
+    if task in DEEP:
+        return ("lengths", "background", "depths")
+    if task in WITHOUT_BACKGROUND:
+        return ("lengths",)
+    if task in FLAT:
+        return ("lengths", "background")
+    if task in BABILONG:
+        return ("lengths", "background", "path")
+    return (*_RECORDS, *_OWN_KEYS.get(task, ()))
+
+
+def surplus_keys(section: TaskSection) -> list[str]:
+    """Settings given that the task has no use for."""
+    takes = {*_WITHOUT_DEFAULT, *keys_of(section.task)}
+    return [key for key in section.model_fields_set if key not in takes and getattr(section, key)]
+
+
+def build_tasks(
+    config: RunConfig, tokenizer: Any, names: Sequence[str] = (), lengths: Sequence[int] = ()
+) -> list[Task]:
+    """The tasks of `evaluation.tasks`.
+
+    Args:
+        config: of the run.
+        tokenizer: of the model.
+        names: those to take, in this order: of the section, or known tasks that need no settings; by default
+            all of the section.
+        lengths: in place of those in the section, for generated tasks.
+
+    Raises:
+        DataError: a name that does not exist, nothing to do, or data that cannot be used.
+    """
+    sections = {section.name or section.task: section for section in config.evaluation.tasks}
+    for name in names:
+        if name not in sections:
+            if name not in KNOWN or name in OWN:
+                known = {*sections, *KNOWN} - {*OWN}
+                raise DataError(
+                    f"--tasks {name}: no task of evaluation.tasks and none that is known"
+                    f"{nearest_name(name, known)}; known are: {', '.join(KNOWN)}"
+                )
+            sections[name] = TaskSection(task=name)
+    chosen = [sections[name] for name in names] or list(sections.values())
+    if not chosen:
+        raise DataError(
+            "nothing to evaluate: evaluation.tasks is empty; name tasks there or with --tasks; known are: "
+            f"{', '.join(KNOWN)}"
+        )
+    return [build_task(section, tokenizer, config.run.seed, lengths) for section in chosen]
+
+
+def build_task(section: TaskSection, tokenizer: Any, seed: int, lengths: Sequence[int] = ()) -> Task:
+    """One task.
+
+    Args:
+        section: of a known task.
+        tokenizer: of the model.
+        seed: of generated items.
+        lengths: in place of the section's, for generated tasks.
+
+    Raises:
+        DataError: its data or settings cannot be used.
+    """
+    name, kind = section.name or section.task, section.task
+    if kind in (*DEEP, *FLAT, *BABILONG):
+        items = partial(_generated, section, tokenizer, seed, tuple(lengths))
+        if kind in BABILONG:
+            return Task(name, items, babilong_match(BABILONG_LABELS[_babi(kind)]), "babilong")
+        return Task(name, items, string_match_all, "string_match_all")
+    if kind in STANDARD:
+        task = STANDARD[kind]
+        return Task(name, partial(_standard, section, task), task.score, task.metric)
+    items = partial(_own, section, name, own_format(section))
+    if kind == "multiple_choice":
+        return Task(name, items, choice_accuracy, "acc")
+    metrics = section.metrics or DEFAULT_METRICS
+    return Task(name, items, all_scores(*(SCORERS[metric] for metric in metrics)), metrics[0])
+
+
+def own_format(section: TaskSection) -> ItemFormat:
+    """What makes items of the records of a user's own task.
+
+    Raises:
+        DataError: its templates or fields are malformed.
+    """
+    prompt = QUESTION_PROMPT if section.prompt is None else section.prompt
+    if section.task == "multiple_choice":
+        return ChoiceFormat(prompt, section.choices, section.fields, section.labels)
+    return GenerationFormat(
+        prompt,
+        max_new_tokens=section.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+        stop=DEFAULT_STOP if section.stop is None else section.stop,
+        fields=section.fields,
+    )
+
+
+def _generated(
+    section: TaskSection, tokenizer: Any, seed: int, lengths: tuple[int, ...]
+) -> Iterator[Item | FailedItem]:
+    kind = section.task
+    settings: dict[str, Any] = {
+        "lengths": lengths or section.lengths or DEFAULT_LENGTHS,
+        "num_examples": section.num_examples or DEFAULT_NUM_EXAMPLES,
+        "seed": seed,
+    }
+    if section.background is not None:
+        settings["text"] = _background(section.background)
+    if kind in BABILONG:
+        return babilong(tokenizer, path=Path(str(section.path)), task=_babi(kind), **settings)
+    if kind in FLAT:
+        return FLAT[kind](tokenizer, split=SPLIT, **settings)
+    return DEEP[kind](tokenizer, split=SPLIT, depths=section.depths or DEFAULT_DEPTHS, **settings)
+
+
+def _standard(section: TaskSection, task: StandardTask) -> Iterator[Item | FailedItem]:
+    return items_of(task, _records(section, task.hub, task.subset, task.split), section.num_examples)
+
+
+def _own(section: TaskSection, name: str, format: ItemFormat) -> Iterator[Item | FailedItem]:
+    records = _records(section, None, None, "validation")
+    return items_of_records(records, format, name, limit=section.num_examples)
+
+
+def _records(section: TaskSection, hub: str | None, subset: str | None, split: str) -> Iterator[Any]:
+    """Of the section's files or data set, else of the task's own data set."""
+    if section.path is not None:
+        return read_records(path=section.path)
+    if section.hub is not None:
+        return read_records(hub=section.hub, subset=section.subset, split=section.split or split)
+    return read_records(hub=hub, subset=section.subset or subset, split=section.split or split)
+
+
+def _background(names: str | Sequence[str]) -> str:
+    return "\n\n".join(RecordView(record, {}).text("text") for record in read_records(path=names))
+
+
+def _babi(kind: str) -> str:
+    return kind.removeprefix("babilong_")
