@@ -11,8 +11,9 @@ import hashlib
 import itertools
 import re
 
-# Tenths of the key and value spaces that each split owns.
-SPLIT_TENTHS = {"train": range(0, 6), "validation": range(6, 8), "test": range(8, 10)}
+SPLITS = ("train", "validation", "test")
+# Tenths of the key and value spaces, and who owns them.
+_OWNERS = ("train",) * 6 + ("validation",) * 2 + ("test",) * 2
 
 QUALITIES = """
     amber azure black blue brave bright broad bronze brown calm chilly clear clever cold copper cosy crimson
@@ -39,8 +40,7 @@ KEYS = [f"{quality} {thing}" for quality, thing in itertools.product(QUALITIES, 
 def split_of(name: str) -> str:
     """The split that owns a key or a value: a fixed hash, whatever the seed."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    tenth = int.from_bytes(digest, "big") % 10
-    return next(split for split, tenths in SPLIT_TENTHS.items() if tenth in tenths)
+    return _OWNERS[int.from_bytes(digest, "big") % 10]
 
 
 @functools.cache

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmlora_dist.adapters.layers import LayerState
-from ssmlora_dist.adapters.state import StatefulDecoderLayer, bind_state
+from ssmlora_dist.adapters.layers import LayerCall
+from ssmlora_dist.adapters.state import AdaptedDecoderLayer, StatefulDecoderLayer, bind
 from ssmlora_dist.models import decoder_layers
 
 
@@ -41,10 +41,10 @@ class SideHolderLayer(StatefulDecoderLayer):
         held = None if self.is_first else self.holder.state
         if held is None:
             held = self.initial_state(hidden_BSD)
-        state = LayerState(held.detach() if self.holder.detach else held)
-        with bind_state(self.time_modules, state):
-            hidden_BSD = super(StatefulDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
-        self.holder.state = state.packed()
+        call = LayerCall(state_BSAR=held.detach() if self.holder.detach else held)
+        with bind(self.adapters, call):
+            hidden_BSD = super(AdaptedDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
+        self.holder.state = call.packed()
         return hidden_BSD
 
 
@@ -53,7 +53,7 @@ def hold_state_aside(model: Any, *, detach: bool) -> None:
     holder = SideHolder(detach)
     for layer_idx, layer in decoder_layers(model).items():
         assert isinstance(layer, StatefulDecoderLayer)
-        family_class = type(layer).__mro__[2]
+        family_class = type(layer).__mro__[3]
         layer.__class__ = type("SideHolderDecoderLayer", (SideHolderLayer, family_class), {})
         layer.__dict__["holder"] = holder
         layer.__dict__["is_first"] = layer_idx == 0

@@ -61,10 +61,10 @@ def watch_state(model: nn.Module, axes: Sequence[str], device: torch.device) -> 
     @torch.no_grad()
     def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, SSMLoRALinear)
-        assert module.layer_state is not None
+        assert module.call is not None
         x_BSD = inputs[0]
         z_BSR = F.linear(x_BSD, module.lora_A.weight.to(x_BSD.dtype))
-        h_prev_BSR = module.layer_state.read(module.axis)
+        h_prev_BSR = module.call.read(module.axis)
         health.add(module.axis, state_step(h_prev_BSR, z_BSR, module.state_transition, module.state_input))
 
     hooks = [m.register_forward_pre_hook(observe) for m in model.modules() if isinstance(m, SSMLoRALinear)]

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.layers import LoRALinear, SSMLoRALinear
 from ssmlora_dist.adapters.placement import placement, time_axes
-from ssmlora_dist.adapters.state import thread_state
+from ssmlora_dist.adapters.state import bind_adapters, thread_state
 from ssmlora_dist.errors import AdapterError
+
+# Projections that a decoder layer gives one and the same tensor, in every family.
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def insert_adapters(
@@ -39,21 +42,32 @@ def insert_adapters(
     paths = {layer_idx: _paths(layer, placement(config, layer_idx)) for layer_idx, layer in layers.items()}
     for layer_idx, layer in layers.items():
         layer.requires_grad_(False)
+        inserted: dict[str, LoRALinear] = {}
         for projection, method in placement(config, layer_idx).items():
             path = paths[layer_idx][projection]
             parent = layer.get_submodule(path.rpartition(".")[0])
             base_layer = layer.get_submodule(path)
             assert isinstance(base_layer, nn.Linear)
-            adapted = _build(base_layer, config, method, axes.index(projection) if method == "ssmlora" else 0)
+            stream = layer_idx * len(config.targets) + config.targets.index(projection)
+            axis = axes.index(projection) if method == "ssmlora" else 0
+            adapted = _build(base_layer, config, method, stream, axis)
             adapted.reset_parameters(_generator(seed, f"{prefix}.{layer_idx}.{path}"))
             adapted.train(layer.training)
             setattr(parent, path.rpartition(".")[2], adapted)
+            inserted[projection] = adapted
+        for projections in SAME_INPUT:
+            present = [inserted[name] for name in projections if name in inserted]
+            readers = [adapted for adapted in present if not adapted.drops_input]
+            for reader in readers:
+                reader.readers = readers
         if axes:
             state_dtype = getattr(torch, config.state_dtype) if config.state_dtype else None
             is_last = layer_idx == num_layers - 1
             thread_state(
                 layer, num_axes=len(axes), rank=config.rank, state_dtype=state_dtype, is_last=is_last
             )
+        else:
+            bind_adapters(layer)
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -92,14 +106,15 @@ def load_adapter_tensors(module: nn.Module, tensors: Mapping[str, Tensor], sourc
             parameter.copy_(tensors[name])
 
 
-def _build(base_layer: nn.Linear, config: AdapterConfig, method: str, axis: int) -> LoRALinear:
+def _build(base_layer: nn.Linear, config: AdapterConfig, method: str, stream: int, axis: int) -> LoRALinear:
     if method == "lora":
-        return LoRALinear(base_layer, config.rank, config.alpha, config.dropout)
+        return LoRALinear(base_layer, config.rank, config.alpha, config.dropout, stream=stream)
     return SSMLoRALinear(
         base_layer,
         config.rank,
         config.alpha,
         config.dropout,
+        stream=stream,
         axis=axis,
         normalization=config.normalization,
         carry=config.carry,

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmlora_dist.errors import AdapterError
-from ssmlora_dist.ops import reference
+from ssmlora_dist.ops import fused
+from ssmlora_dist.ops.dropout import draw_seed
+from ssmlora_dist.ops.state_step import Recurrence
 
 
 def _adapter_dtype(base_layer: nn.Linear) -> torch.dtype:
@@ -29,16 +30,30 @@ class LoRALinear(nn.Module):
         rank: R.
         alpha: the adapter's output is scaled by alpha / rank.
         dropout: probability of dropping an input feature of the adapter while training.
+        stream: tells the adapter's dropout from that of all others in the model.
+
+    Attributes:
+        call: that of the decoder layer, while it runs.
+        readers: the adapters that read the same input in every call, this one among them.
     """
 
-    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, *, stream: int = 0
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.rank, self.scaling, self.dropout = rank, alpha / rank, dropout
+        self.rank, self.scaling, self.dropout, self.stream = rank, alpha / rank, dropout, stream
         device, dtype = base_layer.weight.device, _adapter_dtype(base_layer)
         self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=dtype)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=dtype)
+        self.call: LayerCall | None = None
+        self.readers: list[LoRALinear] = [self]
+
+    @property
+    def drops_input(self) -> bool:
+        """Whether `lora_A` reads another tensor than the base layer while training."""
+        return self.dropout > 0
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws `lora_A` (Kaiming uniform, a = sqrt 5), on the CPU for all devices alike; `lora_B` = 0."""
@@ -50,30 +65,44 @@ class LoRALinear(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B,S,D] -> [B,S,O] in the dtype of the base layer's output."""
-        base_BSO = self.base_layer(x_BSD)
-        dropped_BSD = F.dropout(x_BSD, self.dropout, self.training)
-        z_BSR = F.linear(dropped_BSD, self.lora_A.weight.to(x_BSD.dtype))
-        delta_BSO = F.linear(z_BSR, self.lora_B.weight.to(x_BSD.dtype)) * self.scaling
-        return base_BSO + delta_BSO.to(base_BSO.dtype)
+        x_BSD, z_BSR = self._down_project(x_BSD)
+        return fused.add_lora(self.base_layer(x_BSD), z_BSR, self.lora_B.weight, self.scaling)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+    def _down_project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """x, to be given to the base layer, and z [B,S,R]."""
+        # ZeRO 3 hands each module an input of its own, and gathers its weights for the time of its own call.
+        if self.call is not None and len(self.readers) > 1 and not hasattr(self.lora_A.weight, "ds_id"):
+            return self.call.down_project(self, x_BSD)
+        seed = self._dropout_seed(x_BSD.device) if self.drops_input else None
+        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [self.lora_A.weight], seed, self.stream, self.dropout)
+        return x_BSD, z_BSR
+
+    def _dropout_seed(self, device: torch.device) -> Tensor | None:
+        """None where nothing is dropped."""
+        if not self.training or not self.dropout:
+            return None
+        return draw_seed(device) if self.call is None else self.call.dropout_seed(device)
 
 
 class SSMLoRALinear(LoRALinear):
     """A time module: LoRA whose low-rank code takes one state step along depth (arXiv 2502.04958).
 
     The maths is `ops.reference.time_module`. `step` is the pure form, state in and state out. A decoder
-    layer calls its projection with the input alone, so `forward` reads and writes the `LayerState` that the
-    layer binds for the length of its own call (`adapters.state`).
+    layer calls its projection with the input alone, so `forward` reads and writes the state that the layer
+    binds, in a `LayerCall`, for the length of its own call (`adapters.state`).
 
     Args:
-        base_layer, rank, alpha, dropout: as for `LoRALinear`; dropout acts on the normalised state.
+        base_layer, rank, alpha, dropout, stream: as for `LoRALinear`; dropout acts on the normalised state.
         axis: index of the module's time axis in the state [B,S,A,R].
         normalization, carry, detach_state: as for `ops.reference.time_module`.
         state_input_scale: `state_input` starts as this multiple of the identity.
     """
+
+    drops_input = False
 
     def __init__(
         self,
@@ -82,19 +111,19 @@ class SSMLoRALinear(LoRALinear):
         alpha: float,
         dropout: float = 0.0,
         *,
+        stream: int = 0,
         axis: int = 0,
         normalization: str = "minmax",
         carry: str = "normalized",
         detach_state: bool = False,
         state_input_scale: float = 0.1,
     ) -> None:
-        super().__init__(base_layer, rank, alpha, dropout)
+        super().__init__(base_layer, rank, alpha, dropout, stream=stream)
         self.axis = axis
         self.normalization, self.carry, self.detach_state = normalization, carry, detach_state
         self.state_input_scale = state_input_scale
         self.state_transition = nn.Parameter(self.lora_A.weight.new_empty(rank, rank))
         self.state_input = nn.Parameter(self.lora_A.weight.new_empty(rank, rank))
-        self.layer_state: LayerState | None = None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """As LoRA, with `state_transition` = 0 and `state_input` = scale * I."""
@@ -104,23 +133,17 @@ class SSMLoRALinear(LoRALinear):
             self.state_input.copy_(torch.eye(self.rank) * self.state_input_scale)
 
     def step(self, x_BSD: Tensor, h_prev_BSR: Tensor) -> tuple[Tensor, Tensor]:
-        """([B,S,D], state [B,S,R]) -> ([B,S,O], state [B,S,R] in float32); pure."""
-        mask_BSR = None
-        if self.training and self.dropout > 0:
-            mask_BSR = F.dropout(torch.ones_like(h_prev_BSR, dtype=torch.float32), self.dropout)
-        return reference.time_module(
-            x_BSD,
+        """([B,S,D], state [B,S,R]) -> ([B,S,O], state [B,S,R] in the dtype of the state received); pure."""
+        x_BSD, z_BSR = self._down_project(x_BSD)
+        return fused.time_module(
             self.base_layer(x_BSD),
-            h_prev_BSR,
-            self.lora_A.weight,
+            z_BSR,
+            h_prev_BSR.detach() if self.detach_state else h_prev_BSR,
             self.lora_B.weight,
             self.state_transition,
             self.state_input,
-            scaling=self.scaling,
-            normalization=self.normalization,
-            carry=self.carry,
-            detach_state=self.detach_state,
-            dropout_mask_BSR=mask_BSR,
+            Recurrence(self.scaling, self.normalization, self.carry, self.dropout, self.stream),
+            self._dropout_seed(x_BSD.device),
         )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -129,34 +152,57 @@ class SSMLoRALinear(LoRALinear):
         Raises:
             AdapterError: when called outside such a layer; `step` is the form for that.
         """
-        if self.layer_state is None:
+        if self.call is None:
             raise AdapterError(
                 "a time module was called outside of its decoder layer, so it has no state; "
                 "call the decoder layer, or `step(x, state)`"
             )
-        y_BSO, state_BSR = self.step(x_BSD, self.layer_state.read(self.axis))
-        self.layer_state.write(self.axis, state_BSR)
+        y_BSO, state_BSR = self.step(x_BSD, self.call.read(self.axis))
+        self.call.write(self.axis, state_BSR)
         return y_BSO
 
 
-class LayerState:
-    """The state while one decoder layer runs: unstacked at entry, stacked and rounded at exit.
+class LayerCall:
+    """What the adapters of one decoder layer share while it runs, and no longer.
 
-    It lives no longer than that call: what enters and what leaves are tensors.
+    Args:
+        dropout_seed: int64 scalar; None draws one when it is first asked for.
+        state_BSAR: as it enters the layer; its axes are read and written one by one. None for plain LoRA.
     """
 
-    def __init__(self, state_BSAR: Tensor) -> None:
-        self._dtype = state_BSAR.dtype
-        self._columns = list(state_BSAR.unbind(2))
+    def __init__(self, dropout_seed: Tensor | None = None, state_BSAR: Tensor | None = None) -> None:
+        self._seed = dropout_seed
+        self._columns = [] if state_BSAR is None else list(state_BSAR.unbind(2))
+        self._read_BSD: Tensor | None = None
+        self._through_BSD: Tensor | None = None
+        self._z: dict[LoRALinear, Tensor] = {}
+
+    def dropout_seed(self, device: torch.device) -> Tensor:
+        """The seed of this call, on `device`."""
+        self._seed = draw_seed(device) if self._seed is None else self._seed.to(device)
+        return self._seed
 
     def read(self, axis: int) -> Tensor:
-        """State [B,S,R] of one axis, as it entered the layer."""
+        """State [B,S,R] of one axis."""
         return self._columns[axis]
 
     def write(self, axis: int, state_BSR: Tensor) -> None:
-        """Hands on the state of one axis."""
-        self._columns[axis] = state_BSR
+        """Hands on the state of one axis, rounded to the dtype in which the state entered."""
+        self._columns[axis] = state_BSR.to(self._columns[axis].dtype)
 
     def packed(self) -> Tensor:
-        """[B,S,A,R], rounded to the dtype in which the state entered."""
-        return torch.stack([column.to(self._dtype) for column in self._columns], dim=2)
+        """[B,S,A,R], to leave the layer."""
+        return torch.stack(self._columns, dim=2)
+
+    def down_project(self, module: LoRALinear, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """x, to be given to the base layer, and z [B,S,R]; one product for all of the module's `readers`."""
+        if self._read_BSD is not x_BSD or module not in self._z:
+            weights = [reader.lora_A.weight for reader in module.readers]
+            self._read_BSD = x_BSD
+            self._through_BSD, z = fused.down_project(x_BSD, weights)
+            self._z = dict(zip(module.readers, z, strict=True))
+        assert self._through_BSD is not None
+        through_BSD, z_BSR = self._through_BSD, self._z.pop(module)
+        if not self._z:
+            self._read_BSD = self._through_BSD = None
+        return through_BSD, z_BSR

@@ -16,22 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmlora_dist.adapters.layers import LayerState, SSMLoRALinear
+from ssmlora_dist.adapters.layers import LayerCall, LoRALinear
 
 
 @contextmanager
-def bind_state(modules: Sequence[SSMLoRALinear], state: LayerState) -> Iterator[None]:
-    """Lets `modules` read and write `state` for the length of the body."""
-    for module in modules:
-        module.layer_state = state
+def bind(adapters: Sequence[LoRALinear], call: LayerCall) -> Iterator[None]:
+    """Lets `adapters` share `call` for the length of the body."""
+    for adapter in adapters:
+        adapter.call = call
     try:
         yield
     finally:
-        for module in modules:
-            module.layer_state = None
+        for adapter in adapters:
+            adapter.call = None
 
 
-class StatefulDecoderLayer(nn.Module):
+class AdaptedDecoderLayer(nn.Module):
+    """Mixed into a decoder layer's class by `bind_adapters`; never made directly.
+
+    Attributes:
+        adapters: the adapters inside the layer.
+    """
+
+    adapters: list[LoRALinear]
+
+    def forward(self, hidden: Any, *args: Any, dropout_seed: Tensor | None = None, **kwargs: Any) -> Any:
+        """As without adapters; `dropout_seed`, an int64 scalar, is that of the forward pass of the model.
+
+        Without it a layer that drops draws a seed of its own.
+        """
+        with bind(self.adapters, LayerCall(dropout_seed)):
+            return super().forward(hidden, *args, **kwargs)
+
+
+class StatefulDecoderLayer(AdaptedDecoderLayer):
     """Mixed into a decoder layer's class by `thread_state`; never made directly.
 
     Attributes:
@@ -39,7 +57,6 @@ class StatefulDecoderLayer(nn.Module):
         state_dtype: dtype of the state between layers; None takes that of the hidden states.
         is_last: returns the hidden states alone.
         receives_packed, sends_packed: the layer begins or ends a pipeline stage: see `pack`.
-        time_modules: the time modules inside the layer.
     """
 
     num_axes: int
@@ -48,22 +65,21 @@ class StatefulDecoderLayer(nn.Module):
     is_last: bool
     receives_packed: bool
     sends_packed: bool
-    time_modules: list[SSMLoRALinear]
 
-    def forward(self, hidden_and_state: Tensor | tuple[Tensor, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Any, *args: Any, dropout_seed: Tensor | None = None, **kwargs: Any) -> Any:
         """(hidden [B,S,D], state [B,S,A,R]) -> the same; bare hidden states at the first and last layer."""
-        if isinstance(hidden_and_state, tuple):
-            hidden_BSD, state_BSAR = hidden_and_state
+        if isinstance(hidden, tuple):
+            hidden_BSD, state_BSAR = hidden
         elif self.receives_packed:
-            hidden_BSD, state_BSAR = unpack(hidden_and_state, self.num_axes, self.rank)
+            hidden_BSD, state_BSAR = unpack(hidden, self.num_axes, self.rank)
         else:
-            hidden_BSD, state_BSAR = hidden_and_state, self.initial_state(hidden_and_state)
-        state = LayerState(state_BSAR)
-        with bind_state(self.time_modules, state):
-            hidden_BSD = super().forward(hidden_BSD, *args, **kwargs)
+            hidden_BSD, state_BSAR = hidden, self.initial_state(hidden)
+        call = LayerCall(dropout_seed, state_BSAR)
+        with bind(self.adapters, call):
+            hidden_BSD = super(AdaptedDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
         if self.is_last:
             return hidden_BSD
-        return pack(hidden_BSD, state.packed()) if self.sends_packed else (hidden_BSD, state.packed())
+        return pack(hidden_BSD, call.packed()) if self.sends_packed else (hidden_BSD, call.packed())
 
     def initial_state(self, hidden_BSD: Tensor) -> Tensor:
         """Zeros [B,S,A,R] for hidden states [B,S,D]."""
@@ -102,13 +118,13 @@ def join_stages(layers: Iterable[nn.Module], hidden_size: int, is_first: bool, i
     return hidden_size + first.num_axes * first.rank
 
 
-_stateful_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def thread_state(
     layer: nn.Module, *, num_axes: int, rank: int, state_dtype: torch.dtype | None, is_last: bool
 ) -> None:
-    """Makes a stateful layer of `layer`, in place; module names and `isinstance` checks stay as they were.
+    """Makes a stateful layer of one with adapters, in place.
 
     Args:
         layer: a decoder layer whose `forward` takes the hidden states first and returns them alone.
@@ -117,10 +133,6 @@ def thread_state(
         state_dtype: dtype of the state between layers; None takes that of the hidden states.
         is_last: whether the state ends here.
     """
-    base = type(layer)
-    if base not in _stateful_classes:
-        _stateful_classes[base] = type(f"Stateful{base.__name__}", (StatefulDecoderLayer, base), {})
-    layer.__class__ = _stateful_classes[base]
     attributes = {
         "num_axes": num_axes,
         "rank": rank,
@@ -128,7 +140,17 @@ def thread_state(
         "is_last": is_last,
         "receives_packed": False,
         "sends_packed": False,
-        "time_modules": [module for module in layer.modules() if isinstance(module, SSMLoRALinear)],
     }
     for name, value in attributes.items():
         setattr(layer, name, value)
+    bind_adapters(layer, StatefulDecoderLayer)
+
+
+def bind_adapters(layer: nn.Module, mixin: type[AdaptedDecoderLayer] = AdaptedDecoderLayer) -> None:
+    """Makes a layer bind its adapters, in place; module names and `isinstance` checks stay as they were."""
+    kind = (mixin, type(layer))
+    if kind not in _classes:
+        _classes[kind] = type(f"{mixin.__name__.removesuffix('DecoderLayer')}{kind[1].__name__}", kind, {})
+    layer.__class__ = _classes[kind]
+    adapters = [module for module in layer.modules() if isinstance(module, LoRALinear)]
+    setattr(layer, "adapters", adapters)  # noqa: B010 (not a submodule)

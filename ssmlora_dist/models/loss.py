@@ -119,7 +119,7 @@ class CausalLMLoss(nn.Module):
             labels: [B,S], -100 where there is no loss; token t is predicted from the tokens before it.
             scored: [B,S] bool; when given, `Scores` are returned instead, without gradients: which of the
                 supervised tokens count for the exact match.
-            inputs: `input_ids`, `attention_mask`, `position_ids`, each [B,S].
+            inputs: `input_ids`, `attention_mask`, `position_ids`, each [B,S]; `dropout_seed`, int64 scalar.
         """
         if scored is not None:
             with torch.no_grad():

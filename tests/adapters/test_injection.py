@@ -11,6 +11,7 @@ from torch import Tensor
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters, insert_adapters, load_adapter_tensors
 from ssmlora_dist.adapters.layers import LoRALinear, SSMLoRALinear
+from ssmlora_dist.adapters.state import AdaptedDecoderLayer, StatefulDecoderLayer
 from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.models import FAMILIES
 from tests.tiny import FAMILY_NAMES, QV_AND_MLP, layers_of, tiny_model
@@ -97,12 +98,63 @@ def test_every_projection_of_a_family_can_be_adapted(model_type: str) -> None:
             assert module.axis == axis
 
 
-def test_plain_lora_leaves_the_decoder_layers_as_they_are() -> None:
-    model = tiny_model()
-    classes = [type(layer) for layer in layers_of(model)]
-    add_adapters(model, AdapterConfig(method="lora"))
-    assert [type(layer) for layer in layers_of(model)] == classes
+def test_layers_of_plain_lora_have_no_state() -> None:
+    model = add_adapters(tiny_model(), AdapterConfig(method="lora"))
+    for layer in layers_of(model):
+        assert isinstance(layer, AdaptedDecoderLayer)
+        assert not isinstance(layer, StatefulDecoderLayer)
     assert sum(type(module) is LoRALinear for module in model.modules()) == NUM_LAYERS
+
+
+def adapters_of(layer: Any) -> dict[str, LoRALinear]:
+    return {
+        path.rpartition(".")[2]: module
+        for path, module in layer.named_modules()
+        if isinstance(module, LoRALinear)
+    }
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_adapters_that_read_one_tensor_know_each_other(model_type: str, dropout: float) -> None:
+    projections = tuple(FAMILIES[model_type].projections)
+    config = AdapterConfig(method="lora", rank=2, alternate=(), every_layer=projections, dropout=dropout)
+    model = add_adapters(tiny_model(model_type, num_layers=2), config)
+    inputs: dict[LoRALinear, Tensor] = {}
+    for layer in layers_of(model):
+        for module in adapters_of(layer).values():
+            module.register_forward_pre_hook(lambda _, x, module=module: inputs.update({module: x[0]}))
+    model(torch.ones(1, 3, dtype=torch.long), use_cache=False)
+    for layer in layers_of(model):
+        modules = adapters_of(layer)
+        for module in modules.values():
+            reading = [other for other in modules.values() if inputs[other] is inputs[module]]
+            # Each drops features of its own.
+            assert module.readers == ([module] if dropout else reading)
+
+
+def test_time_modules_share_what_they_read_whatever_their_dropout() -> None:
+    config = AdapterConfig(
+        rank=2, every_layer=("k_proj", "up_proj"), every_layer_method="ssmlora", dropout=0.1
+    )
+    modules = adapters_of(layers_of(add_adapters(tiny_model(num_layers=1), config))[0])
+    assert modules["q_proj"].readers == modules["k_proj"].readers == [modules["q_proj"], modules["k_proj"]]
+    assert modules["up_proj"].readers == [modules["up_proj"]]
+
+
+@pytest.mark.parametrize("config", [QV_AND_MLP, AdapterConfig(method="lora", every_layer=("o_proj",))])
+def test_every_adapter_has_a_stream_of_its_own_whatever_layers_are_here(config: AdapterConfig) -> None:
+    def streams(only: tuple[int, ...]) -> dict[str, int]:
+        model = tiny_model()
+        layers = {layer_idx: layers_of(model)[layer_idx] for layer_idx in only}
+        insert_adapters(layers, config, num_layers=NUM_LAYERS, prefix=PREFIX)
+        return {
+            name: module.stream for name, module in model.named_modules() if isinstance(module, LoRALinear)
+        }
+
+    whole, part = streams(tuple(range(NUM_LAYERS))), streams((2, 5))
+    assert len(set(whole.values())) == len(whole)
+    assert part == {name: whole[name] for name in part}
 
 
 @pytest.mark.parametrize("training", [False, True])

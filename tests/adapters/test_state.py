@@ -141,7 +141,7 @@ def test_nothing_of_the_state_outlives_a_forward_pass() -> None:
     model(token_ids(2, 7), use_cache=False)
     held = [name for name, value in _attributes(model) if isinstance(value, Tensor)]
     assert held == []
-    assert all(m.layer_state is None for m in model.modules() if isinstance(m, SSMLoRALinear))
+    assert all(m.call is None for m in model.modules() if isinstance(m, SSMLoRALinear))
 
 
 def test_a_layer_that_fails_lets_go_of_its_state() -> None:
@@ -154,7 +154,7 @@ def test_a_layer_that_fails_lets_go_of_its_state() -> None:
     with pytest.raises(RuntimeError, match="in the layer"):
         model(token_ids(2, 7), use_cache=False)
     hook.remove()
-    assert all(m.layer_state is None for m in model.modules() if isinstance(m, SSMLoRALinear))
+    assert all(m.call is None for m in model.modules() if isinstance(m, SSMLoRALinear))
     assert torch.equal(
         model(token_ids(2, 7), use_cache=False).logits,
         adapted_model()(token_ids(2, 7), use_cache=False).logits,
@@ -182,7 +182,7 @@ def test_a_copy_has_time_modules_of_its_own() -> None:
     expected = model(token_ids(2, 7), use_cache=False).logits
     for layer, original in zip(layers_of(copied), layers_of(model), strict=True):
         own = set(layer.modules())
-        assert all(module in own for module in layer.time_modules)
+        assert all(module in own for module in layer.adapters)
         assert not own & set(original.modules())
     with torch.no_grad():
         layers_of(model)[0].self_attn.q_proj.state_input.zero_()

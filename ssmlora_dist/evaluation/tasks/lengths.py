@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.prose import SPLIT_TENTHS
+from ssmlora_dist.prose import SPLITS
 
 # What a piece of text is put behind to see what it costs where it goes on: mostly a sentence ends there.
 ANCHOR = "."
@@ -70,8 +70,8 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.split not in SPLIT_TENTHS:
-            raise DataError(f"{self.task}: split {self.split!r} is none of {', '.join(SPLIT_TENTHS)}")
+        if self.split not in SPLITS:
+            raise DataError(f"{self.task}: split {self.split!r} is none of {', '.join(SPLITS)}")
         if not self.lengths or len(set(self.lengths)) < len(self.lengths):
             raise DataError(f"{self.task}: lengths {list(self.lengths)}: name one or more, each once")
         if self.num_examples < 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import string
-import uuid
 from collections.abc import Callable
 from random import Random
 
@@ -65,7 +64,10 @@ def draw_letters(rng: Random, num_letters: int, alphabet: str = string.ascii_low
 
 
 def _draw_uuid(rng: Random) -> str:
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    """A random one: of version 4 and of the usual variant."""
+    digits = f"{rng.getrandbits(124):031x}"
+    variant = "89ab"[int(digits[30], 16) % 4]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[12:15]}-{variant}{digits[15:18]}-{digits[18:30]}"
 
 
 _DRAWS: dict[str, Callable[[Random], str]] = {"numbers": draw_number, "uuids": _draw_uuid}

@@ -1,4 +1,4 @@
-"""What all generated tasks have in common: lengths, depths, splits, determinism, answers that can be found."""
+"""What all generated tasks have in common: lengths, depths, splits, determinism, one right answer."""
 
 from __future__ import annotations
 

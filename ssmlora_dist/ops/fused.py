@@ -1,0 +1,203 @@
+"""Adapters as differentiable functions that keep almost nothing for the backward pass and add in place.
+
+An adapter on a frozen linear layer is three calls:
+
+    x, z = down_project(x, [lora_A])          z = x W_a
+    base = x W_0                              the frozen layer, on the x that came back
+    y = add_lora(base, z, lora_B)             or: y, state = time_module(base, z, state, lora_B, ...)
+
+Between forward and backward pass they hold x (the tensor itself: no copy, no cast), z and the state received;
+all else is worked out again. The delta is added into `base`, and the gradient through W_a into the one that
+the frozen layer sends to x: neither costs a tensor of its own. Compiled, both are left to the compiler.
+
+Products with W_a and W_b run in the dtype of x, state arithmetic in float32 (float64 for float64). Gradients
+of gradients are not there. Shapes: B batch, S tokens, D in-features, O out-features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ssmlora_dist.ops import operators  # noqa: F401 (registers torch.ops.ssmlora)
+from ssmlora_dist.ops.state_step import Recurrence
+
+
+def down_project(
+    x_BSD: Tensor,
+    weights: Sequence[Tensor],
+    seed: Tensor | None = None,
+    stream: int = 0,
+    dropout: float = 0.0,
+) -> tuple[Tensor, list[Tensor]]:
+    """x, to be given to the frozen layers, and z = x W_a [B,S,R] for each of `weights`, in one product.
+
+    Args:
+        x_BSD: input of the frozen layers.
+        weights: `lora_A` [R,D] of each adapter that reads x.
+        seed: int64 scalar of the dropout on what `weights` read; None keeps everything.
+        stream: which adapter draws.
+        dropout: its probability.
+    """
+    if not torch.is_grad_enabled():
+        return x_BSD, list(_projections(x_BSD, seed, (stream, dropout), weights))
+    through_BSD, *z = _DownProjection.apply(x_BSD, seed, (stream, dropout), *weights)  # type: ignore[no-untyped-call]
+    # Otherwise the frozen layers would work out a gradient that nobody takes.
+    return through_BSD if x_BSD.requires_grad else x_BSD, z
+
+
+def add_lora(base_BSO: Tensor, z_BSR: Tensor, lora_B_OR: Tensor, scaling: float) -> Tensor:
+    """y = base + scaling z W_b [B,S,O], in place: `base` is lost."""
+    y_BSO: Tensor = _LoRADelta.apply(base_BSO, z_BSR, lora_B_OR, scaling)  # type: ignore[no-untyped-call]
+    return y_BSO
+
+
+def time_module(
+    base_BSO: Tensor,
+    z_BSR: Tensor,
+    h_prev_BSR: Tensor,
+    lora_B_OR: Tensor,
+    transition_RR: Tensor,
+    input_RR: Tensor,
+    recurrence: Recurrence,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What follows z in `reference.time_module`: y [B,S,O], in place of `base`, and the state handed on.
+
+    Args:
+        base_BSO: the frozen layer's output, in the dtype of x; lost.
+        z_BSR: x W_a.
+        h_prev_BSR: state received; detached, no gradient goes through it.
+        lora_B_OR: W_b transposed.
+        transition_RR: W_c.
+        input_RR: W_d.
+        recurrence: scaling, normalisation, carry and dropout.
+        seed: int64 scalar of the dropout; None keeps everything.
+
+    Returns:
+        y, and n or h [B,S,R] in the dtype of `h_prev_BSR`.
+    """
+    y_BSO, carried_BSR = _TimeModule.apply(  # type: ignore[no-untyped-call]
+        base_BSO, z_BSR, h_prev_BSR, lora_B_OR, transition_RR, input_RR, recurrence, seed
+    )
+    return y_BSO, carried_BSR
+
+
+class _DownProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, seed: Tensor | None, drawing: tuple[int, float], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.drawing = drawing
+        ctx.save_for_backward(x, seed, *weights)
+        return x, *_projections(x, seed, drawing, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_x: Tensor | None, *d_z: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, seed, *weights = ctx.saved_tensors
+        rank = weights[0].shape[0]
+        d_zs = [x.new_zeros((*x.shape[:-1], rank)) if d is None else d for d in d_z]
+        # Under autocast x may be wider than z.
+        d_z_TR = _rows(_stacked(d_zs, -1)).to(x.dtype)
+        read = _rows(_dropped(x, seed, ctx.drawing))
+        d_weights = _product(d_z_TR.t(), read, weights[0].dtype).split(rank)
+        if ctx.needs_input_grad[0]:
+            weight = _stacked(weights).to(x.dtype)
+            if d_x is not None and seed is None:
+                d_x = _add_product(d_x.contiguous(), d_z_TR, weight)
+            else:
+                own = _dropped(torch.mm(d_z_TR, weight).view(x.shape), seed, ctx.drawing)
+                d_x = own if d_x is None else d_x + own
+        return d_x, None, None, *d_weights
+
+
+class _LoRADelta(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, z: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        ctx.scaling = scaling
+        ctx.save_for_backward(z, lora_B)
+        return _add_product(base, _rows(z), lora_B.to(z.dtype).t(), scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        z, lora_B = ctx.saved_tensors
+        d_u = torch.mm(_rows(d_y), lora_B.to(z.dtype)).mul_(ctx.scaling)
+        d_B = _product(_rows(d_y).t(), _rows(z) * ctx.scaling, lora_B.dtype)
+        return d_y, d_u.view(z.shape), d_B, None
+
+
+class _TimeModule(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        z: Tensor,
+        h_prev: Tensor,
+        lora_B: Tensor,
+        transition: Tensor,
+        input: Tensor,
+        recurrence: Recurrence,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.recurrence = recurrence
+        ctx.save_for_backward(z, h_prev, lora_B, transition, input, seed)
+        u, carried = torch.ops.ssmlora.state_forward(z, h_prev, transition, input, seed, *recurrence)
+        return _add_product(base, _rows(u), lora_B.to(z.dtype).t()), carried
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor | None, d_carried: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, h_prev, lora_B, transition, input, seed = ctx.saved_tensors
+        if d_y is None:
+            d_y = z.new_zeros((*z.shape[:-1], lora_B.shape[0]))
+        d_u = torch.mm(_rows(d_y), lora_B.to(z.dtype)).view(z.shape)
+        u, d_z, d_h_prev, d_transition, d_input = torch.ops.ssmlora.state_backward(
+            d_u, d_carried, ctx.needs_input_grad[2], z, h_prev, transition, input, seed, *ctx.recurrence
+        )
+        d_B = _product(_rows(d_y).t(), _rows(u), lora_B.dtype)
+        d_h_prev = d_h_prev if ctx.needs_input_grad[2] else None
+        return d_y, d_z, d_h_prev, d_B, d_transition, d_input, None, None
+
+
+def _projections(
+    x: Tensor, seed: Tensor | None, drawing: tuple[int, float], weights: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    z = F.linear(_dropped(x, seed, drawing), _stacked(weights).to(x.dtype))
+    return z.split(weights[0].shape[0], -1)
+
+
+def _add_product(target: Tensor, left_TR: Tensor, right_RO: Tensor, scaling: float = 1.0) -> Tensor:
+    """target + scaling left right, in place unless a compiler is to see to that."""
+    rows = target.view(-1, target.shape[-1])
+    if torch.compiler.is_compiling():
+        return torch.addmm(rows, left_TR, right_RO, alpha=scaling).view(target.shape)
+    rows.addmm_(left_TR, right_RO, alpha=scaling)
+    return target
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right, accumulated and returned in `dtype` where the device can, else rounded in between."""
+    if left.is_cuda and left.dtype != dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
+
+
+def _dropped(x: Tensor, seed: Tensor | None, drawing: tuple[int, float]) -> Tensor:
+    return x if seed is None else torch.ops.ssmlora.dropout(x, seed, *drawing)
+
+
+def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])

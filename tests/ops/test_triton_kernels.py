@@ -1,0 +1,72 @@
+"""The Triton kernels against the plain operators, interpreted or on a GPU; and compiled without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CASES = Path(__file__).with_name("kernel_cases.py")
+TIMEOUT_SECONDS = 300
+
+triton = pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(
+    "interpreted",
+    [
+        True,
+        pytest.param(
+            False,
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            ],
+        ),
+    ],
+    ids=["interpreted", "compiled"],
+)
+def test_kernels_compute_what_the_plain_operators_do(interpreted: bool) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compiled(name: str, rank: int, dtype: str, absent: tuple[str, ...], **switches: Any) -> Any:
+    """A kernel for an sm_90 GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ssmlora_dist.ops import triton_kernels
+
+    kernel = getattr(triton_kernels, name)
+    sizes = triton_kernels._sizes(rank)
+    constants = {**sizes, **switches, **dict.fromkeys(absent)}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    kinds = {"seed_ptr": "*i64", "keep_scale": "fp32", "scaling": "fp32"}
+    kinds |= dict.fromkeys(("c_ptr", "d_ptr", "sums_ptr"), "*fp32") | dict.fromkeys(constants, "constexpr")
+    signature = {
+        name: kinds.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in kernel.arg_names
+    }
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_kernels_compile_for_a_gpu(dtype: str) -> None:
+    switches = {"NORMALIZATION": 0, "RAW": False, "DROPOUT": True, "CARRIED": True, "NEEDS_D_G": True}
+    for name in ("_forward_kernel", "_backward_kernel"):
+        assert "cubin" in compiled(name, 8, dtype, (), **switches).asm
+    switches |= {"NORMALIZATION": 1, "RAW": True, "DROPOUT": False, "CARRIED": False, "NEEDS_D_G": False}
+    compiled("_backward_kernel", 8, dtype, ("seed_ptr", "d_carried_ptr"), **switches)
+    compiled("_dropout_kernel", 8, dtype, (), C=4096, BLOCK=1024)
