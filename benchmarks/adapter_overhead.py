@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import gc
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.layers import SSMLoRALinear
 from ssmlora_dist.distributed.cost_model import DecoderShape, bytes_per_weight
-from ssmlora_dist.distributed.roofline import Ceilings, step_limit
+from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
 from ssmlora_dist.models import load_config, load_model
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.shapes import SHAPES
@@ -46,6 +49,8 @@ from ssmlora_dist.tracking.rows import append_row
 
 RESULTS = Path(__file__).parent / "results" / "adapter_overhead.jsonl"
 RANK, ALPHA = 8, 16
+# At which the bytes kept for the backward pass are counted: PEFT's default, and its users' habit.
+DROPOUTS = (0.0, 0.1)
 VARIANTS = ("frozen", "ssmlora", "lora", "peft", "eager")
 # Of gradients in bfloat16 over a whole model: the adapters' products are rounded at other places.
 GRADIENT_TOLERANCE = 0.05
@@ -83,7 +88,6 @@ class Variant:
         backbone: whose tensors it shares.
         dropout: of the adapters.
         checkpointing: recompute the layers.
-        autocast: compute under bfloat16 autocast, as PEFT's users do.
     """
 
     def __init__(self, name: str, backbone: Any, dropout: float, checkpointing: bool) -> None:
@@ -280,35 +284,34 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             torch.arange(arguments.tokens, device=device) < arguments.tokens // 8 * 7, -100, ids
         ),
     }
-    build = {
-        name: (
-            lambda name=name, on=arguments.checkpointing, p=arguments.dropout: Variant(name, backbone, p, on)
-        )
-        for name in VARIANTS
-    }
+    # Without checkpointing, where a layer's own appetite shows.
     without = {name: Variant(name, backbone, 0.0, False) for name in VARIANTS}
     check(without, batch)
-    # Without checkpointing, where a layer's own appetite shows; with its dropout.
-    graphs = {name: Variant(name, backbone, arguments.dropout, False) for name in VARIANTS}
-    saved = {name: saved_bytes(variant, batch) for name, variant in graphs.items()}
     operators = {name: count_operators(variant, batch) for name, variant in without.items()}
-    del graphs, without
-    variants = {name: make() for name, make in build.items()}
+    del without
+    saved = {
+        (name, dropout): saved_bytes(Variant(name, backbone, dropout, False), batch)
+        for name in VARIANTS
+        for dropout in DROPOUTS
+    }
+    variants = {
+        name: Variant(name, backbone, arguments.dropout, arguments.checkpointing) for name in VARIANTS
+    }
     seconds = _timed(variants, batch, arguments.repeats)
     peaks = {name: _peak_bytes(variant, batch) for name, variant in variants.items()}
-    limit = None
-    if arguments.ceilings:
-        shape = DecoderShape.of(load_config(config=config))
-        quantized = arguments.quantization != "none"
-        nf4 = bytes_per_weight("nf4", double_quantization=True, compute_dtype_bytes=2)
-        limit = step_limit(
-            shape,
-            Ceilings(*arguments.ceilings),
-            sequence_length=arguments.tokens,
-            supervised_tokens=arguments.tokens - arguments.tokens // 8 * 7,
-            checkpointing=arguments.checkpointing,
-            bytes_per_linear_weight=nf4 if quantized else None,
-        )
+    ceilings = Ceilings(*arguments.ceilings) if arguments.ceilings else measured_ceilings(device)
+    limit = step_limit(
+        DecoderShape.of(load_config(config=config)),
+        ceilings,
+        sequence_length=arguments.tokens,
+        supervised_tokens=arguments.tokens - arguments.tokens // 8 * 7,
+        checkpointing=arguments.checkpointing,
+        bytes_per_linear_weight=None
+        if arguments.quantization == "none"
+        else bytes_per_weight(arguments.quantization, double_quantization=True, compute_dtype_bytes=2),
+    )
+    # Process time counts all threads, the ceilings what they do together.
+    limit_seconds = limit.seconds * (1 if device.type == "cuda" else torch.get_num_threads())
     return [
         {
             "benchmark": "adapter_overhead",
@@ -321,6 +324,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "device": arguments.device,
             "threads": torch.get_num_threads(),
             "repeats": arguments.repeats,
+            "peft_version": version("peft"),
             "variant": name,
             "num_adapted": variant.num_adapted,
             "num_trained": sum(p.numel() for p in variant.trained.values()),
@@ -328,10 +332,16 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "step_seconds_min": min(seconds[name]),
             "over_frozen_median": statistics.median(seconds[name]) / statistics.median(seconds["frozen"]),
             "over_frozen_min": min(seconds[name]) / min(seconds["frozen"]),
+            "operators_beyond_frozen": operators[name] - operators["frozen"],
             "operators_per_adapted": (operators[name] - operators["frozen"]) / max(1, variant.num_adapted),
-            "saved_bytes_beyond_frozen": saved[name] - saved["frozen"],
+            **{
+                f"saved_bytes_beyond_frozen_dropout_{dropout:g}": saved[name, dropout]
+                - saved["frozen", dropout]
+                for dropout in DROPOUTS
+            },
             "peak_bytes": peaks[name],
-            "of_roofline": limit.seconds / min(seconds[name]) if limit else None,
+            "ceilings": asdict(ceilings),
+            "of_roofline": limit_seconds / min(seconds[name]),
         }
         for name, variant in variants.items()
     ]
@@ -369,10 +379,20 @@ def _cuda_seconds(step: Callable[[], None]) -> float:
 
 
 def _peak_bytes(variant: Variant, batch: dict[str, Tensor]) -> int | None:
-    """Most that a step holds on the GPU, the shared backbone included; None on a CPU."""
-    if batch["input_ids"].device.type != "cuda":
-        return None
+    """Most that a step holds: on the GPU with the shared backbone, on a CPU beyond what was resident before.
+
+    None where the system does not tell.
+    """
     gc.collect()
+    if batch["input_ids"].device.type != "cuda":
+        if not _CLEAR_REFS.exists():
+            return None
+        variant.step(batch)
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _resident_bytes("VmRSS")
+        _CLEAR_REFS.write_text("5")
+        variant.step(batch)
+        return _resident_bytes("VmHWM") - before
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     variant.step(batch)
@@ -380,19 +400,30 @@ def _peak_bytes(variant: Variant, batch: dict[str, Tensor]) -> int | None:
     return torch.cuda.max_memory_allocated()
 
 
+# Linux: writing 5 sets the greatest resident size, VmHWM, back to the present one.
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def _resident_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
 def show(rows: list[dict[str, Any]]) -> None:
-    peft = next((row for row in rows if row["variant"] == "peft"), None)
-    print("variant  adapted   min step  median   over frozen  ops/adapted  saved beyond frozen  of peft's")
+    """Prints a table: a line for each variant."""
+    peft = next(row for row in rows if row["variant"] == "peft")
+    of_peft = "".join(f"  saved/peft's, dropout {dropout:g}" for dropout in DROPOUTS)
+    print(f"variant  adapted  min step   median  over frozen    operators{of_peft}  peak MiB  of roofline")
     for row in rows:
-        share = ""
-        if peft and row["num_adapted"]:
-            share = f"{row['saved_bytes_beyond_frozen'] / peft['saved_bytes_beyond_frozen']:9.3f}"
+        keys = [f"saved_bytes_beyond_frozen_dropout_{dropout:g}" for dropout in DROPOUTS]
+        shares = "".join(f"{row[key] / peft[key]:26.3f}" for key in keys)
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
         print(
             f"{row['variant']:8} {row['num_adapted']:7}"
-            f"  {row['step_seconds_min']:8.4f}s {row['step_seconds_median']:8.4f}s"
-            f"  {row['over_frozen_min']:6.3f} {row['over_frozen_median']:6.3f}"
-            f" {row['operators_per_adapted']:11.1f}"
-            f"  {row['saved_bytes_beyond_frozen'] / 2**20:15.2f} MiB  {share}"
+            f" {row['step_seconds_min']:8.4f}s {row['step_seconds_median']:7.4f}s"
+            f" {row['over_frozen_min']:6.3f} {row['over_frozen_median']:5.3f}"
+            f" {row['operators_beyond_frozen']:6} {row['operators_per_adapted']:5.1f}"
+            f"{shares}  {peak:>8} {row['of_roofline']:12.3f}"
         )
 
 
@@ -411,7 +442,7 @@ def main() -> int:
         type=float,
         nargs=3,
         metavar=("TFLOPS", "TFLOPS", "GB_PER_S"),
-        help="of products, of attention, of memory (roofline.py --measure): rows then hold their fraction",
+        help="of products, of attention, of memory (default: measured): rows hold a step's fraction of them",
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="rows are added here (default: %(default)s)"

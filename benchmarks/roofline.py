@@ -8,49 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 
 import torch
-import torch.nn.functional as F
 
 from ssmlora_dist.distributed.cost_model import DecoderShape, bytes_per_weight
-from ssmlora_dist.distributed.roofline import Ceilings, step_limit
+from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
 from ssmlora_dist.models import load_config
 from ssmlora_dist.models.shapes import SHAPES
 
 H100 = Ceilings(matmul_tflops=790.0, attention_tflops=550.0, bandwidth_gb_per_second=2800.0)
 LENGTHS = (512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-
-
-def measured_ceilings(device: torch.device, repeats: int = 10) -> Ceilings:
-    """Of this device, in bfloat16: the best of `repeats` large operations of each kind."""
-    cuda = device.type == "cuda"
-    size, length, heads, width = (8192, 8192, 32, 128) if cuda else (1024, 1024, 9, 64)
-
-    def best(operation: object, repeats: int = repeats) -> float:
-        assert callable(operation)
-        seconds = []
-        for _ in range(repeats + 2):
-            if cuda:
-                torch.cuda.synchronize(device)
-            started = time.perf_counter()
-            operation()
-            if cuda:
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
-
-    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    q, k, v = (torch.randn(1, heads, length, width, device=device).to(torch.bfloat16) for _ in range(3))
-    read, written = torch.empty(2, 2**28 if cuda else 2**26, dtype=torch.uint8, device=device)
-    attention_flops = 2 * heads * length * length * width
-    return Ceilings(
-        matmul_tflops=2 * size**3 / best(lambda: a @ b) / 1e12,
-        attention_tflops=attention_flops
-        / best(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        / 1e12,
-        bandwidth_gb_per_second=2 * read.nbytes / best(lambda: written.copy_(read)) / 1e9,
-    )
 
 
 def main() -> int:

@@ -36,7 +36,7 @@ def forget() -> Iterator[None]:
 
 def results(run: Any, model: Any) -> list[Tensor]:
     """Logits and every gradient; then logits without a graph."""
-    inputs = {"input_ids": token_ids(2, 9), "use_cache": False, "dropout_seed": torch.tensor(7)}
+    inputs = {"input_ids": token_ids(2, 9), "use_cache": False, "dropout_seeds": torch.tensor([7, 8])}
     logits = run(**inputs).logits
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(logits.square().mean(), parameters)

@@ -1,4 +1,4 @@
-"""Dropout of a whole model: one seed decides it, through checkpointing and over pipeline stages alike."""
+"""Dropout of a whole model: a seed for each row decides it, checkpointed, in stages and in any batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model_of(config: AdapterConfig, model_type: str = "llama") -> Any:
 
 
 def loss_of(model: Any, seed: int | None) -> Tensor:
-    drawn = {} if seed is None else {"dropout_seed": torch.tensor(seed)}
+    drawn = {} if seed is None else {"dropout_seeds": torch.tensor([seed, seed + 1])}
     return CausalLMLoss(model, chunk_size=8)(labels=TOKENS, **INPUTS, **drawn)
 
 
@@ -43,19 +43,19 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 @configs
 @pytest.mark.parametrize("model_type", FAMILY_NAMES)
-def test_the_seed_reaches_the_adapters_of_every_family(model_type: str, config: AdapterConfig) -> None:
+def test_the_seeds_reach_the_adapters_of_every_family(model_type: str, config: AdapterConfig) -> None:
     model = model_of(config, model_type)
     generator_state = torch.get_rng_state()
-    first, other, again = (loss_of(model, seed).detach() for seed in (11, 12, 11))
+    first, other, again = (loss_of(model, seed).detach() for seed in (11, 13, 11))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), generator_state), "a random number was drawn"
     model.eval()
-    assert torch.equal(loss_of(model, 11), loss_of(model, 12))
+    assert torch.equal(loss_of(model, 11), loss_of(model, 13))
 
 
 @configs
-def test_without_a_seed_torchs_generator_decides(config: AdapterConfig) -> None:
+def test_without_seeds_torchs_generator_decides(config: AdapterConfig) -> None:
     model = model_of(config)
     torch.manual_seed(3)
     first, other = loss_of(model, None), loss_of(model, None)
@@ -81,6 +81,20 @@ def test_i2_a_recompute_drops_the_same(config: AdapterConfig, seed: int | None) 
     assert [name for name, tensor in results[0].items() if not torch.equal(tensor, results[1][name])] == []
 
 
+@configs
+def test_a_row_drops_the_same_alone_and_in_a_batch(config: AdapterConfig) -> None:
+    # In float64, where sums of another order do not matter.
+    tolerance = 1e-12
+    model = adapted_model("llama", config, num_layers=NUM_LAYERS, dtype=torch.float64).train()
+    decoder = model.get_decoder()
+    seeds = torch.tensor([11, 12])
+    together = decoder(**INPUTS, dropout_seeds=seeds, use_cache=False).last_hidden_state
+    for row in range(2):
+        inputs = {name: tensor[row : row + 1] for name, tensor in INPUTS.items()}
+        alone = decoder(**inputs, dropout_seeds=seeds[row : row + 1], use_cache=False).last_hidden_state
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=tolerance)
+
+
 def stage_of(config: AdapterConfig, first: int, stop: int) -> PipelineStage:
     model = model_of(config)
     stage = StageLayers(first, stop, NUM_LAYERS)
@@ -91,7 +105,7 @@ def stage_of(config: AdapterConfig, first: int, stop: int) -> PipelineStage:
 @configs
 @pytest.mark.parametrize("cut", range(1, NUM_LAYERS))
 def test_i3_stages_drop_what_the_whole_model_does(config: AdapterConfig, cut: int) -> None:
-    inputs = {**INPUTS, "dropout_seed": torch.tensor(11)}
+    inputs = {**INPUTS, "dropout_seeds": torch.tensor([11, 12])}
     whole = model_of(config)
     expected = loss_of(whole, 11)
     expected.backward()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops import fused
-from ssmlora_dist.ops.dropout import draw_seed
+from ssmlora_dist.ops.dropout import draw_seeds
 from ssmlora_dist.ops.state_step import Recurrence
 
 
@@ -77,15 +77,16 @@ class LoRALinear(nn.Module):
         # ZeRO 3 hands each module an input of its own, and gathers its weights for the time of its own call.
         if self.call is not None and len(self.readers) > 1 and not hasattr(self.lora_A.weight, "ds_id"):
             return self.call.down_project(self, x_BSD)
-        seed = self._dropout_seed(x_BSD.device) if self.drops_input else None
-        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [self.lora_A.weight], seed, self.stream, self.dropout)
+        seeds = self._dropout_seeds(x_BSD) if self.drops_input else None
+        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [self.lora_A.weight], seeds, self.stream, self.dropout)
         return x_BSD, z_BSR
 
-    def _dropout_seed(self, device: torch.device) -> Tensor | None:
-        """None where nothing is dropped."""
+    def _dropout_seeds(self, x_BSD: Tensor) -> Tensor | None:
+        """[B]; None where nothing is dropped."""
         if not self.training or not self.dropout:
             return None
-        return draw_seed(device) if self.call is None else self.call.dropout_seed(device)
+        call = LayerCall() if self.call is None else self.call
+        return call.dropout_seeds(x_BSD.shape[0], x_BSD.device)
 
 
 class SSMLoRALinear(LoRALinear):
@@ -143,7 +144,7 @@ class SSMLoRALinear(LoRALinear):
             self.state_transition,
             self.state_input,
             Recurrence(self.scaling, self.normalization, self.carry, self.dropout, self.stream),
-            self._dropout_seed(x_BSD.device),
+            self._dropout_seeds(x_BSD),
         )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -166,21 +167,22 @@ class LayerCall:
     """What the adapters of one decoder layer share while it runs, and no longer.
 
     Args:
-        dropout_seed: int64 scalar; None draws one when it is first asked for.
+        dropout_seeds_B: int64, one for each row; None draws them when they are first asked for.
         state_BSAR: as it enters the layer; its axes are read and written one by one. None for plain LoRA.
     """
 
-    def __init__(self, dropout_seed: Tensor | None = None, state_BSAR: Tensor | None = None) -> None:
-        self._seed = dropout_seed
+    def __init__(self, dropout_seeds_B: Tensor | None = None, state_BSAR: Tensor | None = None) -> None:
+        self._seeds_B = dropout_seeds_B
         self._columns = [] if state_BSAR is None else list(state_BSAR.unbind(2))
         self._read_BSD: Tensor | None = None
         self._through_BSD: Tensor | None = None
         self._z: dict[LoRALinear, Tensor] = {}
 
-    def dropout_seed(self, device: torch.device) -> Tensor:
-        """The seed of this call, on `device`."""
-        self._seed = draw_seed(device) if self._seed is None else self._seed.to(device)
-        return self._seed
+    def dropout_seeds(self, num_rows: int, device: torch.device) -> Tensor:
+        """The seeds [B] of this call's rows, on `device`."""
+        seeds_B = self._seeds_B
+        self._seeds_B = draw_seeds(num_rows, device) if seeds_B is None else seeds_B.to(device)
+        return self._seeds_B
 
     def read(self, axis: int) -> Tensor:
         """State [B,S,R] of one axis."""

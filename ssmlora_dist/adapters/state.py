@@ -40,12 +40,12 @@ class AdaptedDecoderLayer(nn.Module):
 
     adapters: list[LoRALinear]
 
-    def forward(self, hidden: Any, *args: Any, dropout_seed: Tensor | None = None, **kwargs: Any) -> Any:
-        """As without adapters; `dropout_seed`, an int64 scalar, is that of the forward pass of the model.
+    def forward(self, hidden: Any, *args: Any, dropout_seeds: Tensor | None = None, **kwargs: Any) -> Any:
+        """As without adapters; `dropout_seeds` [B] int64, one for each row, decide what is dropped.
 
-        Without it a layer that drops draws a seed of its own.
+        Without them a layer that drops draws its own.
         """
-        with bind(self.adapters, LayerCall(dropout_seed)):
+        with bind(self.adapters, LayerCall(dropout_seeds)):
             return super().forward(hidden, *args, **kwargs)
 
 
@@ -66,7 +66,7 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
     receives_packed: bool
     sends_packed: bool
 
-    def forward(self, hidden: Any, *args: Any, dropout_seed: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, hidden: Any, *args: Any, dropout_seeds: Tensor | None = None, **kwargs: Any) -> Any:
         """(hidden [B,S,D], state [B,S,A,R]) -> the same; bare hidden states at the first and last layer."""
         if isinstance(hidden, tuple):
             hidden_BSD, state_BSAR = hidden
@@ -74,7 +74,7 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
             hidden_BSD, state_BSAR = unpack(hidden, self.num_axes, self.rank)
         else:
             hidden_BSD, state_BSAR = hidden, self.initial_state(hidden)
-        call = LayerCall(dropout_seed, state_BSAR)
+        call = LayerCall(dropout_seeds, state_BSAR)
         with bind(self.adapters, call):
             hidden_BSD = super(AdaptedDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
         if self.is_last:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,6 +52,19 @@ class BatchShape:
             collate(examples[k : k + self.micro_batch_size], self.pad_token_id)
             for k in range(begin, begin + share, self.micro_batch_size)
         ]
+
+    def dropout_seeds(self, step: int, seed: int) -> list[Tensor]:
+        """A seed for each row of this rank's micro-batches of global batch `step`, each [B] int64.
+
+        It depends on `seed`, the step and the row's place in the global batch alone: on any number of ranks
+        and with any micro-batch an example drops the same.
+        """
+        # With a spawn key, so that it is no sequence of an epoch's order.
+        sequence = np.random.SeedSequence(seed, spawn_key=(step,))
+        words = sequence.generate_state(self.global_batch_size, np.uint64).astype(np.int64)
+        share = self.global_batch_size // self.data_parallel_size
+        begin = self.data_parallel_rank * share
+        return list(torch.from_numpy(words)[begin : begin + share].split(self.micro_batch_size))
 
 
 class GlobalBatches:

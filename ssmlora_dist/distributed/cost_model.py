@@ -118,6 +118,8 @@ class PartCost:
         adapter_bytes: adapters with their gradients and moments.
         input_bytes: of the part's input, which is kept where the rest is recomputed.
         saved_bytes: what the backward pass needs.
+        dequantized_bytes: of quantised weights, dequantised, where the recompute comes right before the
+            backward pass: they live between the two, part by part.
     """
 
     forward_flops: int
@@ -127,6 +129,7 @@ class PartCost:
     adapter_bytes: int
     input_bytes: int
     saved_bytes: int
+    dequantized_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,7 @@ def _layer_cost(
     # inputs in float32; the adapters' input. A frozen product keeps nothing.
     saved = 2 * shape.attention_size + 2 * shape.key_value_size + 3 * shape.intermediate_size + hidden
     norm_bytes = 2 * hidden * compute_dtype_bytes
+    is_quantized = bytes_per_linear_weight < compute_dtype_bytes
     return PartCost(
         forward_flops=forward,
         recompute_flops=forward if workload.recompute != "none" else 0,
@@ -238,6 +242,7 @@ def _layer_cost(
         adapter_bytes=parameters * ADAPTER_BYTES_PER_PARAMETER,
         input_bytes=tokens * (hidden * compute_dtype_bytes + state * adapters.state_dtype_bytes),
         saved_bytes=tokens * (saved * compute_dtype_bytes + 2 * hidden * FLOAT32_BYTES),
+        dequantized_bytes=shape.linear_weights * compute_dtype_bytes if is_quantized else 0,
     )
 
 

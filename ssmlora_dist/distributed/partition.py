@@ -252,7 +252,10 @@ class _Loads:
         if self.costs.recompute == "none":
             return 0
         ahead, of_ends = self.costs.ahead(layers), [part.saved_bytes for part in ends]
-        alone = [layer.saved_bytes for layer in self.costs.layers[layers.start : ahead.start]]
+        alone = [
+            layer.saved_bytes + layer.dequantized_bytes
+            for layer in self.costs.layers[layers.start : ahead.start]
+        ]
         if not ahead:
             return max([*alone, *of_ends])
         return max([self._sum("saved_bytes", ahead) + sum(of_ends), *alone])

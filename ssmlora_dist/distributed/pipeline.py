@@ -1,7 +1,7 @@
 """Pipeline parallelism on DeepSpeed's engine: 1F1B over stages, times data parallelism, ZeRO 0 and 1.
 
-Every rank makes the same micro-batches of token ids, masks and labels, so that one float tensor is all that
-crosses a stage boundary, and its shape is known on both sides: micro-batches may differ in length.
+Every rank makes the same micro-batches of token ids, masks, seeds and labels, so that one float tensor is all
+that crosses a stage boundary, and its shape is known on both sides: micro-batches may differ in length.
 """
 
 from __future__ import annotations

@@ -1,14 +1,20 @@
 """How fast a training step could be at best on a device: the limit that measured speeds are set against.
 
 A frozen weight costs 2 FLOPs per token forward, 2 backward to the input and, with gradient checkpointing, 2
-again for the recompute. Quantised weights are dequantised once for each of these passes, which is bound by
-memory: the packed bytes are read and 16-bit weights written. Adapters, norms, activation functions and the
-optimiser count as nothing: what they take is what is to be seen.
+again for the recompute, which can do without a layer's last projection. Quantised weights are dequantised
+twice: forward, and backward with the recompute. That is bound by memory: the packed bytes are read and 16-bit
+weights written. Adapters, norms, activation functions and the optimiser count as nothing: what they take is
+what is to be seen.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
 
 from ssmlora_dist.distributed.cost_model import DecoderShape
 
@@ -83,16 +89,48 @@ def step_limit(
     supervised = micro_batch_size * (sequence_length if supervised_tokens is None else supervised_tokens)
     linear_weights = shape.num_layers * shape.linear_weights
     head_weights = shape.hidden_size * shape.vocab_size
-    matmul_flops = 2 * passes * tokens * linear_weights + 2 * 3 * supervised * head_weights
+    # Nothing but its weight is needed of a layer's last product.
+    not_again = shape.num_layers * shape.hidden_size * shape.intermediate_size if checkpointing else 0
+    matmul_flops = 2 * tokens * (passes * linear_weights - not_again) + 2 * 3 * supervised * head_weights
     # Forward two products of S/2 positions each; backward five, as the scores are computed again.
     forward = 2 * tokens * sequence_length * shape.attention_size * shape.num_layers
     attention_flops = forward * (passes - 1 + 2.5)
     moved = 0.0
     if bytes_per_linear_weight is not None:
-        moved = passes * linear_weights * (bytes_per_linear_weight + WRITTEN_BYTES_PER_WEIGHT)
+        moved = 2 * linear_weights * (bytes_per_linear_weight + WRITTEN_BYTES_PER_WEIGHT)
     return StepLimit(
         num_tokens=tokens,
         matmul_seconds=matmul_flops / (ceilings.matmul_tflops * 1e12),
         attention_seconds=attention_flops / (ceilings.attention_tflops * 1e12),
         dequantization_seconds=moved / (ceilings.bandwidth_gb_per_second * 1e9),
+    )
+
+
+def measured_ceilings(device: torch.device, repeats: int = 10) -> Ceilings:
+    """Of this device, in bfloat16: the best of `repeats` large operations of each kind."""
+    cuda = device.type == "cuda"
+    size, length, heads, width = (8192, 8192, 32, 128) if cuda else (1024, 1024, 9, 64)
+
+    def best(operation: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(repeats + 2):
+            if cuda:
+                torch.cuda.synchronize(device)
+            started = time.perf_counter()
+            operation()
+            if cuda:
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    q, k, v = (torch.randn(1, heads, length, width, device=device).to(torch.bfloat16) for _ in range(3))
+    read, written = torch.empty(2, 2**28 if cuda else 2**26, dtype=torch.uint8, device=device)
+    attention_flops = 2 * heads * length * length * width
+    return Ceilings(
+        matmul_tflops=2 * size**3 / best(lambda: a @ b) / 1e12,
+        attention_tflops=attention_flops
+        / best(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        / 1e12,
+        bandwidth_gb_per_second=2 * read.nbytes / best(lambda: written.copy_(read)) / 1e9,
     )

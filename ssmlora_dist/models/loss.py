@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssmlora_dist.models.families import decoder_layers
+from ssmlora_dist.quantization import keep_weights_of_recompute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +33,7 @@ def checkpoint_layers(model: PreTrainedModel, num_kept: int = 0) -> None:
     """
     layers = list(decoder_layers(model).values())
     for layer in layers[: max(0, len(layers) - num_kept)]:
+        keep_weights_of_recompute(layer)
         layer.gradient_checkpointing = True  # type: ignore[assignment]
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
@@ -119,7 +121,7 @@ class CausalLMLoss(nn.Module):
             labels: [B,S], -100 where there is no loss; token t is predicted from the tokens before it.
             scored: [B,S] bool; when given, `Scores` are returned instead, without gradients: which of the
                 supervised tokens count for the exact match.
-            inputs: `input_ids`, `attention_mask`, `position_ids`, each [B,S]; `dropout_seed`, int64 scalar.
+            inputs: `input_ids`, `attention_mask`, `position_ids`, each [B,S]; `dropout_seeds`, [B] int64.
         """
         if scored is not None:
             with torch.no_grad():

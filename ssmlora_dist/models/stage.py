@@ -119,7 +119,7 @@ class PipelineStage(nn.Module):
             labels: [B,S]; read by the last stage.
             scored: [B,S] bool, to get scores.
             inputs: `input_ids`, read by the first stage, `attention_mask`, of which every stage makes its own
-                masks, and `position_ids`, each [B,S]; `dropout_seed`, an int64 scalar, read by every stage.
+                masks, and `position_ids`, each [B,S]; `dropout_seeds`, [B] int64, read by every stage.
         """
         if self.loss is not None:
             return self.loss(labels=labels, scored=scored, **_entering(received_BSW, inputs))

@@ -1,8 +1,8 @@
 """Dropout without memory: whether an element is kept is a pure function of its place.
 
-The place is (seed, stream, row of the batch, token in the row, component); a stream is one adapter of one
-decoder layer. So a backward pass, a recompute and another split of the layers over processes find the mask
-that the forward pass had, and nothing is stored. CPU and CUDA, here and in Triton, compute the same bits.
+The place is (seed of the row, stream, token in the row, component); a stream is one adapter of one decoder
+layer. So a backward pass, a recompute and any split of batch or layers over processes find the mask that the
+forward pass had, and nothing is stored. CPU and CUDA, here and in Triton, compute the same bits.
 
 Shapes: B batch, S tokens, C components; int32 arithmetic wraps around.
 """
@@ -21,9 +21,9 @@ FACTORS = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)
 START = 0x5A17C9E3
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """An int64 scalar from torch's default CPU generator, which gradient checkpointing restores."""
-    return torch.randint(2**62, ()).to(device)
+def draw_seeds(num_rows: int, device: torch.device) -> Tensor:
+    """Seeds [B] int64 from torch's default CPU generator, which gradient checkpointing restores."""
+    return torch.randint(2**62, (num_rows,)).to(device)
 
 
 def threshold(probability: float) -> int:
@@ -31,31 +31,33 @@ def threshold(probability: float) -> int:
     return min(round(probability * 2**32), 2**32 - 1) - 2**31
 
 
-def keep_mask(seed: Tensor, stream: int, shape: tuple[int, ...], probability: float) -> Tensor:
+def keep_mask(seeds_B: Tensor, stream: int, shape: tuple[int, ...], probability: float) -> Tensor:
     """Which elements are kept, bool of `shape` [...,S,C]; each is dropped with `probability`.
 
     Args:
-        seed: int64 scalar, on the device of the mask.
+        seeds_B: int64, one for each row of the batch, on the device of the mask.
         stream: which adapter.
         shape: tokens and components last; what is before them counts as rows of the batch.
         probability: of dropping.
     """
     *rows, num_tokens, num_components = shape
-    hash_ = torch.tensor(_key(int(seed), stream), dtype=torch.int32, device=seed.device)
-    for number in (math.prod(rows), num_tokens, num_components):
-        places = torch.arange(number, dtype=torch.int32, device=seed.device)
+    assert seeds_B.shape == (math.prod(rows),), "one seed for each row"
+    keys = [_key(seed, stream) for seed in seeds_B.tolist()]
+    hash_ = torch.tensor(keys, dtype=torch.int32, device=seeds_B.device)
+    for number in (num_tokens, num_components):
+        places = torch.arange(number, dtype=torch.int32, device=seeds_B.device)
         hash_ = _mixed(hash_.unsqueeze(-1) ^ places)
     return (hash_ >= threshold(probability)).view(shape)
 
 
-def dropout(x_BSC: Tensor, seed: Tensor, stream: int, probability: float) -> Tensor:
+def dropout(x_BSC: Tensor, seeds_B: Tensor, stream: int, probability: float) -> Tensor:
     """x [...,S,C]: what `keep_mask` drops is 0, the rest divided by 1 - probability; its own gradient."""
-    kept = keep_mask(seed, stream, tuple(x_BSC.shape), probability)
+    kept = keep_mask(seeds_B, stream, tuple(x_BSC.shape), probability)
     return (x_BSC * kept).mul_(1 / (1 - probability))
 
 
 def _key(seed: int, stream: int) -> int:
-    """The hash of an adapter's stream and of both halves of the seed, as an int32."""
+    """The hash of an adapter's stream and of both halves of a row's seed, as an int32."""
     hash_ = START
     for value in (stream, seed, seed >> 32):
         hash_ = (hash_ ^ value) % 2**32

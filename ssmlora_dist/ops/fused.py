@@ -31,7 +31,7 @@ from ssmlora_dist.ops.state_step import Recurrence
 def down_project(
     x_BSD: Tensor,
     weights: Sequence[Tensor],
-    seed: Tensor | None = None,
+    seeds: Tensor | None = None,
     stream: int = 0,
     dropout: float = 0.0,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -40,13 +40,13 @@ def down_project(
     Args:
         x_BSD: input of the frozen layers.
         weights: `lora_A` [R,D] of each adapter that reads x.
-        seed: int64 scalar of the dropout on what `weights` read; None keeps everything.
+        seeds: of the dropout on what `weights` read, int64, one for each row [B]; None keeps everything.
         stream: which adapter draws.
         dropout: its probability.
     """
     if not torch.is_grad_enabled():
-        return x_BSD, list(_projections(x_BSD, seed, (stream, dropout), weights))
-    through_BSD, *z = _DownProjection.apply(x_BSD, seed, (stream, dropout), *weights)  # type: ignore[no-untyped-call]
+        return x_BSD, list(_projections(x_BSD, seeds, (stream, dropout), weights))
+    through_BSD, *z = _DownProjection.apply(x_BSD, seeds, (stream, dropout), *weights)  # type: ignore[no-untyped-call]
     # Otherwise the frozen layers would work out a gradient that nobody takes.
     return through_BSD if x_BSD.requires_grad else x_BSD, z
 
@@ -65,7 +65,7 @@ def time_module(
     transition_RR: Tensor,
     input_RR: Tensor,
     recurrence: Recurrence,
-    seed: Tensor | None = None,
+    seeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What follows z in `reference.time_module`: y [B,S,O], in place of `base`, and the state handed on.
 
@@ -77,13 +77,13 @@ def time_module(
         transition_RR: W_c.
         input_RR: W_d.
         recurrence: scaling, normalisation, carry and dropout.
-        seed: int64 scalar of the dropout; None keeps everything.
+        seeds: of the dropout, int64, one for each row [B]; None keeps everything.
 
     Returns:
         y, and n or h [B,S,R] in the dtype of `h_prev_BSR`.
     """
     y_BSO, carried_BSR = _TimeModule.apply(  # type: ignore[no-untyped-call]
-        base_BSO, z_BSR, h_prev_BSR, lora_B_OR, transition_RR, input_RR, recurrence, seed
+        base_BSO, z_BSR, h_prev_BSR, lora_B_OR, transition_RR, input_RR, recurrence, seeds
     )
     return y_BSO, carried_BSR
 
@@ -91,29 +91,29 @@ def time_module(
 class _DownProjection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, seed: Tensor | None, drawing: tuple[int, float], *weights: Tensor
+        ctx: Any, x: Tensor, seeds: Tensor | None, drawing: tuple[int, float], *weights: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.drawing = drawing
-        ctx.save_for_backward(x, seed, *weights)
-        return x, *_projections(x, seed, drawing, weights)
+        ctx.save_for_backward(x, seeds, *weights)
+        return x, *_projections(x, seeds, drawing, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_x: Tensor | None, *d_z: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, seed, *weights = ctx.saved_tensors
+        x, seeds, *weights = ctx.saved_tensors
         rank = weights[0].shape[0]
         d_zs = [x.new_zeros((*x.shape[:-1], rank)) if d is None else d for d in d_z]
         # Under autocast x may be wider than z.
         d_z_TR = _rows(_stacked(d_zs, -1)).to(x.dtype)
-        read = _rows(_dropped(x, seed, ctx.drawing))
+        read = _rows(_dropped(x, seeds, ctx.drawing))
         d_weights = _product(d_z_TR.t(), read, weights[0].dtype).split(rank)
         if ctx.needs_input_grad[0]:
             weight = _stacked(weights).to(x.dtype)
-            if d_x is not None and seed is None:
+            if d_x is not None and seeds is None:
                 d_x = _add_product(d_x.contiguous(), d_z_TR, weight)
             else:
-                own = _dropped(torch.mm(d_z_TR, weight).view(x.shape), seed, ctx.drawing)
+                own = _dropped(torch.mm(d_z_TR, weight).view(x.shape), seeds, ctx.drawing)
                 d_x = own if d_x is None else d_x + own
         return d_x, None, None, *d_weights
 
@@ -145,23 +145,23 @@ class _TimeModule(torch.autograd.Function):
         transition: Tensor,
         input: Tensor,
         recurrence: Recurrence,
-        seed: Tensor | None,
+        seeds: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.recurrence = recurrence
-        ctx.save_for_backward(z, h_prev, lora_B, transition, input, seed)
-        u, carried = torch.ops.ssmlora.state_forward(z, h_prev, transition, input, seed, *recurrence)
+        ctx.save_for_backward(z, h_prev, lora_B, transition, input, seeds)
+        u, carried = torch.ops.ssmlora.state_forward(z, h_prev, transition, input, seeds, *recurrence)
         return _add_product(base, _rows(u), lora_B.to(z.dtype).t()), carried
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, d_carried: Tensor | None) -> tuple[Tensor | None, ...]:
-        z, h_prev, lora_B, transition, input, seed = ctx.saved_tensors
+        z, h_prev, lora_B, transition, input, seeds = ctx.saved_tensors
         if d_y is None:
             d_y = z.new_zeros((*z.shape[:-1], lora_B.shape[0]))
         d_u = torch.mm(_rows(d_y), lora_B.to(z.dtype)).view(z.shape)
         u, d_z, d_h_prev, d_transition, d_input = torch.ops.ssmlora.state_backward(
-            d_u, d_carried, ctx.needs_input_grad[2], z, h_prev, transition, input, seed, *ctx.recurrence
+            d_u, d_carried, ctx.needs_input_grad[2], z, h_prev, transition, input, seeds, *ctx.recurrence
         )
         d_B = _product(_rows(d_y).t(), _rows(u), lora_B.dtype)
         d_h_prev = d_h_prev if ctx.needs_input_grad[2] else None
@@ -169,9 +169,9 @@ class _TimeModule(torch.autograd.Function):
 
 
 def _projections(
-    x: Tensor, seed: Tensor | None, drawing: tuple[int, float], weights: Sequence[Tensor]
+    x: Tensor, seeds: Tensor | None, drawing: tuple[int, float], weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    z = F.linear(_dropped(x, seed, drawing), _stacked(weights).to(x.dtype))
+    z = F.linear(_dropped(x, seeds, drawing), _stacked(weights).to(x.dtype))
     return z.split(weights[0].shape[0], -1)
 
 
@@ -191,8 +191,8 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right).to(dtype)
 
 
-def _dropped(x: Tensor, seed: Tensor | None, drawing: tuple[int, float]) -> Tensor:
-    return x if seed is None else torch.ops.ssmlora.dropout(x, seed, *drawing)
+def _dropped(x: Tensor, seeds: Tensor | None, drawing: tuple[int, float]) -> Tensor:
+    return x if seeds is None else torch.ops.ssmlora.dropout(x, seeds, *drawing)
 
 
 def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -24,7 +24,7 @@ class Recurrence(NamedTuple):
         scaling: alpha / rank.
         normalization: `minmax`, `rms` or `none`.
         carry: what is handed on: `normalized` (n) or `raw` (h).
-        dropout: probability, on the normalised state; drawn where a seed is given.
+        dropout: probability, on the normalised state; drawn where seeds are given.
         stream: which adapter of the model draws.
     """
 
@@ -40,14 +40,14 @@ def state_forward(
     h_prev_BSR: Tensor,
     transition_RR: Tensor,
     input_RR: Tensor,
-    seed: Tensor | None,
+    seeds: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """scaling (z + K n) [B,S,R] in the dtype of z, and the carried state [B,S,R] in that of `h_prev`."""
     recurrence = Recurrence(*settings)
     _, z_TR, h_TR = _state(z_BSR, h_prev_BSR, transition_RR, input_RR)
     n_TR = _normalized(h_TR, recurrence.normalization)
-    mask_TR = _dropout_factors(z_BSR, h_TR.dtype, seed, recurrence)
+    mask_TR = _dropout_factors(z_BSR, h_TR.dtype, seeds, recurrence)
     u_TR = n_TR + z_TR if mask_TR is None else torch.addcmul(z_TR, n_TR, mask_TR)
     carried_TR = n_TR if recurrence.carry == "normalized" else h_TR
     return (
@@ -64,7 +64,7 @@ def state_backward(
     h_prev_BSR: Tensor,
     transition_RR: Tensor,
     input_RR: Tensor,
-    seed: Tensor | None,
+    seeds: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """scaling u again, and the gradients of z, h_prev, W_c and W_d, each like what it is the gradient of.
@@ -75,7 +75,7 @@ def state_backward(
     recurrence = Recurrence(*settings)
     g_TR, z_TR, h_TR = _state(z_BSR, h_prev_BSR, transition_RR, input_RR)
     d_carried_TR = None if d_carried_BSR is None else _rows(d_carried_BSR, h_TR.dtype)
-    mask_TR = _dropout_factors(z_BSR, h_TR.dtype, seed, recurrence)
+    mask_TR = _dropout_factors(z_BSR, h_TR.dtype, seeds, recurrence)
     d_z_TR = _rows(d_u_BSR, h_TR.dtype) * recurrence.scaling
     d_n_TR = d_z_TR if mask_TR is None else d_z_TR * mask_TR
     if d_carried_TR is not None and recurrence.carry == "normalized":
@@ -114,12 +114,12 @@ def _rows(tensor_BSR: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _dropout_factors(
-    z_BSR: Tensor, dtype: torch.dtype, seed: Tensor | None, recurrence: Recurrence
+    z_BSR: Tensor, dtype: torch.dtype, seeds: Tensor | None, recurrence: Recurrence
 ) -> Tensor | None:
     """K [T,R]: 1 / (1 - p) where the normalised state is kept, 0 where it is dropped."""
-    if seed is None or not recurrence.dropout:
+    if seeds is None or not recurrence.dropout:
         return None
-    kept = keep_mask(seed, recurrence.stream, tuple(z_BSR.shape), recurrence.dropout)
+    kept = keep_mask(seeds, recurrence.stream, tuple(z_BSR.shape), recurrence.dropout)
     return _rows(kept, dtype).mul_(1 / (1 - recurrence.dropout))
 
 

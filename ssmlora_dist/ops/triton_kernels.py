@@ -47,12 +47,11 @@ def _absorb(hash, value):
 
 
 @triton.jit
-def _is_kept(seed_ptr, stream, tokens, components, num_positions, threshold):
-    """`dropout.keep_mask` of tokens [BT] and components [C], as [BT,C]."""
-    seed = tl.load(seed_ptr)
-    hash = _absorb(_absorb(_START, stream), seed)
-    hash = _absorb(hash, seed >> 32)
-    hash = _absorb(hash, tokens // num_positions)
+def _is_kept(seeds_ptr, stream, tokens, T, components, num_positions, threshold):
+    """`dropout.keep_mask` of tokens [BT], of T, and components [C], as [BT,C]."""
+    seeds = tl.load(seeds_ptr + tokens // num_positions, tokens < T, 0)
+    hash = _absorb(_absorb(_START, stream), seeds)
+    hash = _absorb(hash, seeds >> 32)
     hash = _absorb(hash, tokens % num_positions)
     hash = _absorb(hash[:, None], components[None, :])
     return hash.to(tl.int32, bitcast=True) >= threshold
@@ -136,7 +135,7 @@ def _normalized_backward(h, n, divisor, d_n, R: tl.constexpr, RP: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["stream", "T", "num_positions", "threshold"])
 def _forward_kernel(
-    z_ptr, g_ptr, c_ptr, d_ptr, seed_ptr, u_ptr, carried_ptr,
+    z_ptr, g_ptr, c_ptr, d_ptr, seeds_ptr, u_ptr, carried_ptr,
     T, z_stride, g_stride, num_positions, stream, threshold, keep_scale, scaling,
     R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     NORMALIZATION: tl.constexpr, RAW: tl.constexpr, DROPOUT: tl.constexpr,
@@ -149,7 +148,7 @@ def _forward_kernel(
     carried = h if RAW else n
     if DROPOUT:
         n = tl.where(
-            _is_kept(seed_ptr, stream, tokens, columns, num_positions, threshold), n * keep_scale, 0.0
+            _is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, threshold), n * keep_scale, 0.0
         )
     z = tl.load(z_ptr + tokens[:, None] * z_stride + columns[None, :], inside, 0.0).to(tl.float32)
     places = tokens[:, None] * R + columns[None, :]
@@ -159,7 +158,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["stream", "T", "num_positions", "threshold"])
 def _backward_kernel(
-    d_u_ptr, d_carried_ptr, z_ptr, g_ptr, c_ptr, d_ptr, seed_ptr,
+    d_u_ptr, d_carried_ptr, z_ptr, g_ptr, c_ptr, d_ptr, seeds_ptr,
     u_ptr, d_z_ptr, d_g_ptr, sums_ptr,
     T, d_u_stride, d_carried_stride, z_stride, g_stride,
     num_positions, stream, threshold, keep_scale, scaling,
@@ -191,7 +190,7 @@ def _backward_kernel(
         d_n = d_u * scaling
         kept = n
         if DROPOUT:
-            is_kept = _is_kept(seed_ptr, stream, tokens, columns, num_positions, threshold)
+            is_kept = _is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, threshold)
             d_n = tl.where(is_kept, d_n * keep_scale, 0.0)
             kept = tl.where(is_kept, n * keep_scale, 0.0)
         if CARRIED:
@@ -223,14 +222,14 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=["stream", "num_positions", "threshold"])
 def _dropout_kernel(
-    x_ptr, y_ptr, seed_ptr, x_stride, num_positions, stream, threshold, keep_scale,
+    x_ptr, y_ptr, seeds_ptr, x_stride, num_positions, stream, threshold, keep_scale,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
     components = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (components < C)[None, :]
     x = tl.load(x_ptr + token[:, None] * x_stride + components[None, :], inside, 0.0)
-    kept = _is_kept(seed_ptr, stream, token, components, num_positions, threshold)
+    kept = _is_kept(seeds_ptr, stream, token, tl.num_programs(0), components, num_positions, threshold)
     y = tl.where(kept, x.to(tl.float32) * keep_scale, 0.0)
     tl.store(y_ptr + token[:, None] * C + components[None, :], y, inside)
 
@@ -240,7 +239,7 @@ def state_forward(
     h_prev_BSR: Tensor,
     transition_RR: Tensor,
     input_RR: Tensor,
-    seed: Tensor | None,
+    seeds: Tensor | None,
     scaling: float,
     normalization: str,
     carry: str,
@@ -251,7 +250,7 @@ def state_forward(
     z, g = _rows(z_BSR), _rows(h_prev_BSR)
     u, carried = z_BSR.new_empty(z_BSR.shape), h_prev_BSR.new_empty(z_BSR.shape)
     sizes = _sizes(z.shape[1])
-    drawn = seed if seed is not None and dropout else None
+    drawn = seeds.contiguous() if seeds is not None and dropout else None
     grid = (triton.cdiv(z.shape[0], sizes["BT"]),)
     _forward_kernel[grid](
         z, g, _matrix(transition_RR), _matrix(input_RR), drawn, u, carried,
@@ -269,7 +268,7 @@ def state_backward(
     h_prev_BSR: Tensor,
     transition_RR: Tensor,
     input_RR: Tensor,
-    seed: Tensor | None,
+    seeds: Tensor | None,
     scaling: float,
     normalization: str,
     carry: str,
@@ -286,7 +285,7 @@ def state_backward(
     num_pieces = sizes["RP"] // sizes["BK"]
     num_programs = min(triton.cdiv(num_tokens, sizes["BT"]), MAX_PROGRAMS // num_pieces)
     sums = z.new_empty((num_programs, 2, rank, rank), dtype=torch.float32)
-    drawn = seed if seed is not None and dropout else None
+    drawn = seeds.contiguous() if seeds is not None and dropout else None
     _backward_kernel[(num_programs, num_pieces)](
         d_u, d_carried, z, g, _matrix(transition_RR), _matrix(input_RR), drawn, u, d_z, d_h_prev, sums,
         num_tokens, d_u.stride(0), 0 if d_carried is None else d_carried.stride(0), z.stride(0), g.stride(0),
@@ -298,13 +297,13 @@ def state_backward(
     return u, d_z, d_h_prev, d_transition.to(transition_RR.dtype), d_input.to(input_RR.dtype)
 
 
-def dropout(x_BSC: Tensor, seed: Tensor, stream: int, probability: float) -> Tensor:
+def dropout(x_BSC: Tensor, seeds: Tensor, stream: int, probability: float) -> Tensor:
     """See `dropout.dropout`."""
     x = _rows(x_BSC)
     y = x_BSC.new_empty(x_BSC.shape)
     grid = (x.shape[0], triton.cdiv(x.shape[1], DROPOUT_BLOCK))
     drawing = _drawing(x_BSC, probability, stream)
-    _dropout_kernel[grid](x, y, seed, x.stride(0), *drawing, C=x.shape[1], BLOCK=DROPOUT_BLOCK)
+    _dropout_kernel[grid](x, y, seeds.contiguous(), x.stride(0), *drawing, C=x.shape[1], BLOCK=DROPOUT_BLOCK)
     return y
 
 

@@ -5,7 +5,15 @@ from ssmlora_dist.quantization.linear import (
     QuantizedLinear,
     dequantized_weight,
     is_quantized,
+    keep_weights_of_recompute,
     quantize_linear,
 )
 
-__all__ = ["QuantizationMode", "QuantizedLinear", "dequantized_weight", "is_quantized", "quantize_linear"]
+__all__ = [
+    "QuantizationMode",
+    "QuantizedLinear",
+    "dequantized_weight",
+    "is_quantized",
+    "keep_weights_of_recompute",
+    "quantize_linear",
+]

@@ -47,6 +47,10 @@ class QuantizedLinear(nn.Linear, ABC):
         packed: the packed weight [n,1], in the storage dtype.
         bias: [O] or None.
         compute_dtype: dtype in which the product is computed.
+
+    Attributes:
+        is_recomputed: whether training passes run under gradient checkpointing: see
+            `keep_weights_of_recompute`.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class QuantizedLinear(nn.Linear, ABC):
     ) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.compute_dtype = compute_dtype
+        self.is_recomputed = False
         self.weight = nn.Parameter(packed, requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(compute_dtype), requires_grad=False)
@@ -73,7 +78,10 @@ class QuantizedLinear(nn.Linear, ABC):
 
     def forward(self, input: Tensor) -> Tensor:
         """[...,D] -> [...,O] in the dtype of the input, computed in the compute dtype."""
-        output = _FrozenProduct.apply(input.to(self.compute_dtype), self.weight, self.bias, self)
+        x = input.to(self.compute_dtype)
+        if self.is_recomputed and self.training:
+            return F.linear(x, self.dequantize(self.weight.detach()), self.bias).to(input.dtype)
+        output = _FrozenProduct.apply(x, self.weight, self.bias, self)
         return cast(Tensor, output).to(input.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -247,6 +255,20 @@ def _quantize_4bit(
         state2=state2,
     )
     return packed, state
+
+
+def keep_weights_of_recompute(layer: nn.Module) -> None:
+    """Spares a decoder layer under non-reentrant gradient checkpointing one of three dequantisations.
+
+    In training its quantised layers then leave their dequantised weights to autograd. Checkpointing drops
+    what the forward pass leaves; what the recompute leaves lives until the backward pass, which follows at
+    once, has used it. So the weights of one decoder layer exist at a time. Without checkpointing all would.
+
+    The recompute also ends before the layer's last product, of which nothing but the weight is needed.
+    """
+    for module in layer.modules():
+        if isinstance(module, QuantizedLinear):
+            module.is_recomputed = True
 
 
 def is_quantized(layer: nn.Module) -> bool:

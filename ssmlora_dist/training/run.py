@@ -150,7 +150,7 @@ class _Run:
         self.place = place_of(config, self.group)
         checkpoint = self.continuation.checkpoint
         progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
-        shape = BatchShape(
+        self.batch_shape = BatchShape(
             training.global_batch_size,
             training.micro_batch_size,
             self.place.data_parallel_rank,
@@ -163,14 +163,14 @@ class _Run:
             self.num_steps = training.max_steps
             self.batches = StreamedBatches(
                 self.train_data,
-                shape,
+                self.batch_shape,
                 self.group.on_main,
                 self.continuation.step,
                 progress.get("data_position"),
             )
         else:
             assert training.num_epochs or training.max_steps, "refused by config.rules"
-            self.batches = GlobalBatches(self.train_data, shape, config.run.seed)
+            self.batches = GlobalBatches(self.train_data, self.batch_shape, config.run.seed)
             self.num_steps = training.max_steps or self.batches.num_steps(training.num_epochs or 1.0)
         self.totals = Totals(**progress["totals"])
         self.before = scores_from_plain(progress["before"])
@@ -298,10 +298,14 @@ class _Run:
         return fingerprint
 
     def _micro_batches(self, step: int) -> list[dict[str, Tensor]]:
-        # Of dropout: masks of their own at every step, rank and seed, so that none need be kept.
+        # What a backbone drops by itself, in its attention, comes from torch's generator.
         seed = np.random.SeedSequence([self.config.run.seed, step, self.group.rank])
         torch.manual_seed(int(seed.generate_state(1)[0]))
-        return self.batches.micro_batches(step)
+        batches = self.batches.micro_batches(step)
+        if not self.config.adapter.dropout:
+            return batches
+        rows = self.batch_shape.dropout_seeds(step, self.config.run.seed)
+        return [{**batch, "dropout_seeds": seeds} for batch, seeds in zip(batches, rows, strict=True)]
 
     def _learning_rate(self, step: int) -> float:
         training = self.config.training

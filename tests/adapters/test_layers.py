@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssmlora_dist.adapters.layers import LayerCall, LoRALinear, SSMLoRALinear
 from ssmlora_dist.adapters.state import bind
 from ssmlora_dist.errors import AdapterError
-from ssmlora_dist.ops.dropout import draw_seed, keep_mask
+from ssmlora_dist.ops.dropout import draw_seeds, keep_mask
 from ssmlora_dist.ops.reference import time_module
 from ssmlora_dist.quantization import quantize_linear
 
@@ -150,7 +150,7 @@ def test_lora_dropout_acts_on_the_input_while_training() -> None:
     torch.manual_seed(SEED)
     trained = layer.train()(x)
     torch.manual_seed(SEED)
-    dropped = x * keep_mask(draw_seed(x.device), STREAM, tuple(x.shape), dropout) / (1 - dropout)
+    dropped = x * keep_mask(draw_seeds(x.shape[0], x.device), STREAM, tuple(x.shape), dropout) / (1 - dropout)
     expected = layer.base_layer(x) + SCALING * (dropped @ layer.lora_A.weight.T) @ layer.lora_B.weight.T
     torch.testing.assert_close(trained, expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
     without = randomized(LoRALinear(layer.base_layer, RANK, ALPHA))
@@ -221,22 +221,23 @@ def test_the_state_leaves_in_the_dtype_it_entered() -> None:
     assert torch.equal(left[:, :, 1], raw.bfloat16())
 
 
-def test_adapters_of_one_call_share_its_seed_and_draw_apart() -> None:
+def test_adapters_of_one_call_share_its_seeds_and_draw_apart() -> None:
     layers = [randomized(LoRALinear(base_layer("dense"), RANK, ALPHA, 0.5, stream=s)).train() for s in (1, 2)]
     layers[1].load_state_dict(layers[0].state_dict())
-    x, dropout_seed = tokens(), torch.tensor(11)
+    x = tokens()
+    dropout_seeds = torch.arange(x.shape[0])
     generator_state = torch.get_rng_state()
-    with bind(layers, LayerCall(dropout_seed)):
+    with bind(layers, LayerCall(dropout_seeds)):
         first, second = (layer(x) for layer in layers)
-    with bind(layers, LayerCall(dropout_seed)):
+    with bind(layers, LayerCall(dropout_seeds)):
         again = layers[0](x)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
-    assert torch.equal(torch.get_rng_state(), generator_state), "a seed was drawn although there was one"
+    assert torch.equal(torch.get_rng_state(), generator_state), "seeds were drawn although there were some"
     with bind(layers, LayerCall()):
         call = layers[0].call
-        drawn = call.dropout_seed(x.device)
-        assert call.dropout_seed(x.device) == drawn
+        drawn = call.dropout_seeds(x.shape[0], x.device)
+        assert call.dropout_seeds(x.shape[0], x.device) is drawn
     assert not torch.equal(torch.get_rng_state(), generator_state)
 
 

@@ -54,6 +54,26 @@ def test_the_same_global_batches_on_any_topology(ranks, micro):
         assert all(len(batch["input_ids"]) == micro for share in per_rank for batch in share)
 
 
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 12), (2, 3), (4, 1), (4, 3)])
+def test_a_row_has_the_same_dropout_seed_on_any_topology(ranks, micro):
+    for step in (0, 1, 5):
+        (expected,) = BatchShape(12, 12, 0, 1, PAD).dropout_seeds(step, seed=0)
+        shapes = [BatchShape(12, micro, rank, ranks, PAD) for rank in range(ranks)]
+        per_rank = [shape.dropout_seeds(step, seed=0) for shape in shapes]
+        assert [seed for share in per_rank for seeds in share for seed in seeds.tolist()] == expected.tolist()
+        assert all(len(seeds) == micro for share in per_rank for seeds in share)
+
+
+def test_dropout_seeds_depend_on_seed_step_and_row_and_are_frozen():
+    """Written down so that a change of library or code that would break resuming is seen."""
+    shape = BatchShape(4, 4, 0, 1, PAD)
+    frozen = [-5208354772856091714, -892417645563214505, -5525438022468806686, 8283279666186566265]
+    assert shape.dropout_seeds(3, seed=0)[0].tolist() == frozen
+    others = (*shape.dropout_seeds(3, seed=1), *shape.dropout_seeds(4, seed=0))
+    drawn = [seed for seeds in others for seed in seeds.tolist()]
+    assert len({*frozen, *drawn}) == 12
+
+
 def test_any_step_can_come_first():
     data = dataset(17)
     straight = batches(data)

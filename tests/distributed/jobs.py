@@ -57,9 +57,16 @@ TOPOLOGIES: dict[str, Overrides] = {
     ),
 }
 
-# Evaluation must leave dropout on and draw no random number.
+# What a sample drops depends on its place in the global batch alone. Evaluation must leave dropout on.
 DROPOUT = "dropout"
-_WITHOUT_EVALUATION: dict[str, Overrides] = {**TOPOLOGIES, DROPOUT: ("adapter.dropout=0.3",)}
+_DROPOUT: Overrides = ("adapter.dropout=0.3", 'adapter.every_layer=["o_proj","up_proj"]')
+DROPPING: dict[str, Overrides] = {
+    DROPOUT: _DROPOUT,
+    "dropout, zero 2": (*_DROPOUT, *TOPOLOGIES["zero 2"]),
+    "dropout, zero 3": (*_DROPOUT, *TOPOLOGIES["zero 3, nothing persistent"]),
+    "dropout, micro-batch 2": (*_DROPOUT, "training.micro_batch_size=2"),
+}
+_WITHOUT_EVALUATION: dict[str, Overrides] = {**TOPOLOGIES, **DROPPING}
 
 # Three examples, so that two ranks do not share them evenly.
 _EVALUATION: Overrides = (

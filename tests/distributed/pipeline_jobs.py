@@ -50,6 +50,8 @@ SPLITS = [(0, *inner) for stages in (2, 3, 4) for inner in combinations(range(1,
 _NAMES = list(VARIANTS)
 # Of which the first and the last stage each read one half.
 TIED_DIRECTORY = "tied"
+# Time modules drop of their state, plain LoRA of its input.
+_DROPOUT = ("adapter.dropout=0.3", _SEVEN)
 _TIED = f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}'
 
 
@@ -67,6 +69,7 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
     "nf4": (1, ("quantization.mode=nf4", "model.compute_dtype=bfloat16", *EVALUATION)),
     "lora": (1, ("adapter.method=lora",)),
     "tied from a file": (1, (_TIED,)),
+    "dropout": (1, _DROPOUT),
     # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
     "two ranks": (2, VARIANTS[_NAMES[0]]),
 }
@@ -86,12 +89,21 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
     "lora in stages": (3, (*PLAIN["lora"][1], *_split((0, 2, 3))), "lora"),
     "tied from a file in two": (2, (_TIED, *_split((0, 3))), "tied from a file"),
     "tied from a file in three": (3, (_TIED, *_split((0, 2, 4))), "tied from a file"),
+    **{
+        f"dropout at {boundaries}, {ahead} ahead": (
+            len(boundaries),
+            (*_DROPOUT, *_split(boundaries, ahead)),
+            "dropout",
+        )
+        for boundaries, ahead in (((0, 3), 0), ((0, 3), 2), ((0, 3), "auto"), ((0, 2, 3, 5), 1))
+    },
     "balanced": (2, (*VARIANTS[_NAMES[0]], "parallel.pipeline_stages=2"), _NAMES[0]),
 }
 # Within a tolerance: other sums.
 NEAR: dict[str, tuple[int, Overrides, str]] = {
     "zero 1": (2, (*VARIANTS[_NAMES[0]], *_split((0, 3)), "parallel.zero_stage=1"), _NAMES[0]),
     "two stages on two ranks each": (4, (*VARIANTS[_NAMES[0]], *_split((0, 3))), "two ranks"),
+    "dropout in two stages on two ranks each": (4, (*_DROPOUT, *_split((0, 3))), "dropout"),
     "zero 1 on two ranks each": (
         4,
         (*VARIANTS[_NAMES[0]], *_split((0, 3)), "parallel.zero_stage=1"),

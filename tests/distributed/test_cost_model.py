@@ -36,7 +36,12 @@ def adapted(num_layers: int, config: AdapterConfig = QV_AND_MLP, **changes: Any)
     return add_adapters(tiny_model(num_layers=num_layers, **changes), config).train()
 
 
-def costs_of(model: Any, recompute: Recompute, dtype: torch.dtype = torch.float32) -> ModelCosts:
+def costs_of(
+    model: Any,
+    recompute: Recompute,
+    dtype: torch.dtype = torch.float32,
+    bytes_per_linear_weight: float | None = None,
+) -> ModelCosts:
     config = model.config
     parameters = [0] * config.num_hidden_layers
     for name, parameter in adapter_parameters(model).items():
@@ -55,9 +60,21 @@ def costs_of(model: Any, recompute: Recompute, dtype: torch.dtype = torch.float3
         shape,
         AdapterShape(tuple(parameters), num_axes=2, rank=4, state_dtype_bytes=BYTES[dtype]),
         Workload(TOKENS, BATCH, 4, SUPERVISED, CHUNK, recompute),
-        bytes_per_linear_weight=BYTES[dtype],
+        bytes_per_linear_weight=bytes_per_linear_weight or BYTES[dtype],
         compute_dtype_bytes=BYTES[dtype],
     )
+
+
+def state_flops(num_products: int, z_BSR: torch.Size) -> int:
+    return num_products * 2 * z_BSR.numel() * z_BSR[-1]
+
+
+# Products that torch does not count by itself. The state, worked out again for its gradient, does not count.
+FLOPS_OF_ADAPTERS: dict[Any, Any] = {
+    torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left.numel() * right[1],
+    torch.ops.ssmlora.state_forward: lambda z, *_, **__: state_flops(2, z),
+    torch.ops.ssmlora.state_backward: lambda d_u, *_, **__: state_flops(4, d_u),
+}
 
 
 def counted_flops(model: Any, checkpointing: bool) -> tuple[int, int]:
@@ -67,7 +84,7 @@ def counted_flops(model: Any, checkpointing: bool) -> tuple[int, int]:
     input_ids = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) % model.config.vocab_size
     labels = torch.full_like(input_ids, -100)
     labels[:, -SUPERVISED:] = input_ids[:, -SUPERVISED:]
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS_OF_ADAPTERS) as counter:
         loss = CausalLMLoss(model, CHUNK)(input_ids=input_ids, labels=labels)
         forward = counter.get_total_flops()
         loss.backward()
@@ -148,6 +165,14 @@ def test_saved_bytes_are_near_those_of_a_real_layer(dtype: torch.dtype) -> None:
     model.model(input_ids=torch.ones(BATCH, TOKENS, dtype=torch.long), use_cache=False)
     estimate = costs_of(model, "none", dtype).layers[2].saved_bytes
     assert sum(saved.values()) == pytest.approx(estimate, rel=SAVED_TOLERANCE)
+
+
+def test_dequantised_weights_are_in_the_compute_dtype() -> None:
+    weights = 16 * (2 * 16 + 2 * 8 + 3 * 24)
+    for bytes_per_linear_weight, expected in ((0.5, 4 * weights), (1.0, 4 * weights), (4.0, 0)):
+        costs = costs_of(adapted(3), "on_gradient", bytes_per_linear_weight=bytes_per_linear_weight)
+        assert {layer.dequantized_bytes for layer in costs.layers} == {expected}
+    assert costs.head.dequantized_bytes == costs.embedding.dequantized_bytes == 0
 
 
 def test_the_input_of_a_layer_is_what_crosses_a_stage_boundary() -> None:

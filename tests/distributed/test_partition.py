@@ -29,7 +29,7 @@ NOTHING = PartCost(0, 0, 0, 0, 0, 0, 0)
 
 def random_part(source: random.Random) -> PartCost:
     """Costs so small that ties are frequent."""
-    return PartCost(*(source.randint(0, 3) for _ in range(7)))
+    return PartCost(*(source.randint(0, 3) for _ in range(8)))
 
 
 def random_costs(source: random.Random, num_layers: int, recompute: Recompute) -> ModelCosts:
@@ -75,7 +75,7 @@ def slowest_and_fullest(costs: ModelCosts, boundaries: tuple[int, ...]) -> tuple
         ahead = layers if costs.layers_ahead is None else min(costs.layers_ahead, layers)
         ahead = ahead if costs.recompute == "while_waiting" else 0
         is_last = stage == num_stages - 1
-        time, inputs, saved, together = 0, 0, [], 0
+        time, inputs, saved, rebuilt, together = 0, 0, [], [], 0
         for index, part in enumerate(parts):
             is_ahead = index in range(layers - ahead, layers)
             time += part.forward_flops + part.backward_flops
@@ -86,11 +86,12 @@ def slowest_and_fullest(costs: ModelCosts, boundaries: tuple[int, ...]) -> tuple
                 together += part.saved_bytes
             else:
                 saved.append(part.saved_bytes)
+                rebuilt.append(part.saved_bytes + (part.dequantized_bytes if index < layers else 0))
         if costs.recompute == "none":
             activations = in_flight * (sum(saved) + together)
             time -= sum(part.recompute_flops for part in parts)
         else:
-            activations = in_flight * inputs + max([together, *saved])
+            activations = in_flight * inputs + max([together, *rebuilt])
         held = sum(part.frozen_bytes + part.adapter_bytes for part in parts) + activations
         if stage == 0 and stage == num_stages - 1:
             held -= costs.shared_bytes

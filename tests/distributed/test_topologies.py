@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .conftest import WORLD_SIZES, Results
-from .jobs import DROPOUT, EVALUATED, MICRO_BATCHES, QUANTIZED, REFERENCE, TIED, TOPOLOGIES, fits
+from .jobs import DROPOUT, DROPPING, EVALUATED, MICRO_BATCHES, QUANTIZED, REFERENCE, TIED, TOPOLOGIES, fits
 
 # Float32 sums over a few hundred tokens in another order: at most 6e-7 in the loss, 2e-7 of the norm and 4e-7
 # in the adapters were seen. A mistake of scale (ranks or micro-batches counted twice) is 100,000 times that.
@@ -85,6 +85,12 @@ def test_dropout_acts(results: Results, num_ranks: int) -> None:
     # `lora_B` is zero in the first step, so that nothing that an adapter does is seen.
     assert first[0]["loss"] == first[1]["loss"]
     assert all(abs(dropped["loss"] - kept["loss"]) > LOSS_TOLERANCE for dropped, kept in later)
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+@pytest.mark.parametrize("job", DROPPING)
+def test_a_sample_drops_the_same_on_every_topology(results: Results, num_ranks: int, job: str) -> None:
+    assert_same_training(results, (job, num_ranks), (DROPOUT, 1))
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)

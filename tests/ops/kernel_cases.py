@@ -17,8 +17,8 @@ from ssmlora_dist.ops import dropout, state_step, triton_kernels
 from ssmlora_dist.ops.reference import MIN_SPREAD
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-BATCH, SCALING, STREAM, PROBABILITY = 1, 1.5, 5, 0.3
-SEED = torch.tensor(2**40 + 7, device=DEVICE)
+BATCH, SCALING, STREAM, PROBABILITY = 2, 1.5, 5, 0.3
+SEEDS = torch.tensor([2**40 + 7, -5], device=DEVICE)
 # Relative to the largest number of a tensor. Float32: sums in another order. Otherwise results are rounded to
 # 8 or 11 bits, and numbers that differ in their last bit may be rounded apart; Triton's interpreter rounds to
 # bfloat16 towards zero, as no GPU does.
@@ -57,7 +57,7 @@ def run(
     """All results of both operators; not `full`: no gradient of the carried state, and none of h_prev."""
     normalization, carry, probability = form
     inputs = [tensors[name] for name in ("z", "h_prev", "transition", "input")]
-    settings = (SEED if probability else None, SCALING, normalization, carry, probability, STREAM)
+    settings = (SEEDS if probability else None, SCALING, normalization, carry, probability, STREAM)
     d_carried = tensors["d_carried"] if full else None
     forward = module.state_forward(*inputs, *settings)
     return *forward, *module.state_backward(tensors["d_u"], d_carried, full, *inputs, *settings)
@@ -109,8 +109,8 @@ def test_dead_and_tied_rows(form: tuple[str, str, float]) -> None:
         [4.0, 1.0, 1.0, 4.0],
         [2.0, 2.0, 5.0, 2.0],
     ]
-    tensors["h_prev"] = torch.tensor([rows], device=DEVICE)
-    tensors["z"] = torch.zeros(1, 5, 4, device=DEVICE)
+    tensors["h_prev"] = torch.tensor([rows] * BATCH, device=DEVICE)
+    tensors["z"] = torch.zeros(BATCH, 5, 4, device=DEVICE)
     tensors["transition"] = torch.zeros(4, 4, device=DEVICE)
     assert_same(tensors, form)
 
@@ -129,8 +129,8 @@ def test_the_same_bits_in_every_run() -> None:
 def test_dropout_drops_the_same(dtype: torch.dtype) -> None:
     x = torch.randn(2, 7, 1500, generator=torch.Generator().manual_seed(0))
     x = x.to(DEVICE, dtype)[..., :1300]
-    got = triton_kernels.dropout(x, SEED, STREAM, PROBABILITY)
-    expected = dropout.dropout(x, SEED, STREAM, PROBABILITY)
+    got = triton_kernels.dropout(x, SEEDS, STREAM, PROBABILITY)
+    expected = dropout.dropout(x, SEEDS, STREAM, PROBABILITY)
     assert torch.equal(got == 0, expected == 0)
     torch.testing.assert_close(got, expected, rtol=TOLERANCES[dtype], atol=0)
 

@@ -18,7 +18,7 @@ from tests.ops.recurrence import weights_like
 
 SEED = 17
 BATCH, FEATURES, OUT_FEATURES, SCALING, STREAM, DROPOUT = 2, 24, 20, 1.5, 5, 0.3
-DROPOUT_SEED = 2**40 + 7
+DROPOUT_SEEDS = [2**40 + 7, 3]
 # Both sides sum the same terms in other orders; errors are relative to the largest number of a tensor. In
 # bfloat16 they also round at other places, each time by up to 2^-9, and a gradient through minmax sees some.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -26,7 +26,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one time module; all but the frozen weight and the seed take gradients."""
+    """Of one time module; all but the frozen weight and the seeds take gradients."""
 
     x_BSD: Tensor
     h_prev_BSR: Tensor
@@ -68,7 +68,7 @@ def draw(tokens: int = 5, rank: int = 4, dtype: torch.dtype = torch.float64, bat
 
 
 def run_fused(
-    inputs: Inputs, recurrence: Recurrence, detach: bool = False, seed: Tensor | None = None
+    inputs: Inputs, recurrence: Recurrence, detach: bool = False, seeds: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     x_BSD, (z_BSR,) = fused.down_project(inputs.x_BSD, [inputs.lora_A_RD])
     return fused.time_module(
@@ -79,16 +79,16 @@ def run_fused(
         inputs.transition_RR,
         inputs.input_RR,
         recurrence,
-        seed,
+        seeds,
     )
 
 
 def run_reference(
-    inputs: Inputs, recurrence: Recurrence, detach: bool = False, seed: Tensor | None = None
+    inputs: Inputs, recurrence: Recurrence, detach: bool = False, seeds: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     mask_BSR = None
-    if seed is not None:
-        kept = keep_mask(seed, recurrence.stream, tuple(inputs.h_prev_BSR.shape), recurrence.dropout)
+    if seeds is not None:
+        kept = keep_mask(seeds, recurrence.stream, tuple(inputs.h_prev_BSR.shape), recurrence.dropout)
         mask_BSR = kept.to(inputs.lora_A_RD.dtype) / (1 - recurrence.dropout)
     y_BSO, carried_BSR = reference.time_module(
         inputs.x_BSD,

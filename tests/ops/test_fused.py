@@ -16,7 +16,7 @@ from ssmlora_dist.ops.state_step import Recurrence
 from tests.ops.one_module import (
     BATCH,
     DROPOUT,
-    DROPOUT_SEED,
+    DROPOUT_SEEDS,
     FEATURES,
     OUT_FEATURES,
     SCALING,
@@ -44,9 +44,9 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("detach", [False, True], ids=["full", "detached"])
 @pytest.mark.parametrize("drop", [False, True], ids=["no_dropout", "dropout"])
 def test_i10_every_form(normalization: str, carry: str, dtype: torch.dtype, detach: bool, drop: bool) -> None:
-    seed = torch.tensor(DROPOUT_SEED) if drop else None
+    seeds = torch.tensor(DROPOUT_SEEDS) if drop else None
     recurrence = Recurrence(SCALING, normalization, carry, DROPOUT, STREAM)
-    assert_is_the_reference(draw(dtype=dtype), recurrence, detach, seed)
+    assert_is_the_reference(draw(dtype=dtype), recurrence, detach, seeds)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 64, 256])
@@ -110,11 +110,11 @@ def test_i10_one_axis_of_several() -> None:
 @pytest.mark.parametrize("drop", [False, True], ids=["no_dropout", "dropout"])
 def test_gradcheck(normalization: str, carry: str, drop: bool) -> None:
     inputs = draw(tokens=2)
-    seed = torch.tensor(DROPOUT_SEED) if drop else None
+    seeds = torch.tensor(DROPOUT_SEEDS) if drop else None
 
     def outputs(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         moved = Inputs(*leaves, frozen_OD=inputs.frozen_OD)
-        return run_fused(moved, Recurrence(SCALING, normalization, carry, DROPOUT, STREAM), False, seed)
+        return run_fused(moved, Recurrence(SCALING, normalization, carry, DROPOUT, STREAM), False, seeds)
 
     assert torch.autograd.gradcheck(outputs, inputs.leaves)
 
@@ -122,7 +122,7 @@ def test_gradcheck(normalization: str, carry: str, drop: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_in_every_run(dtype: torch.dtype) -> None:
     inputs = draw(129, 16, dtype)
-    options = (Recurrence(SCALING, dropout=DROPOUT), False, torch.tensor(DROPOUT_SEED))
+    options = (Recurrence(SCALING, dropout=DROPOUT), False, torch.tensor(DROPOUT_SEEDS))
     first, second = (outputs_and_gradients(run_fused, inputs, *options) for _ in range(2))
     assert all(
         a is not None and b is not None and torch.equal(a, b) for a, b in zip(first, second, strict=True)
@@ -156,11 +156,11 @@ def test_gradients_of_gradients_are_refused() -> None:
 @pytest.mark.parametrize("drop", [False, True], ids=["no_dropout", "dropout"])
 def test_x_z_and_the_state_received_are_all_that_is_kept(dtype: torch.dtype, drop: bool) -> None:
     inputs = draw(dtype=dtype)
-    seed = torch.tensor(DROPOUT_SEED) if drop else None
+    seeds = torch.tensor(DROPOUT_SEEDS) if drop else None
     own = (*inputs.leaves[2:], inputs.frozen_OD)
     recurrence = Recurrence(SCALING, dropout=DROPOUT)
     kept = kept_by(
-        lambda: run_fused(inputs, recurrence, False, seed), *own, *([] if seed is None else [seed])
+        lambda: run_fused(inputs, recurrence, False, seeds), *own, *([] if seeds is None else [seeds])
     )
     pointers = [tensor.data_ptr() for tensor in kept]
     assert inputs.x_BSD.data_ptr() in pointers
@@ -245,7 +245,7 @@ def test_on_cuda_it_is_what_it_is_on_the_cpu(
     recurrence = Recurrence(SCALING, normalization, carry, DROPOUT, STREAM)
     results = []
     for device in ("cuda", "cpu"):
-        seed = torch.tensor(DROPOUT_SEED, device=device) if drop else None
-        found = outputs_and_gradients(run_fused, inputs.copy(device), recurrence, False, seed)
+        seeds = torch.tensor(DROPOUT_SEEDS, device=device) if drop else None
+        found = outputs_and_gradients(run_fused, inputs.copy(device), recurrence, False, seeds)
         results.append([None if tensor is None else tensor.cpu() for tensor in found])
     assert_same(*results, TOLERANCES[dtype])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmlora_dist.ops import fused
 from ssmlora_dist.ops.dropout import keep_mask
-from tests.ops.one_module import DROPOUT, DROPOUT_SEED, SCALING, STREAM, TOLERANCES, draw, kept_by
+from tests.ops.one_module import DROPOUT, DROPOUT_SEEDS, SCALING, STREAM, TOLERANCES, draw, kept_by
 from tests.ops.recurrence import weights_like
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -50,11 +50,11 @@ def test_lora_is_its_formula(dtype: torch.dtype, num_readers: int) -> None:
 
 def test_lora_drops_the_input_of_its_own_half_alone() -> None:
     inputs = draw()
-    seed = torch.tensor(DROPOUT_SEED)
-    kept = keep_mask(seed, STREAM, tuple(inputs.x_BSD.shape), DROPOUT).double() / (1 - DROPOUT)
+    seeds = torch.tensor(DROPOUT_SEEDS)
+    kept = keep_mask(seeds, STREAM, tuple(inputs.x_BSD.shape), DROPOUT).double() / (1 - DROPOUT)
 
     def ours(x_BSD: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [a], seed, STREAM, DROPOUT)
+        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [a], seeds, STREAM, DROPOUT)
         return fused.add_lora(F.linear(x_BSD, inputs.frozen_OD), z_BSR, b, SCALING)
 
     def formula(x_BSD: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -63,4 +63,4 @@ def test_lora_drops_the_input_of_its_own_half_alone() -> None:
     leaves = (inputs.x_BSD, inputs.lora_A_RD, inputs.lora_B_OR)
     assert torch.autograd.gradcheck(ours, leaves)
     torch.testing.assert_close(ours(*leaves), formula(*leaves), rtol=0, atol=TOLERANCES[torch.float64])
-    assert len(kept_by(lambda: ours(*leaves), *leaves[1:], inputs.frozen_OD, seed)) == 2, "x and z"
+    assert len(kept_by(lambda: ours(*leaves), *leaves[1:], inputs.frozen_OD, seeds)) == 2, "x and z"

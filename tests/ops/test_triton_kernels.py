@@ -52,7 +52,7 @@ def compiled(name: str, rank: int, dtype: str, absent: tuple[str, ...], **switch
     constants = {**sizes, **switches, **dict.fromkeys(absent)}
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    kinds = {"seed_ptr": "*i64", "keep_scale": "fp32", "scaling": "fp32"}
+    kinds = {"seeds_ptr": "*i64", "keep_scale": "fp32", "scaling": "fp32"}
     kinds |= dict.fromkeys(("c_ptr", "d_ptr", "sums_ptr"), "*fp32") | dict.fromkeys(constants, "constexpr")
     signature = {
         name: kinds.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in kernel.arg_names
@@ -68,5 +68,5 @@ def test_kernels_compile_for_a_gpu(dtype: str) -> None:
     for name in ("_forward_kernel", "_backward_kernel"):
         assert "cubin" in compiled(name, 8, dtype, (), **switches).asm
     switches |= {"NORMALIZATION": 1, "RAW": True, "DROPOUT": False, "CARRIED": False, "NEEDS_D_G": False}
-    compiled("_backward_kernel", 8, dtype, ("seed_ptr", "d_carried_ptr"), **switches)
+    compiled("_backward_kernel", 8, dtype, ("seeds_ptr", "d_carried_ptr"), **switches)
     compiled("_dropout_kernel", 8, dtype, (), C=4096, BLOCK=1024)
