@@ -226,7 +226,7 @@ class TaskSection(Section):
     fields: dict[str, Names] = {}
     """Maps the names that your own task needs to names or paths (`outer.inner`) in the records."""
     prompt: str | None = None
-    """Template of the prompt of your own task; by default `"Question: {question}\nAnswer:"`."""
+    """Template of the prompt of your own task; by default `question` and a line `Answer:`."""
     choices: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     """Templates of the choices of `multiple_choice`; by default the texts in the field `choices`."""
     labels: dict[str, Annotated[int, Field(ge=0)]] | None = None

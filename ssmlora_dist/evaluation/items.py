@@ -1,4 +1,4 @@
-"""What a task asks a model, item by item, and what came of it. Plain data: no model, no tokenizer, no files."""
+"""What a task asks a model, item by item, and what came of it: plain data, without model or files."""
 
 from __future__ import annotations
 

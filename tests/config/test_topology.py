@@ -61,6 +61,17 @@ CASES: list[tuple[list[Change], dict[str, Any], str | None]] = [
         CUDA,
         "training.optimizer",
     ),
+    (
+        [("evaluation.tasks_every_steps", 2), ("parallel.pipeline_stages", 2)],
+        {"world_size": 2},
+        "evaluation.tasks_every_steps",
+    ),
+    (
+        [("evaluation.tasks_every_steps", 2), ("parallel.zero_stage", 3)],
+        {},
+        "evaluation.tasks_every_steps",
+    ),
+    ([("evaluation.tasks_every_steps", 2), ("parallel.zero_stage", 2)], {}, None),
     ([("model.attention", "flash_attention_2")], CPU, "model.attention"),
     ([("model.attention", "flash_attention_2")], CUDA, None),
     (
@@ -93,6 +104,7 @@ def test_every_rule_can_be_broken() -> None:
     pipeline: list[Change] = [
         ("parallel", {"pipeline_stages": 3, "zero_stage": 2, "stage_boundaries": [0, 1]}),
         ("adapter.state_dtype", "float16"),
+        ("evaluation.tasks_every_steps", 2),
     ]
     lines = [
         line

@@ -89,7 +89,7 @@ def common_words(
         for length in lengths
     }
     drawn = {
-        (number, length): chosen[length].draw(length, num_fewshot, sampling.random(number, length))
+        (number, length): chosen[length].draw(length, num_fewshot, sampling.random(number))
         for number, length in sampling.examples()
     }
     for length, lists in chosen.items():
@@ -103,7 +103,7 @@ def common_words(
 
     def items() -> Iterator[GenerationItem]:
         for (number, length), words in drawn.items():
-            place = (number, length, "list")
+            place = (number, length)
             build = functools.partial(chosen[length].prompt, length, words, sampling, place)
             prompt = fit(counter, length - MAX_NEW_TOKENS, 0, build)
             yield GenerationItem(

@@ -69,7 +69,7 @@ def frequent_words(
         asked = [
             f" {word}"
             for number in range(num_examples)
-            for word in _draw_words(NUM_ASKED, sampling, number, length)
+            for word in _draw_words(NUM_ASKED, sampling, number)
         ]
         costs = counter.costs(asked).reshape(num_examples, NUM_ASKED)
         dots, *seldom = _occurrences(LEAST_DOTS, NUM_ASKED + 1).tolist()
@@ -97,8 +97,8 @@ def frequent_words(
         for number, length in sampling.examples():
             # A word of rank k occurs from k squared words on.
             num_words = min(max(length - MAX_NEW_TOKENS, 0) // TOKENS_PER_WORD - 1, math.isqrt(length))
-            words = _draw_words(max(num_words, NUM_ASKED), sampling, number, length)
-            place = (number, length, "text")
+            words = _draw_words(max(num_words, NUM_ASKED), sampling, number)
+            place = (number, length)
             yield GenerationItem(
                 id=f"{length}/{number}",
                 prompt=fit(counter, length - MAX_NEW_TOKENS, 0, functools.partial(build, words, place)),
@@ -110,10 +110,10 @@ def frequent_words(
     return items()
 
 
-def _draw_words(num_words: int, sampling: Sampling, number: int, length: int) -> list[str]:
+def _draw_words(num_words: int, sampling: Sampling, number: int) -> list[str]:
     """The first words of an example's vocabulary."""
     draw = functools.partial(draw_letters, num_letters=NUM_LETTERS)
-    return draw_owned(draw, num_words, sampling.split, sampling.random(number, length))
+    return draw_owned(draw, num_words, sampling.split, sampling.random(number))
 
 
 def _occurrences(dots: int, num_ranks: int) -> NDArray[np.int64]:

@@ -273,13 +273,13 @@ def hidden_fact_items(
         rng = sampling.random(number, length)
         return puzzle.opening + haystack.hide(puzzle.facts, puzzle.depth, room, rng) + puzzle.question
 
-    for number, length in sampling.examples():
+    def make(number: int, length: int) -> GenerationItem:
         puzzle = puzzles[number]
         prompt = fit(
             counter, length - max_new_tokens, bases[number], functools.partial(build, number, length)
         )
         depth = {} if puzzle.depth is None else {"depth": puzzle.depth}
-        yield GenerationItem(
+        return GenerationItem(
             id=f"{length}/{number}",
             prompt=prompt,
             references=puzzle.references,
@@ -287,3 +287,5 @@ def hidden_fact_items(
             stop=stop,
             metadata={"length": length, **depth, **puzzle.metadata},
         )
+
+    return itertools.starmap(make, sampling.examples())
