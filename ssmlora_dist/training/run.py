@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ssmlora_dist.adapters.files import write_adapter
@@ -19,13 +17,11 @@ from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.config.build import (
     backbone_settings,
-    build_data,
     build_fingerprint,
     build_tokenizer,
     check_model,
 )
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.data import BatchShape, Dataset, ExampleStream, GlobalBatches, StreamedBatches
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -41,6 +37,7 @@ from ssmlora_dist.tracking import (
     store_uri,
 )
 from ssmlora_dist.training.continuation import NEVER, Continuation, check_continuation, find_continuation
+from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
 from ssmlora_dist.training.interrupts import Interrupts, StoppedError, StopRequested
 from ssmlora_dist.training.loop import StepRecord, train
@@ -57,8 +54,12 @@ from ssmlora_dist.training.report import (
 )
 from ssmlora_dist.training.saving import Saver
 from ssmlora_dist.training.schedule import learning_rate
-from ssmlora_dist.training.topology import build_engine, place_of, plan_stages
+from ssmlora_dist.training.task_evaluation import TasksInTraining
+from ssmlora_dist.training.topology import Place, build_engine, place_of, plan_stages
 from ssmlora_dist.training.totals import Totals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Of the memory that is free before loading, what is planned with: the rest is for allocators and libraries.
 MEMORY_SHARE = 0.85
@@ -82,24 +83,11 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
     check_model(config)
     tokenizer = build_tokenizer(config.model)
-    train_data, validation = build_data(config, tokenizer)
-    if isinstance(train_data, ExampleStream):
-        sample: Dataset = group.on_main(train_data.sample)
-    else:
-        sample = train_data
+    place = place_of(config, group)
+    data = RunData(config, tokenizer, group, place, continuation)
+    tasks = TasksInTraining(config, tokenizer, group)
     tracker = tracker_of(config, group, console, continuation)
-    run = _Run(
-        config,
-        group,
-        console,
-        tracker,
-        directory,
-        continuation,
-        tokenizer.pad_token_id,
-        train_data,
-        sample,
-        validation,
-    )
+    run = _Run(config, group, console, tracker, directory, continuation, tokenizer, place, data, tasks)
     if run.is_complete():
         console.message(
             f"{directory.path}: complete, all {continuation.step} steps are done; raise training.max_steps "
@@ -122,7 +110,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
             raise
         finally:
             group.about_to_stop()
-            run.batches.close()
+            data.close()
             tracker.finish(status)
             if status == "KILLED":
                 # A launcher ends the others once one has ended: none does before rank 0 has said all.
@@ -139,39 +127,16 @@ class _Run:
     tracker: Tracker
     directory: RunDirectory
     continuation: Continuation
-    pad_token_id: int
-    train_data: Dataset | ExampleStream
-    sample: Dataset
-    validation: Dataset | None
+    tokenizer: PreTrainedTokenizerBase
+    place: Place
+    data: RunData
+    tasks: TasksInTraining
 
     def __post_init__(self) -> None:
-        training, config = self.config.training, self.config
         self.started = time.perf_counter()
-        self.place = place_of(config, self.group)
+        self.num_steps = self.data.num_steps
         checkpoint = self.continuation.checkpoint
         progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
-        self.batch_shape = BatchShape(
-            training.global_batch_size,
-            training.micro_batch_size,
-            self.place.data_parallel_rank,
-            self.place.data_parallel_size,
-            self.pad_token_id,
-        )
-        self.batches: GlobalBatches | StreamedBatches
-        if isinstance(self.train_data, ExampleStream):
-            assert training.max_steps, "refused by config.rules"
-            self.num_steps = training.max_steps
-            self.batches = StreamedBatches(
-                self.train_data,
-                self.batch_shape,
-                self.group.on_main,
-                self.continuation.step,
-                progress.get("data_position"),
-            )
-        else:
-            assert training.num_epochs or training.max_steps, "refused by config.rules"
-            self.batches = GlobalBatches(self.train_data, self.batch_shape, config.run.seed)
-            self.num_steps = training.max_steps or self.batches.num_steps(training.num_epochs or 1.0)
         self.totals = Totals(**progress["totals"])
         self.before = scores_from_plain(progress["before"])
         self.seconds_before: float = progress["wall_seconds"]
@@ -230,10 +195,12 @@ class _Run:
     def _execute(self) -> None:
         if self.before is None:
             self.before = self._evaluate(step=0)
+        if self.continuation.step == 0:
+            self._answer_tasks(0)
         with self.console.progress(self.num_steps, "training", self.continuation.step) as progress:
             train(
                 self.engine,
-                self._micro_batches,
+                self.data.micro_batches,
                 self._learning_rate,
                 num_steps=self.num_steps,
                 max_nonfinite_steps=self.config.training.max_nonfinite_steps,
@@ -258,8 +225,8 @@ class _Run:
             "num_trainable_parameters": self.num_trainable,
             "evaluation": {"before": plain_scores(before), "after": plain_scores(after)},
             "data": {
-                "train": asdict(self.batches.report),
-                "validation": asdict(self.validation.report) if self.validation else None,
+                "train": asdict(self.data.report),
+                "validation": asdict(self.data.validation.report) if self.data.validation else None,
             },
             "environment": environment_record(),
         }
@@ -272,7 +239,7 @@ class _Run:
         plan = None
         if self.place.num_stages > 1:
             memory = -self.group.max([-usable_memory_bytes(self.group)])[0]
-            plan = plan_stages(self.config, self.sample, self.place, MEMORY_SHARE * memory)
+            plan = plan_stages(self.config, self.data.sample, self.place, MEMORY_SHARE * memory)
             self.console.message(plan.table)
         built = build_engine(self.config, self.group, self.place, plan, self.continuation.checkpoint)
         self.engine = built.engine
@@ -297,16 +264,6 @@ class _Run:
         check_continuation(self.continuation, self.config, fingerprint)
         return fingerprint
 
-    def _micro_batches(self, step: int) -> list[dict[str, Tensor]]:
-        # What a backbone drops by itself, in its attention, comes from torch's generator.
-        seed = np.random.SeedSequence([self.config.run.seed, step, self.group.rank])
-        torch.manual_seed(int(seed.generate_state(1)[0]))
-        batches = self.batches.micro_batches(step)
-        if not self.config.adapter.dropout:
-            return batches
-        rows = self.batch_shape.dropout_seeds(step, self.config.run.seed)
-        return [{**batch, "dropout_seeds": seeds} for batch, seeds in zip(batches, rows, strict=True)]
-
     def _learning_rate(self, step: int) -> float:
         training = self.config.training
         return learning_rate(
@@ -318,15 +275,15 @@ class _Run:
         )
 
     def _evaluate(self, step: int) -> Scores | None:
-        if self.validation is None:
+        if self.data.validation is None:
             return None
         place = self.place
         with watch_state(self.engine.module, time_axes(self.config.adapter), self.group.device) as health:
             scores = evaluate(
                 lambda batches: self.engine.score(self._checked(batches)),
-                self.validation,
+                self.data.validation,
                 micro_batch_size=self.config.evaluation.micro_batch_size,
-                pad_token_id=self.pad_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
                 data_parallel_rank=place.data_parallel_rank,
                 data_parallel_size=place.data_parallel_size,
                 # Every stage has the scores of its replica.
@@ -336,6 +293,12 @@ class _Run:
         if self.group.is_main:
             self._log(row | score_row(scores), step)
         return scores
+
+    def _answer_tasks(self, step: int) -> None:
+        if self.tasks.is_due(step, self.num_steps):
+            metrics = self.tasks.answer(self.engine.module.model)
+            if self.group.is_main:
+                self._log(metrics, step)
 
     def _checked(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         for batch in batches:
@@ -355,6 +318,7 @@ class _Run:
         if every and record.step % every == 0 and record.step < self.num_steps:
             scores = self._evaluate(record.step)
             loss = scores[OVERALL].loss if scores else None
+        self._answer_tasks(record.step)
         if self.saver.is_due(record.step, loss) or self.interrupts.save_requested:
             self.interrupts.save_requested = False
             self._save(record.step, loss)
@@ -365,7 +329,7 @@ class _Run:
             "totals": self.totals.plain(),
             "wall_seconds": self._wall_seconds(),
             "before": plain_scores(self.before),
-            "data_position": self.batches.position(step) if self.group.is_main else None,
+            "data_position": self.data.position(step) if self.group.is_main else None,
             "tracker_run_id": self.tracker.run_id,
         }
         self.saver.save(step, progress, validation_loss)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ssmlora_dist.adapters.files import WEIGHTS_FILE, read_adapter
 from ssmlora_dist.api import load_adapter
@@ -32,6 +33,9 @@ from ssmlora_dist.tracking import (
     mlflow_tracker,
 )
 from ssmlora_dist.training.report import environment_tags
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BASE, ADAPTER = "base", "adapter"
 SHOWN_FAILURES = 3
@@ -98,6 +102,45 @@ def run_evaluation(
         load_adapter(model, adapter, base_fingerprint=fingerprint)
         answer(ADAPTER, hashlib.sha256((adapter / WEIGHTS_FILE).read_bytes()).hexdigest())
     group.on_main(lambda: _report(config, console, tasks, rows, directory))
+
+
+class TasksInTraining:
+    """The configured tasks, answered by the model as it is in the middle of training; metrics only.
+
+    Args:
+        config: of the run.
+        tokenizer: of the model.
+        group: its processes, each of which holds the whole model.
+
+    Raises:
+        DataError: a task's data cannot be used.
+    """
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, group: ProcessGroup) -> None:
+        self._every_steps = config.evaluation.tasks_every_steps
+        self._max_batch_tokens = config.evaluation.max_batch_tokens
+        self._tokenizer, self._group = tokenizer, group
+        self._tasks = build_tasks(config, tokenizer) if self._every_steps else []
+        for task in self._tasks:
+            # What is wrong with its data shows now.
+            next(iter(task.items()), None)
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether to answer after `step` steps: before training, every so many steps, and at the end."""
+        return self._every_steps is not None and (step % self._every_steps == 0 or step == num_steps)
+
+    def answer(self, model: PreTrainedModel) -> dict[str, float]:
+        """`task/NAME` and `task/NAME/LENGTH` to the mean of the task's metric; every rank calls it."""
+        rows = run(
+            self._tasks,
+            model,
+            self._tokenizer,
+            max_batch_tokens=self._max_batch_tokens,
+            rank=self._group.rank,
+            size=self._group.world_size,
+            gather=self._group.gather,
+        )
+        return metrics_of(build_reports(self._tasks, {"task": rows}))
 
 
 def describe_tasks(config: RunConfig, names: Sequence[str] = (), lengths: Sequence[int] = ()) -> str:

@@ -65,16 +65,13 @@ def frequent_words(
     counter = TokenCounter(tokenizer)
     frame = counter.count(OPENING + QUESTION)
     (dots_cost,) = counter.costs([f" {DOTS}"]).tolist()
-    for length in lengths:
-        asked = [
-            f" {word}"
-            for number in range(num_examples)
-            for word in _draw_words(NUM_ASKED, sampling, number)
-        ]
-        costs = counter.costs(asked).reshape(num_examples, NUM_ASKED)
-        dots, *seldom = _occurrences(LEAST_DOTS, NUM_ASKED + 1).tolist()
-        least = frame + dots * dots_cost + int((costs @ seldom).max()) + MAX_NEW_TOKENS
-        sampling.require(least, "three words of different frequencies", length)
+    asked = [
+        f" {word}" for number in range(num_examples) for word in _draw_words(NUM_ASKED, sampling, number)
+    ]
+    asked_costs = counter.costs(asked).reshape(num_examples, NUM_ASKED)
+    dots, *seldom = _occurrences(LEAST_DOTS, NUM_ASKED + 1).tolist()
+    least = frame + dots * dots_cost + int((asked_costs @ seldom).max()) + MAX_NEW_TOKENS
+    sampling.require(least, "the three words and as many dots as go with them")
 
     def build(words: Sequence[str], place: tuple[object, ...], target: int) -> str:
         costs = np.asarray([dots_cost, *counter.costs([f" {word}" for word in words]).tolist()])

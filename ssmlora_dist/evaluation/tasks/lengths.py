@@ -116,10 +116,12 @@ def fit(counter: TokenCounter, budget: int, base: int, build: Callable[[int], st
         tried.add(room)
         prompt = build(room)
         count = counter.count(prompt)
-        if best_count < count <= budget:
+        if count <= budget:
+            if count <= best_count:
+                break
             best, best_count = prompt, count
-        if 0 <= budget - count <= CLOSE_ENOUGH * budget:
-            break
+            if budget - count <= CLOSE_ENOUGH * budget:
+                break
         room = max(room + budget - count, 0)
     if best_count < 0:
         raise DataError(f"no prompt of at most {budget} tokens could be made; use a greater length")
