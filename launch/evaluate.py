@@ -17,7 +17,12 @@ def main() -> None:
     add("--adapter", type=Path, metavar="DIR", help="adapter or checkpoint; by default the base model alone")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="by default those in evaluation.tasks")
     add("--lengths", nargs="+", type=int, default=[], metavar="TOKENS", help="of generated tasks")
-    add("--out", type=Path, metavar="DIR", help="by default `evaluation` beside the adapter, or in the run")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="by default `evaluation` beside the adapter, or RUN-evaluation",
+    )
     add("--no-base", action="store_true", help="do not evaluate the base model beside the adapter")
     arguments = parser.parse_args()
     is_main = os.environ.get("RANK", "0") == "0"
@@ -26,6 +31,8 @@ def main() -> None:
         raise DataError(f"--adapter {arguments.adapter}: no such directory; name that of an adapter")
     if any(length < 64 for length in arguments.lengths):
         raise DataError(f"--lengths {min(arguments.lengths)}: allowed: at least 64 tokens; name longer ones")
+    if arguments.no_base and arguments.adapter is None:
+        raise DataError("--no-base: leaves nothing to evaluate without --adapter; name one, or leave it out")
 
     import torch
 
@@ -40,7 +47,7 @@ def main() -> None:
 
     console = Console(enabled=is_main)
     if arguments.dry_run:
-        console.message(describe_tasks(config, arguments.tasks, arguments.lengths))
+        console.message(describe_tasks(config, arguments.tasks, arguments.lengths, arguments.adapter))
         return
     group = start_process_group(
         config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug")

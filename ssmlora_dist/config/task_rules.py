@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from ssmlora_dist.config.problems import Doubtful, did_you_mean, shown
 from ssmlora_dist.config.schema import RunConfig, TaskSection
 from ssmlora_dist.errors import DataError
 
+# Of files, metrics and cells of a table.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
 
 def task_problems(config: RunConfig, doubtful: Doubtful, *, check_files: bool) -> Iterator[str]:
     """Lines about the tasks; their files are looked for with `check_files`."""
     tasks, every_steps = config.evaluation.tasks, config.evaluation.tasks_every_steps
-    if not doubtful.clear_of("evaluation.tasks"):
+    # Of a list with one wrong value in it, all is left out.
+    has_wrong_value = any(field.startswith("evaluation.tasks.") for field in doubtful.fields)
+    if has_wrong_value or not doubtful.clear_of("evaluation.tasks"):
         return
     if every_steps is not None and not tasks and doubtful.clear_of("evaluation.tasks_every_steps"):
         yield (
@@ -26,6 +33,12 @@ def task_problems(config: RunConfig, doubtful: Doubtful, *, check_files: bool) -
             yield (
                 f"{place}.name: {shown(names[index])} is the name of evaluation.tasks."
                 f"{names.index(names[index])} too; needed: a name of its own; set name"
+            )
+        if section.name is not None and not NAME.fullmatch(section.name):
+            mended = re.sub(r"[^A-Za-z0-9._-]+", "-", section.name).strip("-.") or section.task
+            yield (
+                f"{place}.name: {shown(section.name)} given; allowed: letters, digits, `_`, `-` and (not "
+                f'first) `.`, as files are called by it; write "{mended}"'
             )
         yield from _task(place, section, check_files)
 
@@ -48,10 +61,18 @@ def _task(place: str, section: TaskSection, check_files: bool) -> Iterator[str]:
         )
     if section.path is not None and section.hub is not None:
         yield f"{place}.path: {shown(section.path)} given beside {place}.hub; allowed: one; remove one"
+    for key in ("subset", "split"):
+        if section.path is not None and key in keys_of(section.task) and getattr(section, key) is not None:
+            yield (
+                f"{place}.{key}: {shown(getattr(section, key))} given beside {place}.path; allowed: only for "
+                "a hub data set; remove it"
+            )
     if section.task in OWN and section.path is None and section.hub is None:
         yield f"{place}.path: missing; needed: files of records, or {place}.hub; add one"
     if section.task in BABILONG and section.path is None:
         yield f"{place}.path: missing; needed: the bAbI file with its questions; add it"
+    elif section.task in BABILONG and not isinstance(section.path, str):
+        yield f"{place}.path: {shown(section.path)} given; allowed: one bAbI file; name one"
     if section.task in OWN:
         try:
             own_format(section)
@@ -62,8 +83,12 @@ def _task(place: str, section: TaskSection, check_files: bool) -> Iterator[str]:
     for key in ("path", "background"):
         names = getattr(section, key)
         for name in (names,) if isinstance(names, str) else names or ():
+            if key == "path" and section.task in BABILONG:
+                # Of any suffix.
+                if not Path(name).is_file():
+                    yield f"{place}.path: {name}: no such file; name the bAbI file with its questions"
+                continue
             try:
-                if section.task not in BABILONG or key != "path":
-                    find_files([name])
+                find_files([name])
             except DataError as error:
                 yield f"{place}.{key}: {error}"

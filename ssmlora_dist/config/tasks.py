@@ -58,6 +58,7 @@ WITHOUT_BACKGROUND = ("common_words", "frequent_words")
 BABILONG = tuple(f"babilong_{name}" for name in BABILONG_LABELS)
 OWN = ("multiple_choice", "generation")
 KNOWN = (*DEEP, *FLAT, *BABILONG, *STANDARD, *OWN)
+WITH_SETTINGS = (*BABILONG, *OWN)
 
 _RECORDS = ("path", "hub", "subset", "split")
 _OWN_KEYS = {
@@ -99,23 +100,33 @@ def build_tasks(
         lengths: in place of those in the section, for generated tasks.
 
     Raises:
-        DataError: a name that does not exist, nothing to do, or data that cannot be used.
+        DataError: a name that does not exist or needs settings, nothing to do, or lengths for tasks that have
+            none.
     """
     sections = {section.name or section.task: section for section in config.evaluation.tasks}
+    known = [*sections, *(name for name in KNOWN if name not in WITH_SETTINGS and name not in sections)]
     for name in names:
-        if name not in sections:
-            if name not in KNOWN or name in OWN:
-                known = {*sections, *KNOWN} - {*OWN}
-                raise DataError(
-                    f"--tasks {name}: no task of evaluation.tasks and none that is known"
-                    f"{nearest_name(name, known)}; known are: {', '.join(KNOWN)}"
-                )
-            sections[name] = TaskSection(task=name)
-    chosen = [sections[name] for name in names] or list(sections.values())
+        if name in sections:
+            continue
+        if name in WITH_SETTINGS:
+            raise DataError(
+                f"--tasks {name}: needs settings, its path among them; add it to evaluation.tasks"
+            )
+        if name not in known:
+            raise DataError(
+                f"--tasks {name}: no task of evaluation.tasks and none that is known"
+                f"{nearest_name(name, known)}; known are: {', '.join(known)}"
+            )
+        sections[name] = TaskSection(task=name)
+    chosen = [sections[name] for name in dict.fromkeys(names)] or list(sections.values())
     if not chosen:
         raise DataError(
             "nothing to evaluate: evaluation.tasks is empty; name tasks there or with --tasks; known are: "
-            f"{', '.join(KNOWN)}"
+            f"{', '.join(known)}"
+        )
+    if lengths and not any("lengths" in keys_of(section.task) for section in chosen):
+        raise DataError(
+            "--lengths: no task is generated, the others' inputs are as long as they are; leave it out"
         )
     return [build_task(section, tokenizer, config.run.seed, lengths) for section in chosen]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,15 +18,17 @@ from ssmlora_dist.config.build import (
     build_fingerprint,
     build_tokenizer,
     check_model,
+    meta_model,
 )
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.tasks import build_tasks
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained, write_text
-from ssmlora_dist.evaluation.item_rows import Row
+from ssmlora_dist.evaluation.item_rows import RESULTS_FILE, Row
 from ssmlora_dist.evaluation.items import FailedItem, Task
 from ssmlora_dist.evaluation.report import build_reports, draw, markdown_table, metrics_of, plain
 from ssmlora_dist.evaluation.runner import run
+from ssmlora_dist.models import load_config
 from ssmlora_dist.tracking import (
     Console,
     ProgressBar,
@@ -62,7 +66,8 @@ def run_evaluation(
         group: its processes, each of which holds the whole model and answers a share of the items.
         console: of rank 0.
         adapter: directory of the adapter; None for the base model alone.
-        out: where results go; by default `evaluation` in the run's directory, or beside the adapter.
+        out: where results go; by default `evaluation` beside the adapter, or for the base model alone
+            `NAME-evaluation` beside the run's directory, which a training of that name must find free.
         names: of the tasks; by default those in `evaluation.tasks`.
         lengths: in place of those configured, of generated tasks.
         with_base: whether the base model is evaluated beside an adapter.
@@ -72,24 +77,23 @@ def run_evaluation(
     """
     check_model(config)
     tokenizer = build_tokenizer(config.model)
-    tasks = build_tasks(config, tokenizer, names, lengths)
-    beside = adapter.parent if adapter is not None else config.run.output_dir / config.run.name
-    directory = out or beside / "evaluation"
+    tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
+    alone = config.run.output_dir / f"{config.run.name}-evaluation"
+    directory = out or (alone if adapter is None else adapter.parent / "evaluation")
     fingerprint: str = group.on_main(lambda: build_fingerprint(config))
+    # What is wrong with it shows before the base model has answered everything.
+    adapted = "" if adapter is None else _check_adapter(config, adapter, fingerprint)
     model = build_backbone(config, group.device)
-    if adapter is not None:
-        # What is wrong with it shows before the base model has answered everything.
-        read_adapter(adapter, num_layers=model.config.num_hidden_layers)
     rows: dict[str, Sequence[Row]] = {}
 
-    def answer(name: str, weights: str) -> None:
+    def answer(name: str, adapted: str) -> None:
         rows[name] = run(
             tasks,
             model,
             tokenizer,
             max_batch_tokens=config.evaluation.max_batch_tokens,
             directory=directory / name,
-            digests=dict.fromkeys((task.name for task in tasks), _digest(config, fingerprint, weights)),
+            digests=dict.fromkeys((task.name for task in tasks), _digest(config, fingerprint, adapted)),
             rank=group.rank,
             size=group.world_size,
             gather=group.gather,
@@ -100,7 +104,7 @@ def run_evaluation(
         answer(BASE, "")
     if adapter is not None:
         load_adapter(model, adapter, base_fingerprint=fingerprint)
-        answer(ADAPTER, hashlib.sha256((adapter / WEIGHTS_FILE).read_bytes()).hexdigest())
+        answer(ADAPTER, adapted)
     group.on_main(lambda: _report(config, console, tasks, rows, directory))
 
 
@@ -120,17 +124,14 @@ class TasksInTraining:
         self._every_steps = config.evaluation.tasks_every_steps
         self._max_batch_tokens = config.evaluation.max_batch_tokens
         self._tokenizer, self._group = tokenizer, group
-        self._tasks = build_tasks(config, tokenizer) if self._every_steps else []
-        for task in self._tasks:
-            # What is wrong with its data shows now.
-            next(iter(task.items()), None)
+        self._tasks = _with_items(build_tasks(config, tokenizer)) if self._every_steps else []
 
     def is_due(self, step: int, num_steps: int) -> bool:
         """Whether to answer after `step` steps: before training, every so many steps, and at the end."""
         return self._every_steps is not None and (step % self._every_steps == 0 or step == num_steps)
 
     def answer(self, model: PreTrainedModel) -> dict[str, float]:
-        """`task/NAME` and `task/NAME/LENGTH` to the mean of the task's metric; every rank calls it."""
+        """What `report.metrics_of` has of a model called `task`; every rank calls it."""
         rows = run(
             self._tasks,
             model,
@@ -140,16 +141,20 @@ class TasksInTraining:
             size=self._group.world_size,
             gather=self._group.gather,
         )
-        return metrics_of(build_reports(self._tasks, {"task": rows}))
+        return metrics_of(build_reports(self._tasks, {"task": rows}, with_majority=False))
 
 
-def describe_tasks(config: RunConfig, names: Sequence[str] = (), lengths: Sequence[int] = ()) -> str:
+def describe_tasks(
+    config: RunConfig, names: Sequence[str] = (), lengths: Sequence[int] = (), adapter: Path | None = None
+) -> str:
     """How many items every task has, for `--dry-run`; makes them all.
 
     Raises:
         SSMLoRAError: whatever would stop the evaluation before the weights are read.
     """
     check_model(config)
+    if adapter is not None:
+        _check_adapter(config, adapter, build_fingerprint(config))
     lines = []
     for task in build_tasks(config, build_tokenizer(config.model), names, lengths):
         items = list(task.items())
@@ -159,11 +164,31 @@ def describe_tasks(config: RunConfig, names: Sequence[str] = (), lengths: Sequen
     return "\n".join(lines)
 
 
-def _digest(config: RunConfig, fingerprint: str, weights: str) -> str:
+def _with_items(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks with their items at hand: what is wrong with their data shows now, and they are made once."""
+    return [replace(task, items=partial(iter, list(task.items()))) for task in tasks]
+
+
+def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str) -> str:
+    """What of an adapter decides answers, once it has been loaded on a model without storage.
+
+    Raises:
+        AdapterError: it cannot be read, or belongs to another base model.
+    """
+    section = config.model
+    shapes = load_config(section.path, config=section.config, revision=section.revision)
+    saved = read_adapter(adapter, num_layers=shapes.num_hidden_layers)
+    model = meta_model(config.model_copy(update={"adapter": saved.config}))
+    load_adapter(model, adapter, base_fingerprint=fingerprint)
+    weights = hashlib.sha256((adapter / WEIGHTS_FILE).read_bytes()).hexdigest()
+    return json.dumps([weights, saved.config.model_dump(mode="json")])
+
+
+def _digest(config: RunConfig, fingerprint: str, adapted: str) -> str:
     """Of what decides a model's answers, wherever its files lie."""
-    settings = backbone_settings(config)
-    settings = {key: settings[key] for key in ("compute_dtype", "quantization", "double_quantization")}
-    return json.dumps([fingerprint, weights, settings])
+    settings = backbone_settings(config) | {"tokenizer": config.model.tokenizer}
+    keys = ("compute_dtype", "quantization", "double_quantization", "tokenizer")
+    return json.dumps([fingerprint, adapted, {key: settings[key] for key in keys}])
 
 
 class _Progress:
@@ -191,25 +216,44 @@ def _report(
     rows: Mapping[str, Sequence[Row]],
     directory: Path,
 ) -> None:
+    for task in tasks:
+        _warn_of_failures(console, task.name, rows)
     reports = build_reports(tasks, rows)
     table = markdown_table(reports)
     summary = {"tasks": plain(reports), "environment": environment_record()}
     with explained(directory, "choose another --out"):
         write_text(directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         write_text(directory / TABLE_FILE, table + "\n")
-        draw(reports, directory / PLOTS)
+        plots = draw(reports, directory / PLOTS)
     console.message(table)
+    files = [directory / SUMMARY_FILE, directory / TABLE_FILE, *plots]
+    files += [directory / model / RESULTS_FILE for model in rows]
     if config.tracking.tracker == "mlflow":
-        _track(config, console, metrics_of(reports), directory)
+        _track(config, console, metrics_of(reports), directory, files)
     console.message(f"{directory}: {SUMMARY_FILE}, {TABLE_FILE}, {PLOTS}/ and every item's row")
 
 
-def _track(config: RunConfig, console: Console, metrics: Mapping[str, float], directory: Path) -> None:
+def _warn_of_failures(console: Console, task: str, rows: Mapping[str, Sequence[Row]]) -> None:
+    """Of items that have no score under any or all of the models."""
+    own = [row for of_model in rows.values() for row in of_model if row["task"] == task]
+    errors = {row["id"]: row["error"] for row in own if "error" in row}
+    if errors:
+        item, error = next(iter(errors.items()))
+        console.warn(
+            f"{task}: {len(errors)} of {len({row['id'] for row in own})} items failed and count in no score; "
+            f"the first, {item}: {error}"
+        )
+
+
+def _track(
+    config: RunConfig, console: Console, metrics: Mapping[str, float], directory: Path, files: Sequence[Path]
+) -> None:
     """A run of its own, once all is there: an evaluation that is cut short and goes on is one run."""
     tracking, environment = config.tracking, environment_record()
     tracker = mlflow_tracker(config.run.output_dir, tracking.uri, tracking.experiment, console.warn)
     parameters = config.model_dump(mode="json", include={"run", "model", "quantization", "evaluation"})
     tracker.start(f"{config.run.name}-evaluation", flat_parameters(parameters), environment_tags(environment))
     tracker.log_metrics(metrics, step=0)
-    tracker.log_directory(directory, "evaluation")
+    for file in files:
+        tracker.log_artifact(file, str(Path("evaluation") / file.parent.relative_to(directory)))
     tracker.finish("FINISHED")

@@ -205,6 +205,107 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
         [*RECORDS, ("data.train.fields", {"ouput": "reply"})],
         ("data.train.fields.ouput:", 'did you mean "output"?'),
     ),
+    # Tasks
+    "unknown task": (
+        [("evaluation.tasks", [{"task": "niah_singel_1"}])],
+        ('evaluation.tasks.0.task: "niah_singel_1" given', 'did you mean "niah_single_1"?'),
+    ),
+    "unknown task setting": (
+        [("evaluation.tasks", [{"task": "passkey", "depth": [0.5]}])],
+        ("evaluation.tasks.0.depth: unknown key", "evaluation.tasks.0.depths?"),
+    ),
+    "setting of another task": (
+        [("evaluation.tasks", [{"task": "passkey"}, {"task": "boolq", "depths": [0.5]}])],
+        ("evaluation.tasks.1.depths: [0.5] given", 'the task "boolq" takes path, hub', "remove it"),
+    ),
+    "settings of records for a generated task": (
+        [("evaluation.tasks", [{"task": "passkey", "path": "rows.jsonl"}])],
+        ('evaluation.tasks.0.path: "rows.jsonl" given', "takes lengths, background, depths"),
+    ),
+    "two tasks of one name": (
+        [("evaluation.tasks", [{"task": "passkey"}, {"task": "passkey", "lengths": [2048]}])],
+        ('evaluation.tasks.1.name: "passkey" is the name of evaluation.tasks.0 too', "set name"),
+    ),
+    "task name that no file can have": (
+        [("evaluation.tasks", [{"task": "passkey", "name": "a/b | c"}])],
+        ('evaluation.tasks.0.name: "a/b | c" given', 'write "a-b-c"'),
+    ),
+    "own task without records": (
+        [("evaluation.tasks", [{"task": "generation"}])],
+        ("evaluation.tasks.0.path: missing", "evaluation.tasks.0.hub; add one"),
+    ),
+    "own task with two places of records": (
+        [("evaluation.tasks", [{"task": "generation", "path": __file__, "hub": "org/set"}])],
+        ("evaluation.tasks.0.path:", "allowed: one; remove one"),
+    ),
+    "split of files for a task": (
+        [("evaluation.tasks", [{"task": "boolq", "path": "x.jsonl", "split": "test"}])],
+        ('evaluation.tasks.0.split: "test" given beside evaluation.tasks.0.path', "remove it"),
+    ),
+    "records of a task missing": (
+        [("evaluation.tasks", [{"task": "boolq", "path": "nowhere.jsonl"}])],
+        ("evaluation.tasks.0.path: nowhere.jsonl: no such file",),
+    ),
+    "background of a task missing": (
+        [("evaluation.tasks", [{"task": "passkey", "background": ["nowhere.txt"]}])],
+        ("evaluation.tasks.0.background: nowhere.txt: no such file",),
+    ),
+    "bAbI file not named": (
+        [("evaluation.tasks", [{"task": "babilong_qa1"}])],
+        ("evaluation.tasks.0.path: missing", "the bAbI file"),
+    ),
+    "bAbI file missing": (
+        [("evaluation.tasks", [{"task": "babilong_qa1", "path": "nowhere.txt"}])],
+        ("evaluation.tasks.0.path: nowhere.txt: no such file", "name the bAbI file"),
+    ),
+    "two bAbI files": (
+        [("evaluation.tasks", [{"task": "babilong_qa1", "path": [__file__, __file__]}])],
+        ("evaluation.tasks.0.path:", "one bAbI file"),
+    ),
+    "one choice": (
+        [("evaluation.tasks", [{"task": "multiple_choice", "path": __file__, "choices": [" yes"]}])],
+        ('evaluation.tasks.0.choices: [" yes"] given', "at least 2"),
+    ),
+    "malformed template of a task": (
+        [("evaluation.tasks", [{"task": "generation", "path": __file__, "prompt": "{question"}])],
+        ("evaluation.tasks.0.prompt:", "write {name}"),
+    ),
+    "label for no choice": (
+        [
+            (
+                "evaluation.tasks",
+                [{"task": "multiple_choice", "path": __file__, "choices": [" a", " b"], "labels": {"c": 2}}],
+            )
+        ],
+        ("evaluation.tasks.0.labels.c: 2 given", "from 0 to 1"),
+    ),
+    "text for a label's position": (
+        [("evaluation.tasks", [{"task": "multiple_choice", "path": __file__, "labels": {"true": "1"}}])],
+        ('evaluation.tasks.0.labels.true: "1" given', "write 1 without quotes"),
+    ),
+    "field of a task that nobody uses": (
+        [("evaluation.tasks", [{"task": "generation", "path": __file__, "fields": {"reference": "a"}}])],
+        ("evaluation.tasks.0.fields.reference:", "(nearest: references)"),
+    ),
+    "unknown metric": (
+        [("evaluation.tasks", [{"task": "generation", "path": __file__, "metrics": ["rouge"]}])],
+        ('evaluation.tasks.0.metrics.0: "rouge" given', 'did you mean "rouge_l"?'),
+    ),
+    "length too small for any task": (
+        [("evaluation.tasks", [{"task": "passkey", "lengths": [16]}])],
+        ("evaluation.tasks.0.lengths.0: 16 given", ">= 64"),
+    ),
+    "steps without tasks": (
+        [("evaluation.tasks_every_steps", 5)],
+        ("evaluation.tasks_every_steps: 5 given without evaluation.tasks", "add some or remove it"),
+    ),
+    "tasks on parts of a model": (
+        [
+            ("evaluation", {"tasks": [{"task": "passkey"}], "tasks_every_steps": 5}),
+            ("parallel.zero_stage", 3),
+        ],
+        ("evaluation.tasks_every_steps: 5 given", "zero_stage 3", "launch/evaluate.py"),
+    ),
     # DeepSpeed's own keys
     "decided DeepSpeed key": (
         [("deepspeed.train_batch_size", 8)],
@@ -371,3 +472,25 @@ def test_checks_over_several_adapter_fields_wait_only_for_those(problems: Proble
         line.partition(":")[0] for line in problems(("adapter", {"alternate": 5, "every_layer": ["q_proj"]}))
     ]
     assert places == ["adapter.alternate"]
+
+
+def test_a_wrong_value_in_a_task_leaves_the_other_rules_unjudged(problems: Problems) -> None:
+    lines = problems(
+        ("evaluation", {"tasks": [{"task": "passkey", "lengths": ["512"]}], "tasks_every_steps": 5})
+    )
+    assert [line.partition(":")[0] for line in lines] == ["evaluation.tasks.0.lengths.0"]
+
+
+def test_all_problems_of_the_tasks_are_shown_at_once(problems: Problems) -> None:
+    tasks = [
+        {"task": "paskey"},
+        {"task": "boolq", "labels": {"yes": 1}, "lengths": [512]},
+        {"task": "generation"},
+    ]
+    places = [line.partition(":")[0] for line in problems(("evaluation.tasks", tasks))]
+    assert sorted(places) == [
+        "evaluation.tasks.0.task",
+        "evaluation.tasks.1.labels",
+        "evaluation.tasks.1.lengths",
+        "evaluation.tasks.2.path",
+    ]

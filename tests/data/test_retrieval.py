@@ -10,7 +10,7 @@ from ssmlora_dist.data.examples import IGNORE_INDEX
 from ssmlora_dist.data.retrieval import generate_retrieval
 from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.prose import KEYS, QUALITIES, THINGS, split_of
+from ssmlora_dist.prose import KEYS, split_of
 
 SPLITS = ("train", "validation", "test")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -43,12 +43,6 @@ def same(one, other):
 @pytest.fixture(params=["byte_tokenizer", "bpe_tokenizer", "sentencepiece_tokenizer"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
-
-
-def test_keys_are_distinct():
-    assert len(set(QUALITIES)) == len(QUALITIES)
-    assert len(set(THINGS)) == len(THINGS)
-    assert len(KEYS) == len(QUALITIES) * len(THINGS)
 
 
 def test_lengths_are_exact_and_cycle_with_depths(tokenizer):

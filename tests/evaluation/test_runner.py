@@ -15,11 +15,11 @@ import torch
 
 from ssmlora_dist.errors import CheckpointError, DataError
 from ssmlora_dist.evaluation import runner
-from ssmlora_dist.evaluation.batching import Size, left_padded, plan_batches
 from ssmlora_dist.evaluation.item_rows import PARTS_DIRECTORY, RESULTS_FILE
 from ssmlora_dist.evaluation.items import ChoiceItem, FailedItem, GenerationItem, Task
+from ssmlora_dist.models.loss import checkpoint_layers
 from ssmlora_dist.models.tokenizer import load_tokenizer
-from tests.tiny import SEED, adapted_model, tiny_model
+from tests.tiny import QV_AND_MLP, SEED, adapted_model, tiny_model
 
 # As in test_choices.py.
 TOLERANCE = 1e-4
@@ -156,14 +156,15 @@ def test_logits_that_are_no_numbers_are_errors(tokenizer: Any) -> None:
     assert found[3:] == ["a logit is not a number"] * 2
 
 
-def test_the_model_s_mode_is_put_back(tokenizer: Any) -> None:
-    model = adapted_model(vocab_size=VOCAB_SIZE).train()
-    modes: list[bool] = []
-    model.lm_head.register_forward_hook(lambda *_: modes.append(model.training))
-    runner.run(two_tasks(2), model, tokenizer, max_batch_tokens=BUDGET)
-    assert model.training
-    assert set(modes) == {False}
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_between_training_steps_it_is_the_same_and_the_mode_is_put_back(model: Any, tokenizer: Any) -> None:
+    trained = adapted_model(
+        vocab_size=VOCAB_SIZE, config=QV_AND_MLP.model_copy(update={"dropout": 0.5})
+    ).train()
+    checkpoint_layers(trained)
+    rows = runner.run(two_tasks(4), trained, tokenizer, max_batch_tokens=BUDGET)
+    assert rows == runner.run(two_tasks(4), model, tokenizer, max_batch_tokens=BUDGET)
+    assert trained.training
+    assert all(parameter.grad is None for parameter in trained.parameters())
 
 
 def run_until(
@@ -396,25 +397,3 @@ def test_progress_counts_this_rank_s_items(model: Any, tokenizer: Any) -> None:
         assert {total for task, _, total in told if task == name} == {14}
         assert done == sorted(done)
         assert (done[0], done[-1]) == (0, 14)
-
-
-def test_batches_hold_all_items_within_the_budget() -> None:
-    draw = random.Random(SEED)
-    print(f"seed {SEED}")
-    for budget in (1, 40, 100, 500):
-        sizes = [Size(draw.randrange(1, 60), draw.randrange(0, 20)) for _ in range(50)]
-        batches = plan_batches(sizes, budget)
-        assert sorted(index for batch in batches for index in batch) == list(range(50))
-        for batch in batches:
-            padded = max(sizes[i].prompt for i in batch) + max(sizes[i].answer for i in batch)
-            assert len(batch) == 1 or len(batch) * padded <= budget
-        totals = [sum(sizes[i]) for batch in batches for i in batch]
-        assert totals == sorted(totals, reverse=True)
-    assert len(plan_batches([Size(10, 0)] * 20, 50)) == 4, "batches are full"
-
-
-def test_left_padding() -> None:
-    prompts = left_padded([[5, 6, 7], [8]], torch.device("cpu"))
-    assert prompts.input_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert prompts.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert prompts.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]

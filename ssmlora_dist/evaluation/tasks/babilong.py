@@ -23,6 +23,8 @@ QUESTION = "\nQuestion: {question}\nAnswer:"
 
 LINE = re.compile(r"(\d+) (.*)")
 FORM = "`NUMBER FACT` or `NUMBER QUESTION<tab>ANSWER<tab>NUMBERS OF FACTS`"
+# Some copies of the files have bars for tabs, which no fact has.
+SEPARATOR = re.compile(r"[\t|]")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read_babi(path: str | Path) -> list[BabiQuestion]:
                 f"{place}: line {number} of a story comes after its line {last}; number them from 1 on"
             )
         last = number
-        question, *rest = (part.strip() for part in match[2].split("\t"))
+        question, *rest = (part.strip() for part in SEPARATOR.split(match[2]))
         if not rest:
             facts[number] = question
         else:

@@ -12,14 +12,14 @@ __all__ = ["bpe_tokenizer", "byte_tokenizer", "sentencepiece_tokenizer"]
 
 
 class WordTokenizer:
-    """A token for every word, digit, full stop, hyphen, line end and text start; its ids say nothing."""
+    """A token for every word, one more for each `e`, digit, stop and so on in it; its ids say nothing."""
 
     def __call__(
         self, texts: Sequence[str], add_special_tokens: bool = True, verbose: bool = True
     ) -> dict[str, list[range]]:
         return {
             "input_ids": [
-                range(len(text.split()) + sum(map(text.count, "0123456789.-\n")) + add_special_tokens)
+                range(len(text.split()) + sum(map(text.count, "e0123456789.-\n")) + add_special_tokens)
                 for text in texts
             ]
         }

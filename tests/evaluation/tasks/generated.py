@@ -88,10 +88,10 @@ GENERATED: Mapping[str, Generated] = {
         )
         for name, variant in NEEDLE_VARIANTS.items()
     },
-    "variable_tracking": Generated(variable_tracking, solve_variables),
+    "variable_tracking": Generated(variable_tracking, solve_variables, 512),
     "variable_tracking_3": Generated(partial(variable_tracking, num_chains=3), solve_variables, 512),
     "common_words": Generated(common_words, solve_common_words, 1024, ordered=False),
-    "frequent_words": Generated(frequent_words, solve_frequent_words, ordered=False),
+    "frequent_words": Generated(frequent_words, solve_frequent_words, 512, ordered=False),
 }
 
 

@@ -42,14 +42,14 @@ def check_depth(tokenizer, item):
     assert abs(before / (before + after) - item.metadata["depth"]) <= DEPTH_TOLERANCE
 
 
-@pytest.mark.parametrize("length", [256, 512, 1024, 4096])
+@pytest.mark.parametrize("length", [256, 512, 1024, 2048, pytest.param(4096, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", GENERATED)
 def test_a_thousand_samples(name, length, word_tokenizer):
     """Exact lengths and depths, and one answer in every prompt."""
     if length < GENERATED[name].least:
         pytest.skip("too short for the task")
     lookalikes = "multikey_2" in name or "multikey_3" in name
-    for number, item in enumerate(make(name, word_tokenizer, [length], NUM_SAMPLES)):
+    for number, item in enumerate(make(name, word_tokenizer, [length], NUM_SAMPLES, split="train")):
         total = num_tokens(word_tokenizer, item.prompt) + item.max_new_tokens
         assert length * (1 - LENGTH_TOLERANCE) <= total <= length, (number, total)
         assert item.metadata["length"] == length
@@ -70,11 +70,8 @@ def test_a_thousand_samples(name, length, word_tokenizer):
 @pytest.mark.parametrize("name", GENERATED)
 def test_lengths_hold_in_tokens_that_merge(name, tokenizer_name, request):
     tokenizer = request.getfixturevalue(tokenizer_name)
-    lengths = [4096, 10000] if "words" in name else [1500, 4096]
-    if tokenizer_name == "byte_tokenizer" and name == "common_words":
-        lengths = [10000]
-    for item in make(name, tokenizer, lengths, 10):
-        length = item.metadata["length"]
+    length = 10000 if name == "common_words" else 2000
+    for item in make(name, tokenizer, [length], 5):
         total = num_tokens(tokenizer, item.prompt) + item.max_new_tokens
         assert length * (1 - LENGTH_TOLERANCE) <= total <= length
         check_answer(name, item)
@@ -84,9 +81,9 @@ def test_lengths_hold_in_tokens_that_merge(name, tokenizer_name, request):
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_short_prompts_lack_at_most_a_word(name, bpe_tokenizer):
-    length = {"common_words": 1500, "frequent_words": 512}.get(name, 640)
+    length = 1000 if "words" in name or "_3" in name else 640
     for item in make(
-        name, bpe_tokenizer, [length], 20, **({"num_fewshot": 0} if name == "common_words" else {})
+        name, bpe_tokenizer, [length], 8, **({"num_fewshot": 0} if name == "common_words" else {})
     ):
         total = num_tokens(bpe_tokenizer, item.prompt) + item.max_new_tokens
         assert length - LONGEST_WORD <= total <= length
@@ -98,8 +95,8 @@ def test_splits_share_no_name(name, word_tokenizer):
     """Keys, values, variables and words of all prompts, those not asked for included, under several seeds."""
     owners = {}
     for split in SPLITS:
-        for seed in range(3):
-            for item in make(name, word_tokenizer, [1024], 30, split=split, seed=seed):
+        for seed in range(2):
+            for item in make(name, word_tokenizer, [1024], 20, split=split, seed=seed):
                 names = {*NAME.findall(item.prompt), *item.references}
                 if name == "common_words":
                     names |= {word for _, word in re.findall(r" (\d+)\. ([a-z-]+)", item.prompt)}
@@ -111,19 +108,19 @@ def test_splits_share_no_name(name, word_tokenizer):
                     owners.setdefault(one, set()).add(split)
     shared = {one for one, splits in owners.items() if len(splits) > 1}
     assert not shared
-    assert len(owners) > 200
+    assert len(owners) > 100
 
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_an_item_depends_on_settings_and_its_number_alone(name, word_tokenizer):
-    lengths = [GENERATED[name].least, 1024]
+    lengths = [1024, 1500]
     few, many = (list(make(name, word_tokenizer, lengths, count)) for count in (3, 7))
     assert many[:6] == few
     assert [item.metadata["length"] for item in few] == lengths * 3
     assert len({item.id for item in many}) == len({item.prompt for item in many}) == 14
     assert list(make(name, word_tokenizer, lengths, 3)) == few
     alone = {item.id: item for item in make(name, word_tokenizer, [1024], 3)}
-    assert all(alone.get(item.id, item) == item for item in few)
+    assert [alone.get(item.id) for item in few[::2]] == few[::2]
     for changes in ({"seed": 1}, {"split": "train"}):
         others = make(name, word_tokenizer, lengths, 3, **changes)
         assert all(one.references != other.references for one, other in zip(few, others, strict=True))
@@ -131,15 +128,15 @@ def test_an_item_depends_on_settings_and_its_number_alone(name, word_tokenizer):
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_least_length_is_named_and_suffices(name, bpe_tokenizer):
-    with pytest.raises(DataError, match=r": a length of 150 tokens cannot hold .* at least \d+$") as error:
-        make(name, bpe_tokenizer, [2000, 150], 20)
+    with pytest.raises(DataError, match=r": a length of 64 tokens cannot hold .* at least \d+$") as error:
+        make(name, bpe_tokenizer, [2000, 64], 8)
     least = int(re.search(r"at least (\d+)", str(error.value))[1])
-    items = list(make(name, bpe_tokenizer, [least], 20))
+    items = list(make(name, bpe_tokenizer, [least], 8))
     assert all(num_tokens(bpe_tokenizer, item.prompt) + item.max_new_tokens <= least for item in items)
     for item in items:
         check_answer(name, item)
     with pytest.raises(DataError, match="cannot hold"):
-        make(name, bpe_tokenizer, [least - 1], 20)
+        make(name, bpe_tokenizer, [least - 1], 8)
 
 
 def test_bad_settings_are_named(word_tokenizer):

@@ -1,0 +1,126 @@
+"""Pictures: axes, cells, curves and their labels, for whatever an evaluation has and lacks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssmlora_dist.evaluation import plots
+from ssmlora_dist.evaluation.plots import plot_by_length, plot_heat_maps
+
+PNG = b"\x89PNG\r\n\x1a\n"
+FULL = {(length, depth): depth for length in (256, 1024) for depth in (0.0, 0.5, 1.0)}
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The figures that are made; a warning of the library is an error."""
+    made: list[Any] = []
+    make = plots._figure
+
+    def noted(size: tuple[float, float]) -> tuple[Any, Any]:
+        figure, canvas = make(size)
+        made.append(figure)
+        return figure, canvas
+
+    monkeypatch.setattr(plots, "_figure", noted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield made
+
+
+def is_png(path: Path) -> bool:
+    """Whether a whole PNG lies there, and nothing beside it."""
+    content = path.read_bytes()
+    alone = [entry.name for entry in path.parent.iterdir()] == [path.name]
+    return content.startswith(PNG) and content.rstrip(b"\0").endswith(b"IEND\xaeB`\x82") and alone
+
+
+@pytest.mark.parametrize(
+    ("panels", "lengths", "depths"),
+    [
+        ({"base": FULL, "adapter": FULL}, ["256", "1,024"], ["0%", "50%", "100%"]),
+        ({"base": {(512, 0.25): 1.0}}, ["512"], ["25%"]),
+        ({"base": {(512, d): 0.3 for d in (0.0, 1.0)}}, ["512"], ["0%", "100%"]),
+        ({"base": {(n, 0.5): 0.3 for n in (128, 256, 4096)}}, ["128", "256", "4,096"], ["50%"]),
+        # Cells that the other panel has, and one that neither has.
+        ({"base": {(512, 0.0): 0.1}, "adapter": {(1024, 1.0): 0.9}}, ["512", "1,024"], ["0%", "100%"]),
+    ],
+)
+def test_heat_maps(
+    panels: Mapping[str, plots.Cells],
+    lengths: list[str],
+    depths: list[str],
+    figures: list[Any],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "plots" / "map.png"
+    plot_heat_maps(panels, "keys", path)
+    assert is_png(path)
+    [figure] = figures
+    *maps, colours = figure.axes
+    assert [axes.get_title() for axes in maps] == list(panels)
+    assert figure.get_suptitle() == "keys"
+    assert [label.get_text() for label in maps[0].get_xticklabels()] == lengths
+    assert [label.get_text() for label in maps[0].get_yticklabels()] == depths
+    for axes, cells in zip(maps, panels.values(), strict=True):
+        [image] = axes.images
+        assert image.get_clim() == (0, 1), "colours mean the same in every panel"
+        assert sorted(text.get_text() for text in axes.texts) == sorted(
+            f"{100 * v:.0f}" for v in cells.values()
+        )
+        grid = image.get_array()
+        known_lengths, known_depths = (
+            sorted({cell[i] for p in panels.values() for cell in p}) for i in (0, 1)
+        )
+        assert grid.shape == (len(known_depths), len(known_lengths))
+        for (length, depth), value in cells.items():
+            assert grid[known_depths.index(depth), known_lengths.index(length)] == value
+        assert grid.count() == len(cells), "what is missing stays empty"
+    assert colours.get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        {"base": {256: (0.5, 0.2, 0.8), 1024: (0.4, 0.1, 0.7)}, "adapter": {1024: (0.9, 0.7, 1.0)}},
+        {"base": {512: (0.0, 0.0, 0.3)}},
+    ],
+)
+def test_curves(curves: Mapping[str, plots.Curve], figures: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "plots" / "curves.png"
+    plot_by_length(curves, "keys", path)
+    assert is_png(path)
+    [figure] = figures
+    [axes] = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(curves)
+    lengths = sorted({length for curve in curves.values() for length in curve})
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"{length:,}" for length in lengths]
+    for line, curve in zip(axes.lines, curves.values(), strict=True):
+        assert list(line.get_xdata()) == sorted(curve)
+        assert list(line.get_ydata()) == [curve[length][0] for length in sorted(curve)]
+    assert len(axes.collections) == len(curves), "each with its interval"
+    low, high = axes.get_ylim()
+    assert low < 0 < 1 < high
+    first, last = axes.get_xlim()
+    assert first <= lengths[0] <= lengths[-1] <= last
+
+
+def test_a_picture_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "map.png"
+    plot_heat_maps({"base": FULL}, "keys", path)
+    before = path.read_bytes()
+
+    def write_half(_: Any, file: Path) -> None:
+        file.write_bytes(before[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", write_half)
+    with pytest.raises(OSError, match="no space left"):
+        plot_heat_maps({"base": {(512, 0.5): 1.0}}, "keys", path)
+    assert path.read_bytes() == before
+    assert is_png(path)
