@@ -1,0 +1,65 @@
+"""The standard harness on an adapted model: `python launch/harness.py --adapter DIR --tasks boolq`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+from ssmlora_dist.config.arguments import ArgumentParser, run_command
+from ssmlora_dist.errors import DataError
+from ssmlora_dist.tracking.quiet import quiet_libraries
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Evaluate an adapted model with lm-eval.")
+    add = parser.add_argument
+    add("--adapter", required=True, metavar="DIR", help="adapter directory of a run, or PEFT's LoRA")
+    add("--model", metavar="PATH", help="the base model, where it is not where it was in training")
+    add("--tasks", required=True, nargs="+", metavar="NAME", help="lm-eval's names")
+    add("--include-path", metavar="DIR", help="directory of further task files of lm-eval")
+    add(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="solved examples before the question; by default the task's",
+    )
+    add("--limit", type=int, metavar="N", help="items of each task at most")
+    add("--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    add("--out", type=Path, metavar="FILE", help="where results go as JSON, beside the table that is shown")
+    arguments = parser.parse_args()
+    if importlib.util.find_spec("lm_eval") is None:
+        raise DataError("lm-eval is not installed: pip install -c constraints.txt 'lm-eval[hf]'")
+    quiet_libraries()
+
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    from ssmlora_dist.config.build import load_trained
+
+    known = TaskManager(include_path=arguments.include_path)
+    unknown = [name for name in arguments.tasks if name not in known.all_tasks]
+    if unknown:
+        raise DataError(f"--tasks {unknown[0]}: lm-eval has no such task; `lm_eval ls tasks` lists them")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_trained(Path(arguments.adapter), path=arguments.model, device=device)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
+    results = simple_evaluate(
+        harness,
+        tasks=arguments.tasks,
+        task_manager=known,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+    )
+    print(make_table(results))
+    if arguments.out is not None:
+        text = json.dumps(results, indent=2, default=handle_non_serializable)
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,102 @@
+"""`launch/harness.py`: the standard harness on an adapter directory, offline, with a task of its own."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ssmlora_dist import AdapterConfig, add_adapters
+from ssmlora_dist.adapters.files import write_adapter
+from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.config.arguments import run_command
+from ssmlora_dist.models import base_fingerprint, load_model
+
+from .materials import MODEL
+from .processes import TRAIN_SCRIPT
+
+pytest.importorskip("lm_eval")
+
+SCRIPT = TRAIN_SCRIPT.with_name("harness.py")
+BASE: dict[str, Any] = {
+    "path": None,
+    "init": "random",
+    "config": MODEL,
+    "seed": 0,
+    "compute_dtype": "float32",
+}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    model = load_model(**{**BASE, "compute_dtype": torch.float32})
+    config = AdapterConfig(rank=2)
+    tensors = {name: p.detach() for name, p in adapter_parameters(add_adapters(model, config)).items()}
+    known = {key: BASE[key] for key in ("init", "config", "seed")}
+    write_adapter(
+        tmp_path / "adapter",
+        config,
+        tensors,
+        base={**BASE, "tokenizer": "bytes"},
+        base_fingerprint=base_fingerprint(None, **known),
+    )
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": f"Is {i} even?", "label": i % 2} for i in range(12)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "parity_of_numbers",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": ["yes", "no"],
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "parity.yaml").write_text(yaml.safe_dump(task))
+    return tmp_path / "tasks"
+
+
+def harness(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["harness.py", *arguments])
+    return run_command(runpy.run_path(str(SCRIPT))["main"])
+
+
+def test_the_table_is_shown_and_kept(
+    adapter: Path,
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = ("--adapter", str(adapter), "--include-path", str(tasks))
+    out = tmp_path / "results.json"
+    code = harness(monkeypatch, *common, "--tasks", "parity_of_numbers", "--limit", "10", "--out", str(out))
+    assert code == 0
+    result = json.loads(out.read_text())["results"]["parity_of_numbers"]
+    assert 0 <= result["acc,none"] <= 1
+    shown = capsys.readouterr().out
+    assert "parity_of_numbers" in shown
+    assert f"{result['acc,none']:.4f}".rstrip("0") in shown
+
+
+def test_an_unknown_task_is_refused(
+    adapter: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert harness(monkeypatch, "--adapter", str(adapter), "--tasks", "parity_of_nmbers") == 2
+    assert "--tasks parity_of_nmbers: lm-eval has no such task" in capsys.readouterr().err
