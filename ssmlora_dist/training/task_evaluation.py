@@ -230,7 +230,8 @@ def _report(
     files += [directory / model / RESULTS_FILE for model in rows]
     if config.tracking.tracker == "mlflow":
         _track(config, console, metrics_of(reports), directory, files)
-    console.message(f"{directory}: {SUMMARY_FILE}, {TABLE_FILE}, {PLOTS}/ and every item's row")
+    drawn = f", {PLOTS}/" if plots else ""
+    console.message(f"{directory}: {SUMMARY_FILE}, {TABLE_FILE}{drawn} and every item's row")
 
 
 def _warn_of_failures(console: Console, task: str, rows: Mapping[str, Sequence[Row]]) -> None:

@@ -25,13 +25,15 @@ CAPITALS = {"France": "Paris", "Italy": "Rome", "Ghana": "Accra", "Peru": "Lima"
 LONG = "Is it? " * 60
 """More tokens than the model takes."""
 
-# The label of `COLOURS` that is not one, and the item that is too long.
-COLOURS: list[dict[str, Any]] = [
-    *({"question": f"Colour {i}?", "choices": ["red", "blue", "green"], "label": i % 3} for i in range(6)),
-    {"question": "Colour 6?", "choices": ["red", "blue", "green"], "label": "true"},
-    {"question": LONG, "choices": ["red", "blue", "green"], "label": 1},
+LETTERS = list("abcdefgh")
+# As many as it takes for the adapter to choose otherwise than the base model. The last two fail: one has a
+# label that is none, and one is too long.
+QUESTIONS: list[dict[str, Any]] = [
+    *({"question": f"Letter {37 * i}?", "choices": LETTERS, "label": i % 8} for i in range(24)),
+    {"question": "Letter?", "choices": LETTERS, "label": "true"},
+    {"question": LONG, "choices": LETTERS, "label": 1},
 ]
-NUM_COLOURS, NUM_COLOURS_FAILED = 8, 2
+NUM_LETTERS_FAILED = 2
 _ROW = {"question": "Sky?", "choices": ["red", "blue"], "label": 1}
 _BROKEN = {
     "string_labels": [{**_ROW, "label": "true"}],
@@ -40,7 +42,7 @@ _BROKEN = {
 }
 TASKS: list[dict[str, Any]] = [
     {"task": "passkey", "lengths": LENGTHS, "depths": DEPTHS, "num_examples": NUM_EXAMPLES},
-    {"task": "multiple_choice", "name": "colours", "path": "colours.jsonl"},
+    {"task": "multiple_choice", "name": "letters", "path": "letters.jsonl"},
     {
         "task": "generation",
         "name": "capitals",
@@ -59,7 +61,7 @@ RUN: dict[str, Any] = {
     "data": {"train": {"format": "retrieval"}},
     "training": {"max_steps": 1},
     # Of several batches for each task.
-    "evaluation": {"tasks": TASKS, "max_batch_tokens": 900},
+    "evaluation": {"tasks": TASKS, "max_batch_tokens": 300},
     "tracking": {"tracker": "none"},
 }
 
@@ -67,7 +69,7 @@ RUN: dict[str, Any] = {
 def prepare(directory: Path) -> None:
     """Fills a directory."""
     rows = {
-        "colours": COLOURS,
+        "letters": QUESTIONS,
         "capitals": [{"country": country, "capital": city} for country, city in CAPITALS.items()],
         "corrupt": [_ROW, '{"question": "Sky?"'],
         **_BROKEN,
@@ -122,7 +124,7 @@ def own_choices(name: str) -> tuple[str, ...]:
 
 BAD: dict[str, Refused] = {
     "unknown task": Refused(
-        ("--tasks", "colors"), ("--tasks colors: no task of", "(nearest: colours)", "known are: passkey")
+        ("--tasks", "leters"), ("--tasks leters: no task of", "(nearest: letters)", "known are: passkey")
     ),
     "unknown task in the configuration": Refused(
         (), ("evaluation.tasks.0.task:", 'did you mean "passkey"?'), task_override(task="paskey")
@@ -136,16 +138,22 @@ BAD: dict[str, Refused] = {
     ),
     "length too short": Refused(("--lengths", "32"), ("--lengths 32: allowed: at least 64 tokens",)),
     "length that holds no fact": Refused(("--lengths", "64"), ("passkey: a length of 64", "use at least")),
-    "lengths of nothing": Refused(("--tasks", "colours", "--lengths", "256"), ("--lengths: no task is",)),
+    "lengths of nothing": Refused(("--tasks", "letters", "--lengths", "256"), ("--lengths: no task is",)),
     "no number": Refused(("--lengths", "long"), ("usage:", "--lengths", "'long'")),
     "nothing to do": Refused(("--no-base",), ("--no-base: leaves nothing", "--adapter")),
     "file missing": Refused(
-        (), ("evaluation.tasks.0.path:", "../colors.jsonl: no such file (nearest: colours.jsonl)"),
-        own_choices("colors"),
+        (),
+        ("evaluation.tasks.0.path:", "../leters.jsonl: no such file (nearest: letters.jsonl)"),
+        own_choices("leters"),
     ),
     "string-typed labels": Refused(
         (),
-        ("records of the task 'sky': none of 1 can be used", "string_labels.jsonl:1", "'true'", "set `labels`"),
+        (
+            "records of the task 'sky': none of 1 can be used",
+            "string_labels.jsonl:1",
+            "'true'",
+            "set `labels`",
+        ),
         own_choices("string_labels"),
     ),
     "missing field": Refused(
@@ -166,7 +174,7 @@ BAD: dict[str, Refused] = {
     "adapter of another size": Refused(
         ("--adapter", "../wider/adapter"), ("wider/adapter: model.layers.0.", "saved for another base model")
     ),
-    "output in a file": Refused(("--out", "../colours.jsonl"), ("colours.jsonl", "choose another")),
+    "output in a file": Refused(("--out", "../letters.jsonl"), ("letters.jsonl", "choose another")),
     "adapter of another base in a dry run": Refused(
         ("--adapter", "../foreign/adapter", "--dry-run"), ("was trained on another base model",)
     ),

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 from functools import partial
@@ -31,13 +32,15 @@ NEEDED = (
 )
 FIRST, SECOND, RESCALED = (("--adapter", f"../{name}/adapter") for name in ("first", "second", "rescaled"))
 KILLED = "killed"
+# Output directories, and their copies as they were after the first round.
+BEFORE = {"killed": "killed-before", "one": "one-before"}
 ROUNDS: tuple[dict[str, tuple[str, ...]], ...] = (
     {
         "one": (*FIRST, "--out", "../one"),
         KILLED: (*FIRST, "--out", "../killed"),
         "base": (),
         "chosen": ("--tasks", "passkey", "--lengths", "288", "--no-base", *FIRST, "--out", "../chosen"),
-        "all failed": ("--tasks", "passkey", "--lengths", "512", "256", "--out", "../failed"),
+        "all failed": ("--tasks", "passkey", "--lengths", "512", "--out", "../failed"),
         "beside": ("--tasks", "capitals", *SECOND),
         "dry": ("--dry-run", *FIRST, "--out", "../dry"),
     },
@@ -87,6 +90,8 @@ def main() -> None:
         if KILLED in cases:
             actions[KILLED] = [partial(doomed, cases[KILLED], killed_after, cut)]
         found |= run_side_by_side(actions, Path.cwd(), num_at_once=2)
+        for name in BEFORE if cases is ROUNDS[0] else ():
+            shutil.copytree(name, BEFORE[name])
     bad = {f"bad {name}": [partial(evaluate, case.arguments, case.overrides)] for name, case in BAD.items()}
     found |= run_side_by_side(bad, Path.cwd(), num_at_once=2)
     results.write_text(json.dumps({name: ranks[0] for name, ranks in found.items()}))
