@@ -58,7 +58,7 @@ def describe(errors: Iterable[ErrorDetails], data: Node) -> list[Problem]:
     """One problem per mistake in `data`; the branches of a union count as one."""
     found: dict[Place, ErrorDetails] = {}
     for error in errors:
-        found.setdefault(_place(error, data), error)
+        found.setdefault(place_of(error, data), error)
     inside = {place[:length] for place in found for length in range(len(place))}
     return [_problem(place, error) for place, error in found.items() if place not in inside]
 
@@ -92,7 +92,7 @@ def did_you_mean(name: str, names: Sequence[str]) -> str:
     return f'did you mean "{near}"?' if near else "choose one of these"
 
 
-def _place(error: ErrorDetails, data: Any) -> Place:
+def place_of(error: ErrorDetails, data: Any) -> Place:
     """The path through `data` that an error is about, without pydantic's names of union branches."""
     place: list[str | int] = []
     here = data

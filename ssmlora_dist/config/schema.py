@@ -265,6 +265,8 @@ class TrackingSection(Section):
     """MLflow tracking URI; null: a sqlite file."""
     experiment: NonEmpty = "ssmlora_dist"
     """MLflow experiment."""
+    tags: dict[NonEmpty, str] = {}
+    """Tags of the run in MLflow, beside versions and git commit."""
     every_steps: int = Field(default=1, ge=1)
     """Optimiser steps between logged rows."""
     log_adapter: bool = True

@@ -95,10 +95,29 @@ def estimate(values: Sequence[float]) -> Estimate:
     if all(value in (0.0, 1.0) for value in values) or min(values) == max(values):
         lower, upper = _wilson(mean, count)
     else:
-        variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-        margin = student_t_quantile(0.5 + CONFIDENCE / 2, count - 1) * math.sqrt(variance / count)
-        lower, upper = mean - margin, mean + margin
+        found = student_t_estimate(values)
+        lower, upper = found.lower, found.upper
     return Estimate(mean, max(0.0, lower), min(1.0, upper))
+
+
+def student_t_estimate(values: Sequence[float]) -> Estimate:
+    """Mean and Student's 95% interval of numbers of any range; of a single one it is the whole line.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("needed: at least one value")
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Estimate(mean, -math.inf, math.inf)
+    if min(values) == max(values):
+        # Their sum over their number can be another one, by rounding.
+        return Estimate(values[0], values[0], values[0])
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    margin = student_t_quantile(0.5 + CONFIDENCE / 2, count - 1) * math.sqrt(variance / count)
+    return Estimate(mean, mean - margin, mean + margin)
 
 
 def summarize(

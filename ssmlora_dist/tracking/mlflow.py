@@ -169,6 +169,11 @@ class MLflowTracker:
         if due or len(self._pending) >= MAX_METRICS_PER_BATCH:
             self._flush()
 
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Adds facts about the run, or replaces those of the same name."""
+        if self._delivery is not None:
+            self._delivery.submit(partial(self._send_tags, dict(tags)))
+
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
         """Keeps a copy of a file."""
         if self._delivery is not None:
@@ -226,7 +231,10 @@ class MLflowTracker:
         if self._client is None:
             self._client = MlflowClient(tracking_uri=self._uri)
         run_id = self._run_id or self._continued_run(self._client)
-        if run_id is None:
+        if run_id is not None:
+            self._run_id = run_id
+            self._send_tags(tags)
+        else:
             experiment_id = self._experiment_id(self._client)
             run_id = self._client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
         self._run_id = run_id
@@ -272,6 +280,12 @@ class MLflowTracker:
         recorded = self._connection.get_run(self._run_id).data.params
         new = [Param(name, value) for name, value in batch if name not in recorded]
         self._connection.log_batch(self._run_id, params=new)
+
+    def _send_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        if tags:
+            self._connection.log_batch(self._run_id, tags=[RunTag(*tag) for tag in tags.items()])
 
     def _send_metrics(self, batch: list[_Metric]) -> None:
         from mlflow.entities import Metric

@@ -36,6 +36,9 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Records values at a step of the optimiser."""
 
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Adds facts about the run, or replaces those of the same name."""
+
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
         """Keeps a copy of a file, in the folder `artifact_path` of the run's artifacts.
 
@@ -59,6 +62,9 @@ class NullTracker:
         return None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Does nothing."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
         """Does nothing."""
 
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -94,10 +95,15 @@ def environment_tags(environment: dict[str, Any]) -> dict[str, str]:
 def tracker_of(
     config: RunConfig, group: ProcessGroup, console: Console, continuation: Continuation
 ) -> Tracker:
-    """Rank 0's tracker, which goes on with the run that is continued in place; none on the other ranks."""
+    """Rank 0's tracker; none on the other ranks.
+
+    It goes on with the run that is continued in place, or else with that in MLflow's own variable
+    MLFLOW_RUN_ID, by which whoever starts this process says which run it is.
+    """
     if config.tracking.tracker == "none" or not group.is_main:
         return NullTracker()
     checkpoint = continuation.checkpoint if continuation.in_place else None
-    run_id = checkpoint.progress["tracker_run_id"] if checkpoint else None
+    continued = checkpoint.progress["tracker_run_id"] if checkpoint else None
+    run_id = continued or os.environ.get("MLFLOW_RUN_ID")
     tracking = config.tracking
     return mlflow_tracker(config.run.output_dir, tracking.uri, tracking.experiment, console.warn, run_id)

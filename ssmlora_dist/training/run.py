@@ -170,9 +170,8 @@ class _Run:
             self._save(self.continuation.step)
             self.saver.finish()
         if self.group.is_main:
-            self.tracker.start(
-                self.config.run.name, flat_parameters(resolved), environment_tags(environment_record())
-            )
+            tags = environment_tags(environment_record()) | self.config.tracking.tags
+            self.tracker.start(self.config.run.name, flat_parameters(resolved), tags)
 
     def execute(self, interrupts: Interrupts) -> None:
         """Evaluate, train, save, evaluate, summarise.

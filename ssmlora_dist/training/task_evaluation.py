@@ -253,7 +253,8 @@ def _track(
     tracking, environment = config.tracking, environment_record()
     tracker = mlflow_tracker(config.run.output_dir, tracking.uri, tracking.experiment, console.warn)
     parameters = config.model_dump(mode="json", include={"run", "model", "quantization", "evaluation"})
-    tracker.start(f"{config.run.name}-evaluation", flat_parameters(parameters), environment_tags(environment))
+    tags = environment_tags(environment) | tracking.tags
+    tracker.start(f"{config.run.name}-evaluation", flat_parameters(parameters), tags)
     tracker.log_metrics(metrics, step=0)
     for file in files:
         tracker.log_artifact(file, str(Path("evaluation") / file.parent.relative_to(directory)))

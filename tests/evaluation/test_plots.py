@@ -20,14 +20,14 @@ FULL = {(length, depth): depth for length in (256, 1024) for depth in (0.0, 0.5,
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The figures that are made; a warning of the library is an error."""
     made: list[Any] = []
-    make = plots._figure
+    make = plots.new_figure
 
     def noted(size: tuple[float, float]) -> tuple[Any, Any]:
         figure, canvas = make(size)
         made.append(figure)
         return figure, canvas
 
-    monkeypatch.setattr(plots, "_figure", noted)
+    monkeypatch.setattr(plots, "new_figure", noted)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield made
@@ -110,12 +110,37 @@ def test_curves(curves: Mapping[str, plots.Curve], figures: list[Any], tmp_path:
     assert first <= lengths[0] <= lengths[-1] <= last
 
 
+def test_curves_of_another_quantity(figures: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "plots" / "speed.png"
+    plot_by_length({"lora": {512: (20000.0, 19000.0, 21000.0)}}, "speed", path, unit="tokens/s")
+    [axes] = figures[0].axes
+    assert axes.get_ylabel() == "tokens/s"
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_ylim()[1] > 21000
+    assert axes.yaxis.get_major_formatter()(20000.0, 0) == "20,000"
+
+
+def test_many_curves_look_different_and_their_legend_covers_none(figures: list[Any], tmp_path: Path) -> None:
+    curves = {f"method {index}": {512: (0.5, 0.4, 0.6)} for index in range(24)}
+    plot_by_length(curves, "keys", tmp_path / "plots" / "curves.png")
+    [axes] = figures[0].axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 24
+    figures[0].draw_without_rendering()
+    assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+
+
+def test_a_picture_names_no_software(tmp_path: Path) -> None:
+    path = tmp_path / "map.png"
+    plot_heat_maps({"base": FULL}, "keys", path)
+    assert b"Software" not in path.read_bytes()
+
+
 def test_a_picture_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "map.png"
     plot_heat_maps({"base": FULL}, "keys", path)
     before = path.read_bytes()
 
-    def write_half(_: Any, file: Path) -> None:
+    def write_half(_: Any, file: Path, **__: Any) -> None:
         file.write_bytes(before[:100])
         raise OSError("no space left")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from ssmlora_dist.evaluation.statistics import (
     ItemScores,
     estimate,
     majority_baseline,
+    student_t_estimate,
     student_t_quantile,
     summarize,
 )
@@ -78,6 +80,25 @@ def test_graded_scores_that_do_not_spread_are_not_certain():
     single = estimate([0.5])
     assert single.lower < 0.1
     assert single.upper > 0.9
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 200])
+def test_numbers_of_any_range(count):
+    stats = pytest.importorskip("scipy.stats")
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    values = [rng.gauss(-300, 20) for _ in range(count)]
+    mean = sum(values) / count
+    expected = (mean, *stats.t.interval(0.95, count - 1, loc=mean, scale=stats.sem(values)))
+    assert as_tuple(student_t_estimate(values)) == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_numbers_that_do_not_spread():
+    # Three times 0.1 over 3 is not 0.1.
+    assert as_tuple(student_t_estimate([0.1] * 3)) == (0.1, 0.1, 0.1)
+    assert as_tuple(student_t_estimate([5.0])) == (5.0, -math.inf, math.inf)
+    with pytest.raises(ValueError, match="at least one value"):
+        student_t_estimate([])
 
 
 @pytest.mark.parametrize("values", [[], [0.5, 1.1], [-0.1], [float("nan")]])

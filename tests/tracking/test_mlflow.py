@@ -214,6 +214,25 @@ def test_a_continued_run_keeps_its_id_and_its_parameters(output_dir: Path, warni
     assert warnings == []
 
 
+def test_tags_are_added_and_replaced_on_the_way_and_by_who_continues(
+    output_dir: Path, warnings: list[str]
+) -> None:
+    first = mlflow_tracker(output_dir, None, EXPERIMENT, warnings.append)
+    run_id = first.start("tagged", {}, {"kept": "1", "replaced": "1"})
+    first.set_tags({"replaced": "2", "added": "2"})
+    first.finish("KILLED")
+    second = mlflow_tracker(output_dir, None, EXPERIMENT, warnings.append, run_id=run_id)
+    second.start("tagged", {}, {"added": "3"})
+    second.finish("FINISHED")
+    tags = recorded(output_dir, run_id).data.tags
+    assert {name: tags[name] for name in ("kept", "replaced", "added")} == {
+        "kept": "1",
+        "replaced": "2",
+        "added": "3",
+    }
+    assert warnings == []
+
+
 def test_a_run_that_cannot_be_continued_is_begun_anew(output_dir: Path, warnings: list[str]) -> None:
     tracker = mlflow_tracker(output_dir, None, EXPERIMENT, warnings.append, run_id="0" * 32)
     run_id = tracker.start("run", {}, {})

@@ -1,0 +1,30 @@
+"""Writes the report of a sweep: `python launch/report.py --sweep sweeps/NAME`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ssmlora_dist.config.arguments import ArgumentParser, run_command
+from ssmlora_dist.tracking.quiet import quiet_libraries
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        description="Report on a sweep: tables and plots as an HTML page and as Markdown."
+    )
+    add = parser.add_argument
+    add("--sweep", type=Path, required=True, metavar="DIR", help="sweep directory, or a file of its rows")
+    add("--out", type=Path, metavar="DIR", help="by default `report` in the sweep directory")
+    add("--baseline", metavar="GROUP", help="that the others are compared with; by default the sweep's own")
+    arguments = parser.parse_args()
+    quiet_libraries()
+
+    from ssmlora_dist.sweep.report import write_report
+
+    for path in write_report(arguments.sweep, arguments.out, arguments.baseline)[:2]:
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

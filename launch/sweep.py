@@ -1,0 +1,52 @@
+"""Runs a sweep: `python launch/sweep.py --config configs/sweeps/quick_cpu.json`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ssmlora_dist.config.arguments import ArgumentParser, run_command
+from ssmlora_dist.errors import EXIT_DONE, EXIT_TRAINING_FAILED
+from ssmlora_dist.tracking.quiet import quiet_libraries
+
+
+def main() -> int:
+    parser = ArgumentParser(
+        description="Run the points of a sweep, or what is left of them.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="sweep file (JSON)")
+    add("--dry-run", action="store_true", help="check every point and show the plan")
+    add("--retry-failed", action="store_true", help="run points again that failed or ran out of memory")
+    arguments = parser.parse_args()
+    quiet_libraries()
+
+    import torch
+
+    from ssmlora_dist.sweep.execute import Place, run_sweep
+    from ssmlora_dist.sweep.plan import plan_sweep, standing
+    from ssmlora_dist.sweep.table import counts, outcome_table, plan_text
+
+    on_cuda = torch.cuda.is_available()
+    num_devices = torch.cuda.device_count() if on_cuda else 0
+    plan = plan_sweep(arguments.config, device_type="cuda" if on_cuda else "cpu", num_devices=num_devices)
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    devices = names[:num_devices] or [str(number) for number in range(num_devices)]
+    num_cpus = len(os.sched_getaffinity(0))
+    place = Place(devices, num_cpus, Path(__file__).resolve().parent)
+    if arguments.dry_run:
+        todo = standing(plan, plan.directory.read_rows(), retry_failed=arguments.retry_failed)
+        print(plan_text(plan, todo, place.points_at_once(plan)))
+        return EXIT_DONE
+    result = run_sweep(plan, place, retry_failed=arguments.retry_failed)
+    print(outcome_table(result.rows.values()))
+    print(f"{plan.directory.path}: {len(result.rows)} points, {counts(result.rows.values())}")
+    if result.stopped_by is not None:
+        print("stopped: the same command goes on", file=sys.stderr)
+        return 128 + result.stopped_by
+    return EXIT_DONE if result.num_finished else EXIT_TRAINING_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

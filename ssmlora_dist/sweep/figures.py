@@ -1,0 +1,208 @@
+"""The plots of a report, as PNG files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssmlora_dist.evaluation.plots import new_figure, plot_by_length, plot_heat_maps, write_figure
+from ssmlora_dist.sweep.aggregate import (
+    LengthRow,
+    by_depth,
+    by_input_length,
+    by_training_length,
+    efficiencies,
+    label_of,
+)
+from ssmlora_dist.sweep.cases import Measured, Sweep
+from ssmlora_dist.sweep.rows import is_share
+
+SPEED_UNITS = {"tokens_per_second": "tokens/s", "peak_memory_gib": "GiB"}
+# More heat maps side by side than these cannot be read.
+PANELS = 4
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture.
+
+    Attributes:
+        path: of the PNG.
+        caption: what it shows; the numbers are in the tables beside it.
+    """
+
+    path: Path
+    caption: str
+
+
+class Plots:
+    """Draws the plots of a sweep into a directory, each under a name of its own.
+
+    Args:
+        sweep: what is drawn.
+        directory: for the files.
+    """
+
+    def __init__(self, sweep: Sweep, directory: Path) -> None:
+        self._sweep = sweep
+        self._directory = directory
+        self._names: set[str] = set()
+
+    def scores_by_length(self) -> list[Plot]:
+        """Curves of losses and scores by input length, of scores without such parts by training length."""
+        sweep, plots = self._sweep, []
+        for name in sweep.measured_by_length:
+            unit = None if is_share(name) else "loss" if "loss" in name else "value"
+            title = f"{name} by input length"
+            plots += self._curves(f"{name}_by_length", title, by_input_length(sweep, name), unit)
+        for name in sweep.scores:
+            if name not in sweep.measured_by_length:
+                title = f"{name} by training length"
+                plots += self._curves(f"{name}_by_length", title, by_training_length(sweep, name), None)
+        return plots
+
+    def speed_by_length(self) -> list[Plot]:
+        """A curve for each method, of tokens per second and of peak memory by training length."""
+        plots = []
+        for metric, unit in SPEED_UNITS.items():
+            title = f"{metric} by training length"
+            plots += self._curves(f"{metric}_by_length", title, by_training_length(self._sweep, metric), unit)
+        return plots
+
+    def heat_maps(self) -> list[Plot]:
+        """A map for each method, of every task by input length and depth of the fact."""
+        plots = []
+        for name in self._sweep.measured_by_length:
+            rows = [row for row in by_depth(self._sweep, name) if row.cells and is_share(name)]
+            for start in range(0, len(rows), PANELS):
+                panels = {
+                    _drawable(self._label(row)).replace(", ", "\n"): {
+                        place: found.mean for place, found in row.cells.items()
+                    }
+                    for row in rows[start : start + PANELS]
+                }
+                caption = f"{name} by input length and depth of the fact, in percent"
+                path = self._path(f"{name}_heat_map")
+                plot_heat_maps(panels, _drawable(f"{name}, in percent"), path)
+                plots.append(
+                    Plot(path, f"{caption}: {', '.join(map(self._label, rows[start : start + PANELS]))}")
+                )
+        return plots
+
+    def scores_by_parameters(self) -> list[Plot]:
+        """Every score over the number of trainable parameters, a colour for each group."""
+        plots = []
+        for metric in self._sweep.scores:
+            places: dict[str, list[tuple[Measured, Measured]]] = {}
+            for case in self._sweep.cases:
+                parameters, score = case.measure("num_trainable_parameters"), case.measure(metric)
+                if parameters is not None and score is not None:
+                    places.setdefault(case.group, []).append((parameters, score))
+            if places:
+                path = self._path(f"{metric}_by_parameters")
+                caption = f"{metric} by trainable parameters"
+                _plot_by_parameters(places, caption, path)
+                plots.append(Plot(path, caption))
+        return plots
+
+    def efficiency(self) -> list[Plot]:
+        """A bar for each workload and topology."""
+        bars = [
+            (f"{found.workload}: {found.topology}", found.relative)
+            for found in efficiencies(self._sweep)
+            if found.relative is not None
+        ]
+        if not bars:
+            return []
+        path = self._path("efficiency")
+        caption = "Tokens per second and device, relative to the smallest topology"
+        _plot_bars(bars, caption, path)
+        return [Plot(path, caption)]
+
+    def _curves(self, name: str, title: str, rows: Sequence[LengthRow[Any]], unit: str | None) -> list[Plot]:
+        curves = {}
+        for row in rows:
+            known = {length: found for length, found in row.cells.items() if length is not None}
+            if known:
+                curves[_drawable(self._label(row))] = {
+                    length: (found.mean, *_bounds(found)) for length, found in known.items()
+                }
+        if not curves:
+            return []
+        path = self._path(name)
+        plot_by_length(curves, _drawable(title), path, unit)
+        return [Plot(path, title)]
+
+    def _label(self, row: LengthRow[Any]) -> str:
+        return label_of(row.group, self._sweep.shown_setting(row.setting))
+
+    def _path(self, name: str) -> Path:
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", name.removeprefix("task/"))
+        number, unique = 1, stem
+        while unique in self._names:
+            number += 1
+            unique = f"{stem}_{number}"
+        self._names.add(unique)
+        return self._directory / f"{unique}.png"
+
+
+def _plot_by_parameters(
+    places: Mapping[str, Iterable[tuple[Measured, Measured]]], title: str, path: Path
+) -> None:
+    figure, canvas = new_figure((7, 4))
+    axes = figure.subplots()
+    for group, found in places.items():
+        xs = [parameters.mean for parameters, _ in found]
+        ys = [score.mean for _, score in found]
+        errors = _errors([score for _, score in found])
+        axes.errorbar(xs, ys, errors, fmt="o", markersize=5, capsize=3, label=_drawable(group))
+    axes.set_ylim(-0.02, 1.02)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.set_xlabel("trainable parameters")
+    axes.margins(x=0.1)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    write_figure(figure, canvas, _drawable(title), path)
+
+
+def _plot_bars(bars: Sequence[tuple[str, Measured]], title: str, path: Path) -> None:
+    figure, canvas = new_figure((8, 1.4 + 0.35 * len(bars)))
+    axes = figure.subplots()
+    means = [found.mean for _, found in bars]
+    errors = _errors([found for _, found in bars])
+    axes.barh(range(len(bars)), means, xerr=errors, height=0.6, capsize=3)
+    axes.set_yticks(range(len(bars)), [_drawable(label) for label, _ in bars], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    write_figure(figure, canvas, _drawable(title), path)
+
+
+def _bounds(found: Measured) -> tuple[float, float]:
+    """The interval, or of one seed, which has none, the value itself."""
+    return (found.lower, found.upper) if found.count > 1 else (found.mean, found.mean)
+
+
+def _errors(measured: Sequence[Measured]) -> list[list[float]]:
+    """How far the intervals reach below and above the means."""
+    below = [max(0.0, found.mean - _bounds(found)[0]) for found in measured]
+    above = [max(0.0, _bounds(found)[1] - found.mean) for found in measured]
+    return [below, above]
+
+
+def _drawable(text: str) -> str:
+    """As matplotlib shows it: a dollar would begin a formula, a leading underscore hide it from a legend."""
+    escaped = text.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"

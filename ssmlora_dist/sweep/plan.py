@@ -1,0 +1,213 @@
+"""A sweep's plan: every point with its checked configuration, and how long what is left will take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ssmlora_dist.config.loading import load_config, read_json
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.sweep.expansion import RANKS_KEY, Point, expand
+from ssmlora_dist.sweep.schema import SweepConfig, load_sweep
+from ssmlora_dist.sweep.state import FINAL, Row, SweepDirectory
+from ssmlora_dist.tracking import store_uri
+
+SHOWN_POINTS = 3
+
+
+@dataclass(frozen=True)
+class PlannedPoint:
+    """A point that can be run.
+
+    Attributes:
+        point: what the sweep file says of it.
+        config: of its run.
+        digest: changes with whatever decides its results: the part before `+` with what decides the training,
+            the part behind, where there is one, with the tasks that are answered afterwards.
+    """
+
+    point: Point
+    config: RunConfig
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return self.point.name
+
+    @property
+    def training_digest(self) -> str:
+        return self.digest.partition("+")[0]
+
+    def row(self, **outcome: Any) -> Row:
+        """A row of points.jsonl about it."""
+        point = self.point
+        return Row(
+            point=point.name,
+            digest=self.digest,
+            overrides=dict(point.overrides),
+            group=point.group,
+            seed=point.seed,
+            **outcome,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep whose points have all been checked."""
+
+    sweep: SweepConfig
+    directory: SweepDirectory
+    points: Sequence[PlannedPoint]
+
+
+def plan_sweep(path: str, *, device_type: str, num_devices: int = 0) -> Plan:
+    """Reads a sweep file, expands it and checks the configuration of every point.
+
+    Args:
+        path: of the sweep file.
+        device_type: `cuda` or `cpu`, where points will compute.
+        num_devices: CUDA devices that there are.
+
+    Raises:
+        ConfigError: with one line for every problem; the same one of many points once.
+    """
+    sweep = load_sweep(path)
+    read_json(sweep.base)
+    points = expand(sweep, path)
+    directory = SweepDirectory(sweep.output_dir / sweep.name)
+    planned: list[PlannedPoint] = []
+    lines: dict[str, list[str]] = {}
+    for point in points:
+        try:
+            config = _load(sweep, point, directory, device_type)
+        except ConfigError as error:
+            for line in error.problems:
+                lines.setdefault(line, []).append(point.name)
+            continue
+        for line in _misfits(sweep, point, config, num_devices if device_type == "cuda" else None):
+            lines.setdefault(line, []).append(point.name)
+        planned.append(PlannedPoint(point, config, digest_of(config, point.ranks, sweep.evaluate_tasks)))
+    if lines:
+        raise ConfigError([f"{line} ({_shown_points(names, points)})" for line, names in lines.items()], path)
+    return Plan(sweep, directory, planned)
+
+
+def _load(sweep: SweepConfig, point: Point, directory: SweepDirectory, device_type: str) -> RunConfig:
+    """The point's configuration; unless it says where, it is recorded in one store for all sweeps there."""
+    values = {key: value for key, value in {**sweep.overrides, **point.overrides}.items() if key != RANKS_KEY}
+    values |= {"run.name": point.name, "run.output_dir": str(directory.runs), "run.seed": point.seed}
+    config = load_config(
+        sweep.base,
+        [f"{key}={json.dumps(value)}" for key, value in values.items()],
+        world_size=point.ranks,
+        device_type=device_type,
+    )
+    uri = store_uri(sweep.output_dir, config.tracking.uri)
+    tracking = config.tracking.model_copy(update={"uri": uri})
+    return config.model_copy(update={"schema_": None, "tracking": tracking})
+
+
+def _misfits(sweep: SweepConfig, point: Point, config: RunConfig, num_devices: int | None) -> Iterable[str]:
+    if num_devices is not None and point.ranks > num_devices:
+        yield (
+            f"launcher.ranks: {point.ranks} given; allowed: at most {num_devices}, the devices there are; "
+            "lower it, or leave the point out"
+        )
+    if sweep.evaluate_tasks and not config.evaluation.tasks:
+        yield (
+            "evaluate_tasks: true given, but evaluation.tasks is empty; list tasks there, or set it to false"
+        )
+
+
+def _shown_points(names: Sequence[str], points: Sequence[Point]) -> str:
+    if len(names) == len(points) > 1:
+        return "all points"
+    shown = ", ".join(names[:SHOWN_POINTS])
+    rest = len(names) - SHOWN_POINTS
+    return (
+        f"point {shown}" if len(names) == 1 else f"points {shown}" + (f" and {rest} more" if rest > 0 else "")
+    )
+
+
+def digest_of(config: RunConfig, ranks: int, evaluates_tasks: bool) -> str:
+    """See `PlannedPoint.digest`; where a run lies, is recorded and what is kept of it decide nothing."""
+    settings = config.model_dump(mode="json", exclude={"schema_", "tracking", "checkpoint"})
+    settings["run"] = {"seed": config.run.seed}
+    tasks = {key: settings["evaluation"][key] for key in ("tasks", "max_batch_tokens")}
+    if config.evaluation.tasks_every_steps is None:
+        settings["evaluation"] = {
+            key: value for key, value in settings["evaluation"].items() if key not in tasks
+        }
+    digest = _hash({"config": settings, "ranks": ranks})
+    return f"{digest}+{_hash(tasks)}" if evaluates_tasks else digest
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def estimate_seconds(points: Sequence[PlannedPoint], rows: Mapping[str, Row]) -> float | None:
+    """Wall time of `points` one after another, from points that are finished; None where none is.
+
+    A point takes what those take that differ from it in the seed alone, or else those of its group, or else
+    all of them.
+    """
+    finished = [row for row in rows.values() if row.outcome == "finished" and row.wall_seconds is not None]
+    if not finished:
+        return None
+    total = 0.0
+    for planned in points:
+        point = planned.point
+        alike = [row for row in finished if row.overrides == point.overrides and row.group == point.group]
+        of_group = [row for row in finished if row.group == point.group]
+        total += statistics.fmean(row.wall_seconds or 0.0 for row in alike or of_group or finished)
+    return total
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a plan meets what was recorded before.
+
+    Attributes:
+        rows: of every point of the plan, in its order.
+        pending: points to run, in the plan's order.
+        replaced: earlier rows of points that have changed or are not in the plan any more.
+    """
+
+    rows: Mapping[str, Row]
+    pending: Sequence[PlannedPoint]
+    replaced: Sequence[Row]
+
+
+def standing(plan: Plan, recorded: Mapping[str, Row], *, retry_failed: bool = False) -> Standing:
+    """Which points are to be run: those without an outcome of the same digest.
+
+    Args:
+        plan: what is to be there in the end.
+        recorded: rows of points.jsonl.
+        retry_failed: whether points that failed or ran out of memory are run again.
+    """
+    rows: dict[str, Row] = {}
+    pending = []
+    names = {planned.name for planned in plan.points}
+    replaced = [row for name, row in recorded.items() if name not in names]
+    for planned in plan.points:
+        row = recorded.get(planned.name)
+        if row is not None and row.digest == planned.digest:
+            point = planned.point
+            # These may be said in another way, for the same configuration.
+            row = replace(row, group=point.group, overrides=dict(point.overrides), seed=point.seed)
+            if row.outcome not in FINAL or (retry_failed and row.outcome != "finished"):
+                pending.append(planned)
+        else:
+            if row is not None and row.outcome != "not_run":
+                replaced.append(row)
+            row = planned.row()
+            pending.append(planned)
+        rows[planned.name] = row
+    return Standing(rows, pending, replaced)
