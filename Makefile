@@ -33,7 +33,7 @@ test: install
 	ruff format --check .
 	mypy
 	lint-imports --no-logo
-	pytest
+	pytest --numprocesses 2 --dist loadfile
 
 quickstart: install
 	python launch/prepare_smollm2.py

@@ -171,7 +171,7 @@ def _pending(plan: _Plan, known: Mapping[Key, Row]) -> list[tuple[list[int], lis
         if row is not None and row["digest"] != digest:
             raise CheckpointError(
                 f"evaluation: the output directory holds rows of task {plan.task.name!r} for another model, "
-                f"adapter or setting (item {row['id']!r} differs); choose another, or remove it"
+                f"adapter or setting (item {row['id']!r} differs); choose another (--out), or remove it"
             )
     pending = [(batch, [i for i in batch if plan.key(i) not in known]) for batch in plan.batches]
     return [(batch, missing) for batch, missing in pending if missing]

@@ -54,6 +54,7 @@ def train(
     first_step: int = 0,
     skipped_steps: int = 0,
     check: Check = no_check,
+    last_good: Callable[[], str] = lambda: "nothing was saved",
 ) -> None:
     """Runs steps `first_step` to `num_steps` - 1.
 
@@ -67,6 +68,7 @@ def train(
         first_step: number of steps done before.
         skipped_steps: of these, how many were skipped.
         check: called between micro-batches, on every rank; what it raises passes through.
+        last_good: says where the last good checkpoint is; called on every rank where training has to stop.
 
     Raises:
         TrainingError: loss or gradients were not finite too many times in a row.
@@ -85,5 +87,6 @@ def train(
             raise TrainingError(
                 f"step {step + 1}: loss or gradients were not finite in {in_a_row} steps in a row "
                 f"(loss {result.loss}, gradient norm {result.grad_norm}); nothing was updated in them. "
-                "Lower training.learning_rate, lengthen training.warmup_steps, or look for damaged data"
+                "Lower training.learning_rate, lengthen training.warmup_steps, or look for damaged data; "
+                f"{last_good()}"
             )

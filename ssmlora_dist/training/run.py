@@ -207,6 +207,7 @@ class _Run:
                 first_step=self.continuation.step,
                 skipped_steps=self.totals.skipped_steps,
                 check=self.interrupts.check,
+                last_good=self.saver.finish,
             )
         # Before anything else can go wrong.
         self._save_adapter()
@@ -339,10 +340,9 @@ class _Run:
         step = self.totals.num_steps
         if step > self.saver.last_step:
             self._save(step)
-        where = self.saver.finish()
         again = "go on with --resume auto" if self.saver.last_step == step > 0 else "nothing was trained yet"
-        name = signal.Signals(signum).name
-        return StoppedError(f"by {name} after step {step} of {self.num_steps}; {where}; {again}", signum)
+        at = f"{signal.Signals(signum).name} after step {step} of {self.num_steps}"
+        return StoppedError(f"by {at}; {self.saver.finish()}; {again}", signum)
 
     def _wall_seconds(self) -> float:
         """Since the run began, the time aside in which it stood still."""

@@ -295,7 +295,7 @@ def test_another_adapter_is_refused_where_one_has_answered(evaluations: Evaluati
     assert finished.exit_code == 2, finished.stderr
     [error] = [line for line in finished.stderr.splitlines() if line.startswith("error")]
     assert "rows of task 'passkey' for another model, adapter or setting" in error
-    assert "choose another, or remove it" in error
+    assert "choose another (--out), or remove it" in error
     assert "Traceback" not in finished.stderr
     assert evaluations.parts("one") == evaluations.parts(BEFORE["one"])
 

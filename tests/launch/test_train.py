@@ -233,6 +233,7 @@ def test_training_that_diverges_ends_with_3(runs: Runs, name: str) -> None:
     [error] = [line for line in own_lines(finished.stderr) if line.startswith("error")]
     assert error.startswith("error: step 3: loss or gradients were not finite in 2 steps in a row (loss nan")
     assert "Lower training.learning_rate" in error
+    assert error.endswith("; no checkpoint has been saved")
     assert "Traceback" not in finished.stderr
     rows = runs.rows(name)
     assert [row["step"] for row in rows] == [1, 2, 3]
