@@ -26,13 +26,12 @@ def main() -> int:
 
     from ssmlora_dist.sweep.execute import Place, run_sweep
     from ssmlora_dist.sweep.plan import plan_sweep, standing
+    from ssmlora_dist.sweep.process import visible_devices
     from ssmlora_dist.sweep.table import counts, outcome_table, plan_text
 
-    on_cuda = torch.cuda.is_available()
-    num_devices = torch.cuda.device_count() if on_cuda else 0
-    plan = plan_sweep(arguments.config, device_type="cuda" if on_cuda else "cpu", num_devices=num_devices)
-    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    devices = names[:num_devices] or [str(number) for number in range(num_devices)]
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), num_devices)
+    plan = plan_sweep(arguments.config, devices=devices)
     num_cpus = len(os.sched_getaffinity(0))
     place = Place(devices, num_cpus, Path(__file__).resolve().parent)
     if arguments.dry_run:

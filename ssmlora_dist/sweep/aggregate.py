@@ -36,11 +36,13 @@ class Difference:
     Attributes:
         case: what is compared.
         reference: the baseline's case; None where it has none of this setting.
+        num_pairs: seeds that finished in both.
         metrics: metric to the mean of case minus baseline, over the seeds that finished in both.
     """
 
     case: Case
     reference: Case | None
+    num_pairs: int
     metrics: Mapping[str, Measured]
 
 
@@ -94,16 +96,17 @@ def differences(sweep: Sweep) -> list[Difference]:
         if case.group == sweep.baseline:
             continue
         reference = references.get(case.setting)
+        if reference is None:
+            found.append(Difference(case, None, 0, {}))
+            continue
         metrics = {}
         for name in sweep.metrics:
-            if reference is None:
-                break
             own, other = case.by_seed(name), reference.by_seed(name)
             pairs = [own[seed] - other[seed] for seed in own if seed in other]
             mean = measure(pairs, is_score=False)
             if mean is not None:
                 metrics[name] = mean
-        found.append(Difference(case, reference, metrics))
+        found.append(Difference(case, reference, len(case.seeds & reference.seeds), metrics))
     return found
 
 

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from ssmlora_dist.evaluation.statistics import estimate, student_t_estimate
-from ssmlora_dist.sweep.rows import BrokenRow, PointResult, is_share
+from ssmlora_dist.sweep.rows import BrokenRow, PointResult, is_share, printable
 
 SPEED_METRICS = (
     "num_ranks",
@@ -31,8 +31,11 @@ UNSET = "as base"
 
 # Of a score there are NAME, of all inputs, NAME/LENGTH and NAME/LENGTH/DEPTH.
 _METRIC = re.compile(
-    r"(?P<name>(?:task/)?.+?)(?:/(?P<length>\d+)(?:/(?P<depth>[01](?:\.\d+)?))?)?", re.DOTALL
+    r"(?P<name>(?:task/)?.+?)(?:/(?P<length>[1-9][0-9]{0,14})(?:/(?P<depth>0|1|0\.[0-9]*[1-9]))?)?",
+    re.DOTALL,
 )
+# Beyond this a figure is none that anyone measured, and the square of it no float.
+LARGEST = 1e100
 
 Setting = tuple[tuple[str, str], ...]
 """Dotted keys with their values as text, in the order of the sweep's setting keys."""
@@ -90,8 +93,9 @@ class Case:
         return [point for point in self.points if not point.is_finished]
 
     @property
-    def num_finished(self) -> int:
-        return len(self.points) - len(self.unfinished)
+    def seeds(self) -> set[int]:
+        """Of the points that finished."""
+        return {point.seed for point in self.points if point.is_finished}
 
     @property
     def metrics(self) -> set[str]:
@@ -99,11 +103,11 @@ class Case:
         return {name for point in self.points if point.is_finished for name in point.metrics}
 
     def by_seed(self, metric: str) -> dict[int, float]:
-        """A metric of the finished points, as far as it is finite."""
+        """A metric of the finished points, as far as it can be counted; the mean of points with one seed."""
         values: dict[int, list[float]] = {}
         for point in self.points:
             value = point.metrics.get(metric, math.nan)
-            if point.is_finished and math.isfinite(value):
+            if point.is_finished and is_countable(value):
                 values.setdefault(point.seed, []).append(value)
         return {seed: fmean(values[seed]) for seed in sorted(values)}
 
@@ -217,12 +221,18 @@ def ordered_sweep(
     return Sweep(name, tuple(sorted(known, key=place)), tuple(broken), baseline)
 
 
+def is_countable(value: float) -> bool:
+    """Whether a mean can have a value in it: not NaN, and of a size that a float's square has too."""
+    return abs(value) <= LARGEST
+
+
 def measure(values: Sequence[float], is_score: bool) -> Measured | None:
     """Mean over the seeds and its interval; None without values.
 
     Student's, or for scores from 0 to 1 that of `statistics.estimate`, which keeps to the range and is not
     certain where scores do not spread.
     """
+    values = [value for value in values if is_countable(value)]
     if not values:
         return None
     found = estimate(values) if is_score and len(values) > 1 else student_t_estimate(values)
@@ -239,7 +249,9 @@ def text_of(overrides: Mapping[str, Any], key: str) -> str:
     if key not in overrides:
         return UNSET
     value = overrides[key]
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return printable(
+        value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    )
 
 
 def is_of_before(metric: str) -> bool:
@@ -264,16 +276,18 @@ def natural(text: str) -> tuple[Any, ...]:
         number = math.nan
     if math.isfinite(number):
         return 0, number, text
-    parts = re.split(r"(\d+)", text)
+    # As many digits at a time as any number has, since Python refuses to read thousands.
+    parts = re.split(r"([0-9]{1,18})", text)
     # Words and numbers take turns, so that like is compared with like.
     return 1, [int(part) if index % 2 else part for index, part in enumerate(parts)], text
 
 
 def length_of(value: Any) -> int | None:
-    """What a length key is set to: a number, or a list of one; None if it is neither."""
+    """What a length key is set to: a number of tokens, or a list of one; None if it is neither."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_number and 0 < value < 10**15 else None
 
 
 def _distinguishing_keys(points: Sequence[PointResult]) -> list[str]:

@@ -4,58 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from ssmlora_dist.sweep.cases import Case, Measured, Setting, Sweep, natural
+from ssmlora_dist.sweep.cases import Case, Measured, Setting, Sweep, is_countable, natural
+from ssmlora_dist.sweep.document import NOTHING, Cell
 from ssmlora_dist.sweep.rows import PointResult, is_share
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell.
-
-    Attributes:
-        text: what is read; empty where there is nothing.
-        value: what it is sorted by; the text if None.
-        detail: a second line, such as an interval.
-        is_bad: whether it tells of something that went wrong.
-    """
-
-    text: str
-    value: float | None = None
-    detail: str = ""
-    is_bad: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        caption: what it shows.
-        columns: their names; the first one names the row.
-        rows: as many cells as columns in each.
-    """
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-
-
-NOTHING = Cell("")
 
 
 def metric_cell(value: float | None, metric: str) -> Cell:
     """A single figure."""
     if value is None:
         return NOTHING
-    if not math.isfinite(value):
+    if not is_countable(value):
         return Cell(str(value), is_bad=True)
     return Cell(percent(value) if is_share(metric) else number(value), value)
 
 
-def measured_cell(found: Measured | None, metric: str, num_finished: int) -> Cell:
-    """A mean, below it its interval, and the number of seeds where it is not that of the finished points."""
+def measured_cell(found: Measured | None, metric: str, num_seeds: int) -> Cell:
+    """A mean, below it its interval, and how many seeds it is of where those are not all that finished."""
     if found is None:
         return NOTHING
     if is_share(metric):
@@ -64,15 +29,15 @@ def measured_cell(found: Measured | None, metric: str, num_finished: int) -> Cel
         digits = _decimals((found.mean, found.lower, found.upper))
         text = number(found.mean, digits)
         bounds = (number(found.lower, digits), number(found.upper, digits))
-    return Cell(text, found.mean, _interval(found, bounds, num_finished))
+    return Cell(text, found.mean, _interval(found, bounds, num_seeds, metric))
 
 
-def ratio_cell(found: Measured | None, num_finished: int) -> Cell:
+def ratio_cell(found: Measured | None, num_seeds: int) -> Cell:
     """A mean of ratios, in percent."""
     if found is None:
         return NOTHING
     bounds = (f"{100 * found.lower:.1f}", f"{100 * found.upper:.1f}")
-    return Cell(percent(found.mean), found.mean, _interval(found, bounds, num_finished))
+    return Cell(percent(found.mean), found.mean, _interval(found, bounds, num_seeds))
 
 
 def difference_cell(found: Measured | None, metric: str, num_pairs: int) -> Cell:
@@ -86,7 +51,7 @@ def difference_cell(found: Measured | None, metric: str, num_pairs: int) -> Cell
     else:
         digits = _decimals(values)
         text, *bounds = (number(value, digits, signed=True) for value in values)
-    return Cell(text, found.mean, _interval(found, bounds, num_pairs))
+    return Cell(text, found.mean, _interval(found, bounds, num_pairs, metric))
 
 
 def setting_cells(sweep: Sweep, setting: Setting, keys: Iterable[str] | None = None) -> list[Cell]:
@@ -109,19 +74,19 @@ def count_cell(cases: Iterable[Case]) -> Cell:
 
 
 def missing_cell(sweep: Sweep, cases: Sequence[Case], notes: Sequence[str] = ()) -> Cell:
-    """The points that did not finish, each with its reason, then `notes`."""
+    """The points that did not finish, by case and outcome, then `notes`."""
     with_group = len({case.group for case in cases}) > 1
     shared = set.intersection(*(set(case.setting) for case in cases))
     texts = []
     for case in cases:
         shown = [one for one in sweep.shown_setting(case.setting) if one not in shared]
         names = [case.group] * with_group + [f"{key}={value}" for key, value in shown]
-        seeds: dict[tuple[str, str | None], list[str]] = {}
+        seeds: dict[str, list[str]] = {}
         for point in case.unfinished:
-            seeds.setdefault((outcome(point), point.reason), []).append(str(point.seed))
-        for causes, own in seeds.items():
+            seeds.setdefault(outcome(point), []).append(str(point.seed))
+        for cause, own in seeds.items():
             who = ", ".join([*names, f"seed{'s' * (len(own) > 1)} {', '.join(own)}"])
-            texts.append(": ".join(filter(None, (who, *causes))))
+            texts.append(f"{who}: {cause}")
     text = "; ".join([*texts, *notes])
     return Cell(text, is_bad=bool(text))
 
@@ -152,11 +117,14 @@ def _decimals(values: Sequence[float]) -> int:
     return min(8, max(0, 3 - math.floor(math.log10(max(map(abs, finite))))))
 
 
-def _interval(found: Measured, bounds: Sequence[str], expected: int) -> str:
+def _interval(found: Measured, bounds: Sequence[str], expected: int, metric: str = "") -> str:
+    few = f"{found.count} of {expected} seeds" if found.count != expected else ""
     if found.count == 1:
-        return "one seed"
-    # Of what is the same with every seed, such as a number of parameters, there is nothing to say.
+        return few or "one seed"
     lower, upper = bounds
-    interval = f"[{lower}, {upper}]" if found.lower < found.upper else ""
-    few = f"{found.count} seeds" if found.count != expected else ""
+    if lower != upper:
+        interval = f"[{lower}, {upper}]"
+    else:
+        # Of what no seed decides, such as a number of parameters, there is nothing to say.
+        interval = "" if metric.startswith("num_") else "no spread"
     return ", ".join(filter(None, (interval, few)))

@@ -131,8 +131,11 @@ class Execution:
         name, directory, row = planned.name, self._directory, self._rows[planned.name]
         run = directory.runs / name
         same = self._begun.training_digest(name) == planned.training_digest
-        if not same and (kept := directory.set_aside(name)) is not None:
-            self._table.say(f"{name}: has changed; what it had before is in {kept}")
+        if not same:
+            if (kept := directory.set_aside(name)) is not None:
+                self._table.say(f"{name}: has changed; what it had before is in {kept}")
+            if (open_run := self._begun.open_runs().get(name)) is not None:
+                self._recorder.abandon(name, open_run)
         run_id = self._recorder.begin(planned, self._begun.run_id(name) if same else None)
         self._begun.note(name, planned.training_digest, run_id)
         tracking = planned.config.tracking.model_copy(update={"tags": self._recorder.tags(planned)})
@@ -210,7 +213,7 @@ class Execution:
         if code == 0 and not running.stages:
             return "finished", None
         if running.told is None:
-            return outcome_of(code, log)
+            return outcome_of(code, log, running.process.kernel_killed)
         where = stopped_reason(log)
         reason = f"{running.told}: {where}" if where else running.told
         return ("failed" if running.timed_out else "stopped"), reason
@@ -244,8 +247,7 @@ class Execution:
         )
         self._rows[planned.name] = row
         self._directory.write_rows(self._rows.values())
-        evaluation = run / "evaluation"
-        self._recorder.end(row, evaluation if outcome == "finished" and evaluation.is_dir() else None)
+        self._recorder.end(row)
         self._table.say(ended_line(row, len(self._waiting) + len(self._running)))
 
     def _show(self) -> None:
@@ -315,18 +317,18 @@ def run_sweep(plan: Plan, place: Place, *, retry_failed: bool = False) -> Result
     directory, table = plan.directory, LiveTable(plan.sweep.name, sys.stderr)
     with directory.claimed(), StopSignals() as signals:
         todo = standing(plan, directory.read_rows(), retry_failed=retry_failed)
+        begun = directory.begun()
         grace = max(planned.config.checkpoint.grace_seconds for planned in plan.points) + EXTRA_GRACE_SECONDS
         if number := end_leftovers(directory.path, grace):
             table.say(f"{number} processes of a sweep that was killed were ended")
         directory.keep_rows(todo.replaced)
         directory.write_rows(todo.rows.values())
         directory.write_json(directory.sweep_file, plan.sweep.model_dump(mode="json", by_alias=True))
-        begun = directory.begun()
         recorder = Recorder(plan, begun, lambda text: table.say(f"warning: {text}"))
-        recorder.start()
         status: RunStatus = "FAILED"
         result = Result(dict(todo.rows), None)
         try:
+            recorder.start()
             rows = Execution(plan, place, table, signals).run(begun, recorder, todo)
             result = Result(rows, signals.stopped_by)
             status = "KILLED" if result.stopped_by else "FINISHED" if result.num_finished else "FAILED"
@@ -334,7 +336,10 @@ def run_sweep(plan: Plan, place: Place, *, retry_failed: bool = False) -> Result
                 _report(directory, table)
         finally:
             report = directory.report if directory.report.is_dir() else None
-            recorder.finish(status, result.rows, [directory.sweep_file, directory.points_file], report)
+            try:
+                recorder.end_open_runs(result.rows)
+            finally:
+                recorder.finish(status, result.rows, [directory.sweep_file, directory.points_file], report)
     return result
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ssmlora_dist.config.problems import nearest, shown
 from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.sweep.cases import LENGTH_KEYS
 from ssmlora_dist.sweep.schema import SweepConfig
 
 RANKS_KEY = "launcher.ranks"
@@ -69,7 +70,7 @@ def expand(sweep: SweepConfig, source: str = "sweep") -> list[Point]:
     combinations = _combinations(sweep)
     lines += _exclude_problems(sweep, combinations)
     kept = [found for found in combinations if not any(_matches(entry, found) for entry in sweep.exclude)]
-    group_by = sweep.group_by or tuple(sweep.grid)
+    group_by = sweep.group_by or _methods(sweep)
     points = [
         _point(
             "_".join(found.labels.values()),
@@ -92,6 +93,17 @@ def expand(sweep: SweepConfig, source: str = "sweep") -> list[Point]:
     if lines:
         raise ConfigError(lines, source)
     return points
+
+
+def _methods(sweep: SweepConfig) -> tuple[str, ...]:
+    """The axes that are compared: all but those of input length, along which every method is shown."""
+    axes = tuple(axis for axis in sweep.grid if not _axis_keys(sweep, axis) & set(LENGTH_KEYS))
+    return axes or tuple(sweep.grid)
+
+
+def _axis_keys(sweep: SweepConfig, axis: str) -> set[str]:
+    values = sweep.grid[axis]
+    return {key for one in values.values() for key in one} if isinstance(values, Mapping) else {axis}
 
 
 def _point(stem: str, group: str, seed: int, overrides: Mapping[str, Any], sweep: SweepConfig) -> Point:
@@ -162,7 +174,9 @@ def _reserved(sweep: SweepConfig) -> Iterator[str]:
     for place, overrides in _sets_of_overrides(sweep):
         for key, value in overrides.items():
             section = key.partition(".")[0]
-            if section == "run":
+            if "=" in key or key != key.strip() or not all(key.split(".")):
+                yield f"{place}: {shown(key)} given; allowed: a dotted key such as adapter.rank; write one"
+            elif section == "run":
                 yield (
                     f"{place}.{key}: {shown(value)} given; the sweep names, places and seeds its runs; "
                     "remove it, and list seeds in `seeds`"
@@ -180,7 +194,7 @@ def _axes_problems(sweep: SweepConfig) -> Iterator[str]:
     for axis, values in sweep.grid.items():
         if not values:
             yield f"grid.{axis}: empty; allowed: at least one value; add one, or remove the axis"
-        own = {axis} if not isinstance(values, Mapping) else {key for one in values.values() for key in one}
+        own = _axis_keys(sweep, axis)
         for other, others in keys.items():
             for key in sorted(own):
                 clash = next((held for held in sorted(others) if _overlap(key, held)), None)
@@ -215,7 +229,8 @@ def _point_problems(points: Sequence[Point]) -> Iterator[str]:
         if held is not point:
             yield (
                 f"{point.name}: the name of two points ({shown(dict(held.overrides))} and "
-                f"{shown(dict(point.overrides))}); give their values names of their own"
+                f"{shown(dict(point.overrides))}); give their values names of their own, or remove one of "
+                "two equal seeds"
             )
         if len(point.name) > LONGEST_NAME:
             yield (

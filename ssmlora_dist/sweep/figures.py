@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssmlora_dist.evaluation.plots import new_figure, plot_by_length, plot_heat_maps, write_figure
+from ssmlora_dist.evaluation.plots import (
+    COLORS,
+    MARKERS,
+    add_legend,
+    drawable,
+    new_figure,
+    panel_inches,
+    plot_by_length,
+    plot_heat_maps,
+    show_percent,
+    write_figure,
+)
 from ssmlora_dist.sweep.aggregate import (
     LengthRow,
     by_depth,
@@ -18,24 +29,17 @@ from ssmlora_dist.sweep.aggregate import (
     label_of,
 )
 from ssmlora_dist.sweep.cases import Measured, Sweep
+from ssmlora_dist.sweep.document import Plot
 from ssmlora_dist.sweep.rows import is_share
 
 SPEED_UNITS = {"tokens_per_second": "tokens/s", "peak_memory_gib": "GiB"}
-# More heat maps side by side than these cannot be read.
+# More heat maps side by side than these, or wider ones, cannot be read.
 PANELS = 4
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture.
-
-    Attributes:
-        path: of the PNG.
-        caption: what it shows; the numbers are in the tables beside it.
-    """
-
-    path: Path
-    caption: str
+PANELS_INCHES = 12
+# A file system takes no name of more than 255 bytes.
+LONGEST_STEM = 120
+# Points of the page by which intervals over the same number of parameters stand apart.
+APART = 6
 
 
 class Plots:
@@ -56,20 +60,18 @@ class Plots:
         sweep, plots = self._sweep, []
         for name in sweep.measured_by_length:
             unit = None if is_share(name) else "loss" if "loss" in name else "value"
-            title = f"{name} by input length"
-            plots += self._curves(f"{name}_by_length", title, by_input_length(sweep, name), unit)
+            plots += self._curves(name, "input length", by_input_length(sweep, name), unit)
         for name in sweep.scores:
             if name not in sweep.measured_by_length:
-                title = f"{name} by training length"
-                plots += self._curves(f"{name}_by_length", title, by_training_length(sweep, name), None)
+                plots += self._curves(name, "training length", by_training_length(sweep, name), None)
         return plots
 
     def speed_by_length(self) -> list[Plot]:
         """A curve for each method, of tokens per second and of peak memory by training length."""
         plots = []
         for metric, unit in SPEED_UNITS.items():
-            title = f"{metric} by training length"
-            plots += self._curves(f"{metric}_by_length", title, by_training_length(self._sweep, metric), unit)
+            rows = by_training_length(self._sweep, metric)
+            plots += self._curves(metric, "training length", rows, unit, from_zero=True)
         return plots
 
     def heat_maps(self) -> list[Plot]:
@@ -77,19 +79,17 @@ class Plots:
         plots = []
         for name in self._sweep.measured_by_length:
             rows = [row for row in by_depth(self._sweep, name) if row.cells and is_share(name)]
-            for start in range(0, len(rows), PANELS):
+            width = panel_inches(len({length for row in rows for length, _ in row.cells}))
+            at_once = max(1, min(PANELS, int(PANELS_INCHES / width)))
+            for start in range(0, len(rows), at_once):
                 panels = {
-                    _drawable(self._label(row)).replace(", ", "\n"): {
-                        place: found.mean for place, found in row.cells.items()
-                    }
-                    for row in rows[start : start + PANELS]
+                    self._label(row): {place: found.mean for place, found in row.cells.items()}
+                    for row in rows[start : start + at_once]
                 }
-                caption = f"{name} by input length and depth of the fact, in percent"
                 path = self._path(f"{name}_heat_map")
-                plot_heat_maps(panels, _drawable(f"{name}, in percent"), path)
-                plots.append(
-                    Plot(path, f"{caption}: {', '.join(map(self._label, rows[start : start + PANELS]))}")
-                )
+                plot_heat_maps(panels, f"{name}, in percent", path)
+                caption = f"{name} by input length and depth of the fact, in percent: {'; '.join(panels)}"
+                plots.append(Plot(path, caption))
         return plots
 
     def scores_by_parameters(self) -> list[Plot]:
@@ -103,8 +103,11 @@ class Plots:
                     places.setdefault(case.group, []).append((parameters, score))
             if places:
                 path = self._path(f"{metric}_by_parameters")
-                caption = f"{metric} by trainable parameters"
-                _plot_by_parameters(places, caption, path)
+                title = f"{metric} by trainable parameters"
+                _plot_by_parameters(places, title, path)
+                caption = (
+                    f"{title}, a mark for every setting of a group; those of one number stand side by side"
+                )
                 plots.append(Plot(path, caption))
         return plots
 
@@ -122,25 +125,33 @@ class Plots:
         _plot_bars(bars, caption, path)
         return [Plot(path, caption)]
 
-    def _curves(self, name: str, title: str, rows: Sequence[LengthRow[Any]], unit: str | None) -> list[Plot]:
+    def _curves(
+        self,
+        metric: str,
+        length_name: str,
+        rows: Sequence[LengthRow[Any]],
+        unit: str | None,
+        *,
+        from_zero: bool = False,
+    ) -> list[Plot]:
         curves = {}
         for row in rows:
             known = {length: found for length, found in row.cells.items() if length is not None}
             if known:
-                curves[_drawable(self._label(row))] = {
+                curves[self._label(row)] = {
                     length: (found.mean, *_bounds(found)) for length, found in known.items()
                 }
         if not curves:
             return []
-        path = self._path(name)
-        plot_by_length(curves, _drawable(title), path, unit)
+        path, title = self._path(f"{metric}_by_length"), f"{metric} by {length_name}"
+        plot_by_length(curves, title, path, unit, from_zero=from_zero, length_name=length_name)
         return [Plot(path, title)]
 
     def _label(self, row: LengthRow[Any]) -> str:
         return label_of(row.group, self._sweep.shown_setting(row.setting))
 
     def _path(self, name: str) -> Path:
-        stem = re.sub(r"[^A-Za-z0-9_-]", "_", name.removeprefix("task/"))
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", name.removeprefix("task/"))[-LONGEST_STEM:]
         number, unique = 1, stem
         while unique in self._names:
             number += 1
@@ -150,23 +161,35 @@ class Plots:
 
 
 def _plot_by_parameters(
-    places: Mapping[str, Iterable[tuple[Measured, Measured]]], title: str, path: Path
+    places: Mapping[str, Sequence[tuple[Measured, Measured]]], title: str, path: Path
 ) -> None:
+    from matplotlib.transforms import offset_copy
+
     figure, canvas = new_figure((7, 4))
     axes = figure.subplots()
-    for group, found in places.items():
-        xs = [parameters.mean for parameters, _ in found]
-        ys = [score.mean for _, score in found]
-        errors = _errors([score for _, score in found])
-        axes.errorbar(xs, ys, errors, fmt="o", markersize=5, capsize=3, label=_drawable(group))
+    numbers = Counter(parameters.mean for found in places.values() for parameters, _ in found)
+    drawn: Counter[float] = Counter()
+    for index, (group, found) in enumerate(places.items()):
+        label: str | None = drawable(group)
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        for parameters, score in found:
+            x = parameters.mean
+            aside = APART * (drawn[x] - (numbers[x] - 1) / 2)
+            drawn[x] += 1
+            place = offset_copy(axes.transData, figure, x=aside, units="points")
+            style = {"fmt": marker, "color": color, "markersize": 5, "capsize": 2, "transform": place}
+            axes.errorbar([x], [score.mean], _errors([score]), label=label, **style)
+            label = None
     axes.set_ylim(-0.02, 1.02)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    show_percent(axes.yaxis)
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
     axes.set_xlabel("trainable parameters")
-    axes.margins(x=0.1)
+    low, high = min(numbers), max(numbers)
+    margin = 0.1 * (high - low or high or 1)
+    axes.set_xlim(low - margin, high + margin)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    write_figure(figure, canvas, _drawable(title), path)
+    add_legend(figure, axes)
+    write_figure(figure, canvas, title, path)
 
 
 def _plot_bars(bars: Sequence[tuple[str, Measured]], title: str, path: Path) -> None:
@@ -174,13 +197,14 @@ def _plot_bars(bars: Sequence[tuple[str, Measured]], title: str, path: Path) -> 
     axes = figure.subplots()
     means = [found.mean for _, found in bars]
     errors = _errors([found for _, found in bars])
-    axes.barh(range(len(bars)), means, xerr=errors, height=0.6, capsize=3)
-    axes.set_yticks(range(len(bars)), [_drawable(label) for label, _ in bars], fontsize=8)
+    axes.barh(range(len(bars)), means, xerr=errors, height=0.6, capsize=3, color=COLORS[0])
+    axes.set_yticks(range(len(bars)), [drawable(label) for label, _ in bars], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    write_figure(figure, canvas, _drawable(title), path)
+    show_percent(axes.xaxis)
+    axes.set_xlabel("of the smallest topology's")
+    write_figure(figure, canvas, title, path)
 
 
 def _bounds(found: Measured) -> tuple[float, float]:
@@ -193,12 +217,6 @@ def _errors(measured: Sequence[Measured]) -> list[list[float]]:
     below = [max(0.0, found.mean - _bounds(found)[0]) for found in measured]
     above = [max(0.0, _bounds(found)[1] - found.mean) for found in measured]
     return [below, above]
-
-
-def _drawable(text: str) -> str:
-    """As matplotlib shows it: a dollar would begin a formula, a leading underscore hide it from a legend."""
-    escaped = text.replace("$", r"\$")
-    return f" {escaped}" if escaped.startswith("_") else escaped
 
 
 def _short(value: float) -> str:

@@ -7,8 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssmlora_dist.sweep.cells import Cell, Table
-from ssmlora_dist.sweep.report import Report
+from ssmlora_dist.sweep.document import Cell, Report, Table
 
 
 def markdown_text(report: Report, directory: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ _PLAIN = (
     "num_trainable_parameters",
 )
 _SCORES = ("loss", "exact_match")
+_REMEDY = "to run the point again, remove the directory of this file and start with --retry-failed"
 
 
 def measures(run: Path, *, with_tasks: bool) -> dict[str, float]:
@@ -33,11 +34,11 @@ def measures(run: Path, *, with_tasks: bool) -> dict[str, float]:
         `task/NAME/LENGTH` and `task/NAME/LENGTH/DEPTH`, the means of the metrics that stand for the tasks.
 
     Raises:
-        DataError: a summary is missing or cannot be read.
+        DataError: a summary is missing, cannot be read or holds something else.
     """
-    found = dict(_of_run(_read(run / SUMMARY_FILE)))
+    found = dict(_each_of(run / SUMMARY_FILE, _of_run))
     if with_tasks:
-        found.update(_of_tasks(_read(run / "evaluation" / SUMMARY_FILE)))
+        found.update(_each_of(run / "evaluation" / SUMMARY_FILE, _of_tasks))
     return {
         name: float(value)
         for name, value in found.items()
@@ -51,18 +52,27 @@ def run_seconds(run: Path) -> float:
     Raises:
         DataError: as for `measures`.
     """
-    return float(_read(run / SUMMARY_FILE).get("wall_seconds") or 0.0)
+    seconds = _read(run / SUMMARY_FILE).get("wall_seconds")
+    return float(seconds) if isinstance(seconds, int | float) else 0.0
+
+
+def _each_of(
+    path: Path, measured: Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]
+) -> list[tuple[str, Any]]:
+    summary = _read(path)
+    try:
+        return list(measured(summary))
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise DataError(f"{path}: is no summary ({type(error).__name__}: {error}); {_REMEDY}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); remove its directory to run the point again"
-        ) from None
+        raise DataError(f"{path}: cannot be read ({error}); {_REMEDY}") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path}: holds no object; remove its directory to run the point again")
+        raise DataError(f"{path}: holds no object; {_REMEDY}")
     return content
 
 

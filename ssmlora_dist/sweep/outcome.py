@@ -26,12 +26,13 @@ _EXCEPTION = re.compile(
 )
 
 
-def outcome_of(exit_code: int, log: str) -> tuple[Outcome, str | None]:
+def outcome_of(exit_code: int, log: str, kernel_killed: bool | None = None) -> tuple[Outcome, str | None]:
     """Outcome and reason of a process that has ended by itself.
 
     Args:
         exit_code: negative for a signal.
         log: all that it wrote.
+        kernel_killed: whether the kernel has ended processes for want of memory meanwhile; None: not known.
     """
     if exit_code == EXIT_DONE:
         return "finished", None
@@ -39,10 +40,7 @@ def outcome_of(exit_code: int, log: str) -> tuple[Outcome, str | None]:
     if memory is not None:
         return "out_of_memory", _line_around(log, memory)
     if exit_code in _KILLED:
-        return "failed", (
-            f"killed by SIGKILL (exit code {exit_code}), by whom is not known: the kernel kills so what "
-            "takes more memory than the machine or its container has"
-        )
+        return _killed(exit_code, kernel_killed)
     if exit_code in _TOLD_TO_STOP:
         return "stopped", stopped_reason(log) or f"told to stop by a signal (exit code {exit_code})"
     if exit_code < 0:
@@ -51,6 +49,17 @@ def outcome_of(exit_code: int, log: str) -> tuple[Outcome, str | None]:
     # The words of the training loop, where loss or gradients were not finite too many times in a row.
     prefix = "diverged: " if exit_code == EXIT_TRAINING_FAILED and "not finite" in said else ""
     return "failed", _short(f"{prefix}{said} (exit code {exit_code})")
+
+
+def _killed(exit_code: int, kernel_killed: bool | None) -> tuple[Outcome, str]:
+    said = f"killed by SIGKILL (exit code {exit_code})"
+    if kernel_killed:
+        return "out_of_memory", (
+            f"{said}, when the kernel ended processes because the machine or its container was out of memory"
+        )
+    if kernel_killed is None:
+        return "failed", f"{said}, by whom is not known: the kernel too kills so, when it is out of memory"
+    return "failed", f"{said}, by a person or a program: the kernel has ended nothing for want of memory"
 
 
 def stopped_reason(log: str) -> str | None:

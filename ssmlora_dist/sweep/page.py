@@ -8,9 +8,7 @@ import re
 import struct
 from collections.abc import Sequence
 
-from ssmlora_dist.sweep.cells import Cell, Table
-from ssmlora_dist.sweep.figures import Plot
-from ssmlora_dist.sweep.report import Report, Section
+from ssmlora_dist.sweep.document import Cell, Plot, Report, Section, Table
 
 # Whatever a page holds, a browser fetches nothing for it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -36,7 +34,8 @@ tbody th { font-weight: 600; white-space: nowrap; position: sticky; left: 0; bac
 tbody tr:nth-child(even), tbody tr:nth-child(even) th { background: var(--stripe); }
 .number, .number button { text-align: right; }
 td.number { white-space: nowrap; }
-td.long { min-width: 220px; max-width: 420px; overflow-wrap: anywhere; }
+tbody th.long { min-width: 160px; max-width: 280px; white-space: normal; overflow-wrap: anywhere; }
+td.long { min-width: 170px; max-width: 420px; overflow-wrap: anywhere; }
 small { display: block; color: var(--soft); font-size: 11px; }
 .bad { color: var(--bad); }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--line); }
@@ -57,6 +56,7 @@ figcaption { color: var(--soft); font-size: 13px; padding-top: 4px; }
 # Numbers come before texts; what is empty stays last, whichever way the rest is sorted.
 SCRIPT = """
 "use strict";
+const texts = new Intl.Collator("en", { numeric: true });
 function rankOf(cell) {
   if (cell.dataset.value !== undefined) return [0, Number(cell.dataset.value)];
   return cell.textContent === "" ? [2, ""] : [1, cell.textContent];
@@ -64,7 +64,7 @@ function rankOf(cell) {
 function compare(one, other, sign) {
   if (one[0] === 2 || other[0] === 2) return one[0] - other[0];
   if (one[0] !== other[0]) return sign * (one[0] - other[0]);
-  return sign * (one[1] < other[1] ? -1 : one[1] > other[1] ? 1 : 0);
+  return sign * (one[0] === 1 ? texts.compare(one[1], other[1]) : one[1] - other[1] || 0);
 }
 for (const table of document.querySelectorAll("table")) {
   const heads = Array.from(table.tHead.rows[0].cells);
@@ -83,6 +83,7 @@ for (const table of document.querySelectorAll("table")) {
 WIDE_PLOT = 720
 # From here on a text gets a column of some width, in which it is broken.
 LONG_TEXT = 24
+LONG_NAME = 40
 
 
 def page_text(report: Report) -> str:
@@ -148,7 +149,8 @@ def _head(table: Table, column: int) -> str:
 
 def _row(cells: Sequence[Cell]) -> str:
     first, *rest = cells
-    return f'<tr><th scope="row">{html.escape(first.text)}</th>{"".join(map(_cell, rest))}</tr>\n'
+    marks = ' class="long"' if len(first.text) > LONG_NAME else ""
+    return f'<tr><th scope="row"{marks}>{html.escape(first.text)}</th>{"".join(map(_cell, rest))}</tr>\n'
 
 
 def _cell(cell: Cell) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from ssmlora_dist.config.loading import load_config, read_json
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.sweep.digest import digest_of
 from ssmlora_dist.sweep.expansion import RANKS_KEY, Point, expand
 from ssmlora_dist.sweep.schema import SweepConfig, load_sweep
 from ssmlora_dist.sweep.state import FINAL, Row, SweepDirectory
@@ -65,31 +65,35 @@ class Plan:
     points: Sequence[PlannedPoint]
 
 
-def plan_sweep(path: str, *, device_type: str, num_devices: int = 0) -> Plan:
+def plan_sweep(path: str, *, devices: Sequence[str] = ()) -> Plan:
     """Reads a sweep file, expands it and checks the configuration of every point.
 
     Args:
         path: of the sweep file.
-        device_type: `cuda` or `cpu`, where points will compute.
-        num_devices: CUDA devices that there are.
+        devices: what CUDA_VISIBLE_DEVICES calls the devices there are; none: points compute on the CPU.
 
     Raises:
         ConfigError: with one line for every problem; the same one of many points once.
     """
     sweep = load_sweep(path)
-    read_json(sweep.base)
+    try:
+        read_json(sweep.base)
+    except ConfigError as error:
+        said = [f"base: {error.source}: {line.replace(' with --config', '')}" for line in error.problems]
+        raise ConfigError(said, path) from None
     points = expand(sweep, path)
     directory = SweepDirectory(sweep.output_dir / sweep.name)
     planned: list[PlannedPoint] = []
     lines: dict[str, list[str]] = {}
     for point in points:
         try:
-            config = _load(sweep, point, directory, device_type)
+            config = _load(sweep, point, directory, "cuda" if devices else "cpu")
         except ConfigError as error:
             for line in error.problems:
-                lines.setdefault(line, []).append(point.name)
+                # Its keys are not given on a command line here.
+                lines.setdefault(line.replace("--set ", ""), []).append(point.name)
             continue
-        for line in _misfits(sweep, point, config, num_devices if device_type == "cuda" else None):
+        for line in _misfits(sweep, point, config, devices):
             lines.setdefault(line, []).append(point.name)
         planned.append(PlannedPoint(point, config, digest_of(config, point.ranks, sweep.evaluate_tasks)))
     if lines:
@@ -99,11 +103,12 @@ def plan_sweep(path: str, *, device_type: str, num_devices: int = 0) -> Plan:
 
 def _load(sweep: SweepConfig, point: Point, directory: SweepDirectory, device_type: str) -> RunConfig:
     """The point's configuration; unless it says where, it is recorded in one store for all sweeps there."""
-    values = {key: value for key, value in {**sweep.overrides, **point.overrides}.items() if key != RANKS_KEY}
-    values |= {"run.name": point.name, "run.output_dir": str(directory.runs), "run.seed": point.seed}
+    own = {"run.name": point.name, "run.output_dir": str(directory.runs), "run.seed": point.seed}
+    # One after another, so that a point's own section takes the place of keys in it that all points share.
+    values = [*sweep.overrides.items(), *point.overrides.items(), *own.items()]
     config = load_config(
         sweep.base,
-        [f"{key}={json.dumps(value)}" for key, value in values.items()],
+        [f"{key}={json.dumps(value)}" for key, value in values if key != RANKS_KEY],
         world_size=point.ranks,
         device_type=device_type,
     )
@@ -112,11 +117,17 @@ def _load(sweep: SweepConfig, point: Point, directory: SweepDirectory, device_ty
     return config.model_copy(update={"schema_": None, "tracking": tracking})
 
 
-def _misfits(sweep: SweepConfig, point: Point, config: RunConfig, num_devices: int | None) -> Iterable[str]:
-    if num_devices is not None and point.ranks > num_devices:
+def _misfits(sweep: SweepConfig, point: Point, config: RunConfig, devices: Sequence[str]) -> Iterable[str]:
+    if devices and point.ranks > len(devices):
         yield (
-            f"launcher.ranks: {point.ranks} given; allowed: at most {num_devices}, the devices there are; "
+            f"launcher.ranks: {point.ranks} given; allowed: at most {len(devices)}, the devices there are; "
             "lower it, or leave the point out"
+        )
+    elif point.ranks > 1 and not all(name.isdecimal() for name in devices):
+        named = next(name for name in devices if not name.isdecimal())
+        yield (
+            f"launcher.ranks: {point.ranks} given, and CUDA_VISIBLE_DEVICES calls a device {named}; allowed: "
+            "1, as DeepSpeed's launcher takes numbers alone; name the devices by number there"
         )
     if sweep.evaluate_tasks and not config.evaluation.tasks:
         yield (
@@ -132,23 +143,6 @@ def _shown_points(names: Sequence[str], points: Sequence[Point]) -> str:
     return (
         f"point {shown}" if len(names) == 1 else f"points {shown}" + (f" and {rest} more" if rest > 0 else "")
     )
-
-
-def digest_of(config: RunConfig, ranks: int, evaluates_tasks: bool) -> str:
-    """See `PlannedPoint.digest`; where a run lies, is recorded and what is kept of it decide nothing."""
-    settings = config.model_dump(mode="json", exclude={"schema_", "tracking", "checkpoint"})
-    settings["run"] = {"seed": config.run.seed}
-    tasks = {key: settings["evaluation"][key] for key in ("tasks", "max_batch_tokens")}
-    if config.evaluation.tasks_every_steps is None:
-        settings["evaluation"] = {
-            key: value for key, value in settings["evaluation"].items() if key not in tasks
-        }
-    digest = _hash({"config": settings, "ranks": ranks})
-    return f"{digest}+{_hash(tasks)}" if evaluates_tasks else digest
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def estimate_seconds(points: Sequence[PlannedPoint], rows: Mapping[str, Row]) -> float | None:
@@ -195,7 +189,7 @@ def standing(plan: Plan, recorded: Mapping[str, Row], *, retry_failed: bool = Fa
     rows: dict[str, Row] = {}
     pending = []
     names = {planned.name for planned in plan.points}
-    replaced = [row for name, row in recorded.items() if name not in names]
+    replaced = [row for name, row in recorded.items() if name not in names and row.outcome != "not_run"]
     for planned in plan.points:
         row = recorded.get(planned.name)
         if row is not None and row.digest == planned.digest:

@@ -13,12 +13,17 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from ssmlora_dist.durable import explained
+
 # In the environment of everything that a sweep starts: its directory.
 MARK = "SSMLORA_SWEEP"
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Over the time that a run takes to save: for launchers, libraries and trackers to end.
 EXTRA_GRACE_SECONDS = 60.0
 _PAUSE_SECONDS = 0.1
+# What shells say of a command that cannot be run.
+_NOT_STARTED = 126
+_KERNEL_COUNTS = Path("/proc/vmstat")
 
 
 def command(script: Path, arguments: Sequence[str], *, ranks: int, port: int, on_cuda: bool) -> list[str]:
@@ -38,6 +43,27 @@ def environment(directory: Path, variables: Mapping[str, str | None]) -> dict[st
     changes = {**dict.fromkeys(_RANK_VARIABLES), MARK: str(directory.resolve()), **variables}
     kept = {name: value for name, value in os.environ.items() if name not in changes}
     return kept | {name: value for name, value in changes.items() if value is not None}
+
+
+def visible_devices(variable: str | None, num_devices: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the devices there are: numbers, or the names that it holds itself.
+
+    Args:
+        variable: its value; None: not set.
+        num_devices: that CUDA has found by it; what it does not know ends the list for CUDA.
+    """
+    names = [name.strip() for name in (variable or "").split(",")]
+    return names[:num_devices] if any(names) else [str(number) for number in range(num_devices)]
+
+
+def num_kernel_kills() -> int | None:
+    """Processes that the kernel has ended for want of memory, anywhere on the machine; None: not known."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in _KERNEL_COUNTS.read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return None
 
 
 def free_port(taken: Collection[int]) -> int:
@@ -65,24 +91,32 @@ class PointProcess:
     ) -> None:
         self._log, self._grace_seconds = log, grace_seconds
         self._told_at: float | None = None
-        with log.open("ab") as file:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._kernel_kills = num_kernel_kills()
+        with explained(log, "free some and start the sweep again"), log.open("ab") as file:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
             self._offset = file.tell()
-            self._process = subprocess.Popen(
-                command,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                # For want of memory, say: as if it had begun and failed at once.
+                file.write(f"error: cannot be started: {error}\n".encode())
 
     def poll(self) -> int | None:
         """The exit code, once it and everything of its group has ended; to be called again and again.
 
         A launcher that is killed, or told to stop, leaves ranks behind: they are told to stop, and may save.
         """
+        if self._process is None:
+            return _NOT_STARTED
         code = self._process.poll()
         if code is not None:
             if not _alive_in_group(self._process.pid):
@@ -102,6 +136,12 @@ class PointProcess:
         """Ends the whole group."""
         self._signal(signal.SIGKILL)
 
+    @property
+    def kernel_killed(self) -> bool | None:
+        """Whether the kernel has ended processes, any, for want of memory since it began; None: not known."""
+        now = num_kernel_kills()
+        return None if now is None or self._kernel_kills is None else now > self._kernel_kills
+
     def written(self) -> str:
         """Its output."""
         with self._log.open("rb") as file:
@@ -110,8 +150,9 @@ class PointProcess:
 
     def _signal(self, signum: int) -> None:
         # Its number stays taken as long as any process of the group lives.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signum)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signum)
 
 
 def _alive_in_group(group: int) -> bool:

@@ -51,38 +51,56 @@ class Recorder:
         self._parent = self._tracker(self._plan.points[0].config, self._begun.parent)
         parameters = flat_parameters(sweep.model_dump(mode="json", by_alias=True))
         tags = environment_tags(environment_record()) | {"sweep": sweep.name}
-        if self._parent.start(sweep.name, parameters, tags) is not None:
-            self._begun.parent = self._parent.run_id
-            self._begun.write()
+        self._parent.start(sweep.name, parameters, tags)
+        self._note_parent()
 
     def tags(self, planned: PlannedPoint) -> dict[str, str]:
         """Of a point's run."""
-        point, parent = planned.point, self._parent.run_id
+        point = planned.point
         tags = {"sweep": self._plan.sweep.name, "sweep.group": point.group, "sweep.seed": str(point.seed)}
-        return {**planned.config.tracking.tags, **tags, **({PARENT_TAG: parent} if parent else {})}
+        return {**planned.config.tracking.tags, **tags, **self._parent_tag()}
 
     def begin(self, planned: PlannedPoint, run_id: str | None) -> str | None:
         """Begins the run of a point, or goes on with `run_id`; gives its id, None where there is none yet."""
-        config = planned.config
-        tracker = self._tracker(config, run_id)
-        tracker.start(
-            planned.name, flat_parameters(config.model_dump(mode="json", by_alias=True)), self.tags(planned)
-        )
-        if tracker.run_id is None:
+        self._note_parent()
+        tracker = self._started(planned, run_id)
+        if tracker.run_id is None and (run_id is None or isinstance(tracker, NullTracker)):
             # The training will begin one of its own: there must not be two.
             tracker.finish("KILLED")
-            tracker = NullTracker()
+            # The last attempt may have begun it after all.
+            run_id = tracker.run_id
+            tracker = NullTracker() if run_id is None else self._started(planned, run_id)
         self._points[planned.name] = tracker
-        return tracker.run_id
+        return tracker.run_id or run_id
 
-    def end(self, row: Row, evaluation: Path | None) -> None:
+    def end(self, row: Row) -> None:
         """Ends a point's run: its row as metrics and tags, results on tasks as artifacts, its true status."""
         tracker = self._points.pop(row.point)
-        tracker.set_tags({"sweep.outcome": row.outcome, "sweep.reason": row.reason or ""})
+        # The parent may have been begun after it, where the tracker was away.
+        told = {"sweep.outcome": row.outcome, "sweep.reason": row.reason or "", **self._parent_tag()}
+        tracker.set_tags(told)
         tracker.log_metrics({f"result/{name}": value for name, value in row.metrics.items()}, step=0)
-        if evaluation is not None:
+        evaluation = self._plan.directory.runs / row.point / "evaluation"
+        if row.outcome == "finished" and evaluation.is_dir():
             tracker.log_directory(evaluation, "evaluation")
         tracker.finish(_STATUS[row.outcome])
+        self._begun.note_end(row.point)
+
+    def end_open_runs(self, rows: Mapping[str, Row]) -> None:
+        """Ends runs that a sweep which was killed, or this one, has left open, with what became of them."""
+        for name, run_id in self._begun.open_runs().items():
+            row = rows.get(name)
+            ended = row is not None and row.mlflow_run_id == run_id
+            self.abandon(name, run_id, row if ended else None)
+
+    def abandon(self, name: str, run_id: str, row: Row | None = None) -> None:
+        """Ends a run that is not gone on with: as its row says, or as killed."""
+        if name not in self._points:
+            tracker = self._tracker(self._plan.points[0].config, run_id)
+            tracker.start(name, {}, self._parent_tag())
+            self._points[name] = tracker
+        killed = Row(name, "", {}, "", 0, "stopped", "the sweep ended before it did")
+        self.end(row or killed)
 
     def finish(
         self, status: RunStatus, rows: Mapping[str, Row], files: Iterable[Path], report: Path | None = None
@@ -96,6 +114,22 @@ class Recorder:
         if report is not None:
             self._parent.log_directory(report, "report")
         self._parent.finish(status)
+
+    def _started(self, planned: PlannedPoint, run_id: str | None) -> Tracker:
+        tracker = self._tracker(planned.config, run_id)
+        parameters = flat_parameters(planned.config.model_dump(mode="json", by_alias=True))
+        tracker.start(planned.name, parameters, self.tags(planned))
+        return tracker
+
+    def _parent_tag(self) -> dict[str, str]:
+        parent = self._parent.run_id or self._begun.parent
+        return {PARENT_TAG: parent} if parent else {}
+
+    def _note_parent(self) -> None:
+        """Writes the parent's id down, as soon as it has one."""
+        if self._parent.run_id not in (None, self._begun.parent):
+            self._begun.parent = self._parent.run_id
+            self._begun.write()
 
     def _tracker(self, config: RunConfig, run_id: str | None) -> Tracker:
         tracking = config.tracking

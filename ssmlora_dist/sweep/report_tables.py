@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ssmlora_dist.sweep.aggregate import (
+    Difference,
     LengthRow,
     by_depth,
     by_input_length,
@@ -13,11 +14,8 @@ from ssmlora_dist.sweep.aggregate import (
     differences,
     efficiencies,
 )
-from ssmlora_dist.sweep.cases import SPEED_METRICS, Case, Sweep, is_of_before, text_of
+from ssmlora_dist.sweep.cases import SPEED_METRICS, Case, Sweep, is_countable, is_of_before, text_of
 from ssmlora_dist.sweep.cells import (
-    NOTHING,
-    Cell,
-    Table,
     count_cell,
     difference_cell,
     measured_cell,
@@ -28,35 +26,67 @@ from ssmlora_dist.sweep.cells import (
     setting_cell,
     setting_cells,
 )
+from ssmlora_dist.sweep.document import NOTHING, Cell, Table
+from ssmlora_dist.sweep.rows import PointResult
 
 BY_LENGTH_METRICS = ("tokens_per_second", "tokens_per_second_per_device", "peak_memory_gib")
 NOT_COUNTED = "not counted"
 
 
-def points_table(sweep: Sweep) -> Table:
-    """Every point with its own figures, and the broken rows."""
-    keys = sweep.shown_keys
-    columns = ["point", "group", *keys, "seed", "outcome", "reason", "wall_seconds", *sweep.metrics]
+def not_counted_table(sweep: Sweep) -> Table:
+    """What is in no mean, with its reason: points that did not finish, figures that are none, broken rows."""
     rows = []
     for point in sweep.points:
-        wall = NOTHING if point.wall_seconds is None else metric_cell(point.wall_seconds, "wall_seconds")
-        rows.append(
-            [
-                Cell(point.name),
-                Cell(point.group),
-                *(setting_cell(text_of(point.overrides, key)) for key in keys),
-                Cell(str(point.seed), point.seed),
-                Cell(outcome(point), is_bad=not point.is_finished),
-                Cell(point.reason or ""),
-                wall,
-                *(metric_cell(point.metrics.get(name), name) for name in sweep.metrics),
-            ]
-        )
-    empty = [NOTHING] * len(keys)
-    for row in sweep.broken:
-        start = [Cell(f"line {row.line}"), NOTHING, *empty, NOTHING, Cell("broken row", is_bad=True)]
-        rows.append([*start, Cell(row.problem), *[NOTHING] * (len(columns) - len(start) - 1)])
+        odd = [f"{name} is {value}" for name, value in point.metrics.items() if not is_countable(value)]
+        if not point.is_finished or odd:
+            reasons = filter(None, [point.reason, *sorted(odd)])
+            rows.append([*_point_cells(sweep, point), Cell("; ".join(reasons))])
+    rows += _broken_rows(sweep, 0)
+    return Table("What no mean counts, and why", [*_point_columns(sweep), "reason"], rows)
+
+
+def points_table(sweep: Sweep) -> Table:
+    """Every point with its own figures, and the broken rows."""
+    rows = [
+        [
+            *_point_cells(sweep, point),
+            Cell(point.reason or ""),
+            metric_cell(point.wall_seconds, "wall_seconds"),
+            *(metric_cell(point.metrics.get(name), name) for name in sweep.metrics),
+        ]
+        for point in sweep.points
+    ]
+    rows += _broken_rows(sweep, 1 + len(sweep.metrics))
+    columns = [*_point_columns(sweep), "reason", "wall_seconds", *sweep.metrics]
     return Table("Every point, as its row says", columns, rows)
+
+
+def _point_columns(sweep: Sweep) -> list[str]:
+    return ["point", "group", *sweep.shown_keys, "seed", "outcome"]
+
+
+def _point_cells(sweep: Sweep, point: PointResult) -> list[Cell]:
+    return [
+        Cell(point.name),
+        Cell(point.group),
+        *(setting_cell(text_of(point.overrides, key)) for key in sweep.shown_keys),
+        Cell(str(point.seed), point.seed),
+        Cell(outcome(point), is_bad=not point.is_finished),
+    ]
+
+
+def _broken_rows(sweep: Sweep, num_behind: int) -> list[list[Cell]]:
+    unknown = [NOTHING] * (len(sweep.shown_keys) + 2)
+    return [
+        [
+            Cell(f"line {row.line}"),
+            *unknown,
+            Cell("broken row", is_bad=True),
+            Cell(row.problem),
+            *[NOTHING] * num_behind,
+        ]
+        for row in sweep.broken
+    ]
 
 
 def means_table(sweep: Sweep) -> Table:
@@ -83,35 +113,56 @@ def _cases_table(sweep: Sweep, caption: str, metrics: Sequence[str]) -> Table:
             *setting_cells(sweep, case.setting),
             count_cell([case]),
             missing_cell(sweep, [case]),
-            *(measured_cell(case.measure(name), name, case.num_finished) for name in metrics),
+            *(_case_cell(case, name) for name in metrics),
         ]
         for case in sweep.cases
     ]
     return Table(caption, ["group", *sweep.shown_keys, "finished", NOT_COUNTED, *metrics], rows)
 
 
-def differences_table(sweep: Sweep) -> Table:
-    """Every case less the baseline's of the same setting."""
+def _case_cell(case: Case, metric: str) -> Cell:
+    """The mean; where the points that finished have nothing to count, what they have."""
+    found = case.measure(metric)
+    if found is None:
+        own = [point.metrics.get(metric) for point in case.points if point.is_finished]
+        return next((metric_cell(value, metric) for value in own if value is not None), NOTHING)
+    return measured_cell(found, metric, len(case.seeds))
+
+
+def differences_tables(sweep: Sweep) -> list[Table]:
+    """Every case less the baseline's of the same setting: losses and scores, then speed and memory."""
     metrics = [name for name in sweep.metrics if not is_of_before(name)]
+    speed = [name for name in metrics if name in SPEED_METRICS]
+    found = differences(sweep)
+    caption = f"to {sweep.baseline}, seed by seed: mean and 95% interval"
+    return [
+        _differences_table(sweep, found, f"Differences of {what} {caption}", names)
+        for what, names in (
+            ("losses and scores (pp: percentage points)", [name for name in metrics if name not in speed]),
+            ("speed and memory", speed),
+        )
+    ]
+
+
+def _differences_table(
+    sweep: Sweep, found: Sequence[Difference], caption: str, metrics: Sequence[str]
+) -> Table:
     rows = []
-    for difference in differences(sweep):
-        case, reference = difference.case, difference.reference
-        pairs = max((found.count for found in difference.metrics.values()), default=0)
-        cells = [difference_cell(difference.metrics.get(name), name, pairs) for name in metrics]
-        if reference is None:
-            missing = missing_cell(sweep, [case], [f"{sweep.baseline} has no point of this setting"])
+    for one in found:
+        if one.reference is None:
+            missing = missing_cell(sweep, [one.case], [f"{sweep.baseline} has no point of this setting"])
         else:
-            missing = missing_cell(sweep, [case, reference], _without_partner(case, reference))
+            notes = _without_partner(one.case, one.reference)
+            missing = missing_cell(sweep, [one.case, one.reference], notes)
         rows.append(
             [
-                Cell(case.group),
-                *setting_cells(sweep, case.setting),
-                Cell(str(pairs), pairs),
+                Cell(one.case.group),
+                *setting_cells(sweep, one.case.setting),
+                Cell(str(one.num_pairs), one.num_pairs),
                 missing,
-                *cells,
+                *(difference_cell(one.metrics.get(name), name, one.num_pairs) for name in metrics),
             ]
         )
-    caption = f"Differences to {sweep.baseline}, seed by seed: mean and 95% interval; pp: percentage points"
     return Table(caption, ["group", *sweep.shown_keys, "pairs", NOT_COUNTED, *metrics], rows)
 
 
@@ -154,10 +205,7 @@ def depth_tables(sweep: Sweep) -> list[Table]:
                 Cell(f"{depth:.0%}", depth),
                 count_cell(row.cases),
                 missing_cell(sweep, row.cases),
-                *(
-                    measured_cell(row.cells.get((length, depth)), name, _num_finished(row))
-                    for length in lengths
-                ),
+                *(measured_cell(row.cells.get((length, depth)), name, _num_seeds(row)) for length in lengths),
             ]
             for row in rows
             for depth in depths
@@ -175,7 +223,7 @@ def efficiency_table(sweep: Sweep) -> Table:
     rows = []
     for found in efficiencies(sweep):
         devices = NOTHING if found.num_devices is None else Cell(str(found.num_devices), found.num_devices)
-        count = found.case.num_finished
+        count = len(found.case.seeds)
         relative = ratio_cell(found.relative, count)
         if found.is_reference:
             relative = Cell(relative.text, relative.value, "the smallest")
@@ -204,7 +252,7 @@ def _length_table(sweep: Sweep, rows: Sequence[LengthRow[Any]], caption: str, me
             *setting_cells(sweep, row.setting, keys),
             count_cell(row.cases),
             missing_cell(sweep, row.cases),
-            *(measured_cell(row.cells.get(length), metric, _num_finished(row)) for length in lengths),
+            *(measured_cell(row.cells.get(length), metric, _num_seeds(row)) for length in lengths),
         ]
         for row in rows
     ]
@@ -218,8 +266,8 @@ def _keys_of(sweep: Sweep, rows: Sequence[LengthRow[Any]]) -> list[str]:
     return [key for key in sweep.shown_keys if key in known]
 
 
-def _num_finished(row: LengthRow[Any]) -> int:
-    return max(case.num_finished for case in row.cases)
+def _num_seeds(row: LengthRow[Any]) -> int:
+    return max(len(case.seeds) for case in row.cases)
 
 
 def _without_partner(case: Case, reference: Case) -> list[str]:

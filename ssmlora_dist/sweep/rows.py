@@ -90,7 +90,7 @@ def read_rows(path: Path) -> tuple[list[PointResult], list[BrokenRow]]:
                     f"point {point.name!r} is in line {places[point.name]} already; names are unique"
                 )
         except ValueError as error:
-            broken.append(BrokenRow(number, _printable(str(error))))
+            broken.append(BrokenRow(number, printable(str(error))))
             continue
         points[point.name], places[point.name] = point, number
     return list(points.values()), broken
@@ -111,15 +111,16 @@ def _point(line: bytes) -> PointResult:
         raise ValueError(
             f"outcome: {_shown(outcome)}{nearest_name(outcome, OUTCOMES)}; allowed: {', '.join(OUTCOMES)}"
         )
+    wall_seconds = _value(row, "wall_seconds", (int, float), None)
     return PointResult(
         name=_name(row, "point"),
         group=_name(row, "group"),
         seed=_value(row, "seed", int),
         outcome=outcome,
-        reason=_printable(_value(row, "reason", str, None) or "") or None,
-        overrides={_printable(key): value for key, value in _value(row, "overrides", dict, {}).items()},
+        reason=printable(_value(row, "reason", str, None) or "") or None,
+        overrides={printable(key): value for key, value in _value(row, "overrides", dict, {}).items()},
         metrics=_metrics(_value(row, "metrics", dict, {})),
-        wall_seconds=_value(row, "wall_seconds", (int, float), None),
+        wall_seconds=None if wall_seconds is None else _as_float(wall_seconds),
     )
 
 
@@ -130,9 +131,10 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"metrics.{name}: {_shown(value)}; allowed: a number")
-        if is_share(name) and math.isfinite(value) and not 0 <= value <= 1:
+        number = _as_float(value)
+        if is_share(name) and not math.isnan(number) and not 0 <= number <= 1:
             raise ValueError(f"metrics.{name}: {_shown(value)}; allowed: a score from 0 to 1")
-        metrics[_printable(name)] = _as_float(value)
+        metrics[printable(name)] = number
     return metrics
 
 
@@ -160,13 +162,13 @@ def _value(row: Mapping[str, Any], key: str, kind: Any, default: Any = _REQUIRED
 
 
 def _name(row: Mapping[str, Any], key: str) -> str:
-    name = _printable(_value(row, key, str))
+    name = printable(_value(row, key, str))
     if not name:
         raise ValueError(f"{key}: is empty; allowed: a name")
     return name
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without control characters and lone surrogates, which no file of a report can hold; on one line."""
     kept = "".join(
         character if character.isprintable() or character.isspace() else "\N{REPLACEMENT CHARACTER}"

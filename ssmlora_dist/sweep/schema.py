@@ -68,7 +68,7 @@ class SweepConfig(Section):
     seeds: Seeds = (0,)
     """Seeds (`run.seed`), with each of which every point is run."""
     group_by: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] | None = None
-    """Axes whose values name a point's group, such as its method; null: all, so that only seeds share one."""
+    """Axes whose values name a point's group, such as its method; null: all but those that set a length."""
     baseline: NonEmpty | None = None
     """Group that the others are compared with in the report."""
     launcher: LauncherSection = LauncherSection()

@@ -7,12 +7,14 @@ import time
 from types import FrameType
 from typing import Any
 
+# Of a terminal that is closed; what was started to outlive it (`nohup`) ignores that, and goes on to.
+_HANG_UP = signal.SIGHUP
 # One request reaches the sweep twice where whoever stops it signals its group and itself.
 TOGETHER_SECONDS = 1.0
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT from `__enter__` to `__exit__`; for the main thread.
+    """Notes SIGTERM, SIGINT and (unless it is ignored) SIGHUP while it is entered; for the main thread.
 
     Attributes:
         stopped_by: the first of them; None: none has come.
@@ -26,7 +28,9 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT, _HANG_UP):
+            if signum == _HANG_UP and signal.getsignal(signum) is signal.SIG_IGN:
+                continue
             self._before[signum] = signal.signal(signum, self._note)
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -10,10 +9,13 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
+from ssmlora_dist.config.problems import dotted, shown
 from ssmlora_dist.durable import explained, sync, write_text
 from ssmlora_dist.errors import CheckpointError, DataError
 
@@ -118,18 +120,32 @@ class SweepDirectory:
         """The rows of points.jsonl by point; none where there is no such file.
 
         Raises:
-            DataError: a line is no row; with its number.
+            DataError: lines are no rows; with all their numbers.
         """
         if not self.points_file.exists():
             return {}
+        with _reading(self.points_file):
+            lines = self.points_file.read_bytes().split(b"\n")
         rows: dict[str, Row] = {}
-        for number, line in enumerate(self.points_file.read_text(encoding="utf-8").splitlines(), 1):
-            row = _row(line, f"{self.points_file}:{number}")
+        broken = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = _ROW.validate_json(line, strict=True)
+            except ValidationError as error:
+                broken.append(f"line {number}: {_what_is_wrong(error)}")
+                continue
             if row.point in rows:
-                raise DataError(
-                    f"{self.points_file}:{number}: a second row of {row.point}; remove one of them"
-                )
+                broken.append(f"line {number}: a second row of {row.point}")
             rows[row.point] = row
+        if broken:
+            plural = "s" if len(broken) > 1 else ""
+            heading = (
+                f"{self.points_file}: {len(broken)} broken row{plural}; mend or remove them: a point "
+                "without a row is run, from where it stands"
+            )
+            raise DataError("\n  ".join([heading, *broken]))
         return rows
 
     def write_rows(self, rows: Iterable[Row]) -> None:
@@ -143,10 +159,22 @@ class SweepDirectory:
             write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def begun(self) -> Begun:
-        """What was begun before."""
-        with contextlib.suppress(FileNotFoundError):
-            return Begun(self, json.loads(self.begun_file.read_text(encoding="utf-8")))
-        return Begun(self, {"parent": None, "points": {}})
+        """What was begun before.
+
+        Raises:
+            DataError: that is not known, as its file is broken.
+        """
+        if not self.begun_file.exists():
+            return Begun(self, _BegunContent(None, {}))
+        with _reading(self.begun_file):
+            content = self.begun_file.read_bytes()
+        try:
+            return Begun(self, _BEGUN.validate_json(content, strict=True))
+        except ValidationError as error:
+            raise DataError(
+                f"{self.begun_file}: {_what_is_wrong(error)}; remove it: points without an outcome then "
+                "begin anew, and what they have is kept in `aside`"
+            ) from None
 
     def keep_rows(self, rows: Iterable[Row]) -> None:
         """Adds rows that leave points.jsonl to those kept aside."""
@@ -175,6 +203,19 @@ class SweepDirectory:
         return place
 
 
+@dataclass(frozen=True)
+class _BegunPoint:
+    training_digest: str
+    run_id: str | None
+    is_ended: bool = False
+
+
+@dataclass(frozen=True)
+class _BegunContent:
+    parent: str | None
+    points: Mapping[str, _BegunPoint]
+
+
 class Begun:
     """What is known of points that have been started, written before they are: it outlives a kill.
 
@@ -182,40 +223,63 @@ class Begun:
         parent: the sweep's own run at the tracker.
     """
 
-    def __init__(self, directory: SweepDirectory, content: Mapping[str, Any]) -> None:
+    def __init__(self, directory: SweepDirectory, content: _BegunContent) -> None:
         self._directory = directory
-        self.parent: str | None = content["parent"]
-        self._points: dict[str, dict[str, Any]] = dict(content["points"])
+        self.parent = content.parent
+        self._points = dict(content.points)
 
     def training_digest(self, point: str) -> str | None:
         """With which the point's run directory was begun."""
-        return self._points.get(point, {}).get("training_digest")
+        return self._points[point].training_digest if point in self._points else None
 
     def run_id(self, point: str) -> str | None:
         """The point's run at the tracker."""
-        return self._points.get(point, {}).get("run_id")
+        return self._points[point].run_id if point in self._points else None
+
+    def open_runs(self) -> dict[str, str]:
+        """Runs at the tracker that were begun and not ended, by point."""
+        return {
+            name: entry.run_id
+            for name, entry in self._points.items()
+            if entry.run_id is not None and not entry.is_ended
+        }
 
     def note(self, point: str, training_digest: str, run_id: str | None) -> None:
         """Writes down that a point is about to be started."""
-        self._points[point] = {"training_digest": training_digest, "run_id": run_id}
+        self._points[point] = _BegunPoint(training_digest, run_id)
         self.write()
+
+    def note_end(self, point: str) -> None:
+        """Writes down that the point's run at the tracker has its status."""
+        if self._points[point].run_id is not None:
+            self._points[point] = replace(self._points[point], is_ended=True)
+            self.write()
 
     def write(self) -> None:
         """Writes everything down."""
-        content = {"parent": self.parent, "points": self._points}
-        self._directory.write_json(self._directory.begun_file, content)
+        content = _BegunContent(self.parent, self._points)
+        self._directory.write_json(self._directory.begun_file, asdict(content))
 
 
-def _row(line: str, place: str) -> Row:
-    remedy = "mend or remove the line: a point without a row is run, from where it stands"
+_ROW = TypeAdapter(Row)
+_BEGUN = TypeAdapter(_BegunContent)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses while `path` is read into a DataError."""
     try:
-        content = json.loads(line)
-        row = Row(**{name: content[name] for name in (one.name for one in fields(Row))})
-    except (ValueError, TypeError, KeyError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else f"is no JSON object ({error})"
-        raise DataError(f"{place}: {what}; {remedy}") from None
-    if row.outcome not in get_args(Outcome):
-        raise DataError(
-            f"{place}: outcome {row.outcome!r}; allowed: {', '.join(get_args(Outcome))}; {remedy}"
-        )
-    return row
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable") from None
+
+
+def _what_is_wrong(error: ValidationError) -> str:
+    """The first problem, and how many there are."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    place, message = dotted(first["loc"]), first["msg"]
+    if first["type"] != "missing" and first["type"] != "json_invalid":
+        message = f"{shown(first['input'])} given; {message[0].lower()}{message[1:]}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{place}: {message}{more}" if place else f"{message}{more}"

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -94,7 +95,7 @@ class LiveTable:
         """Shows a line that stays, above the block."""
         with self._lock:
             self._erase()
-            print(line, file=self._stream, flush=True)
+            self._write(f"{line}\n")
             self._drawn_at = -REFRESH_SECONDS
 
     def is_due(self) -> bool:
@@ -121,7 +122,7 @@ class LiveTable:
         width = shutil.get_terminal_size().columns - 1
         with self._lock:
             self._erase()
-            print("\n".join(line[:width] for line in lines), file=self._stream, flush=True)
+            self._write("".join(f"{line[:width]}\n" for line in lines))
             self._num_lines, self._drawn_at = len(lines), time.monotonic()
 
     def close(self) -> None:
@@ -132,9 +133,14 @@ class LiveTable:
     def _erase(self) -> None:
         if self._num_lines:
             # Up to its first line, and everything below is cleared.
-            self._stream.write(f"\x1b[{self._num_lines}F\x1b[J")
-            self._stream.flush()
+            self._write(f"\x1b[{self._num_lines}F\x1b[J")
         self._num_lines = 0
+
+    def _write(self, text: str) -> None:
+        # A terminal that has been closed, or a pipe that nobody reads, must not end the sweep.
+        with suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def ended_line(row: Row, num_left: int) -> str:

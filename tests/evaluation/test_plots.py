@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_curves(curves: Mapping[str, plots.Curve], figures: list[Any], tmp_path:
     assert is_png(path)
     [figure] = figures
     [axes] = figure.axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(curves)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(curves)
     lengths = sorted({length for curve in curves.values() for length in curve})
     assert [label.get_text() for label in axes.get_xticklabels()] == [f"{length:,}" for length in lengths]
     for line, curve in zip(axes.lines, curves.values(), strict=True):
@@ -121,12 +122,33 @@ def test_curves_of_another_quantity(figures: list[Any], tmp_path: Path) -> None:
 
 
 def test_many_curves_look_different_and_their_legend_covers_none(figures: list[Any], tmp_path: Path) -> None:
-    curves = {f"method {index}": {512: (0.5, 0.4, 0.6)} for index in range(24)}
+    curves = {f"method {index}": {512: (0.5, 0.4, 0.6)} for index in range(28)}
     plot_by_length(curves, "keys", tmp_path / "plots" / "curves.png")
     [axes] = figures[0].axes
-    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 24
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 28
     figures[0].draw_without_rendering()
-    assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+    [legend] = figures[0].legends
+    assert legend.get_window_extent().y1 < axes.get_window_extent().y0
+    assert axes.get_window_extent().height > 200, "the figure grows with its legend"
+
+
+def test_one_length_shows_its_interval(figures: list[Any], tmp_path: Path) -> None:
+    plot_by_length({"base": {512: (0.5, 0.25, 0.75)}}, "keys", tmp_path / "curves.png")
+    [interval] = figures[0].axes[0].collections
+    assert interval.get_segments()[0].tolist() == [[512, 0.25], [512, 0.75]]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a_b", "a_b"),
+        ("_a", " _a"),
+        ("$x^{$", r"\$x^{\$"),
+        ("a" * 50 + "b" * 50, "a" * 30 + "\u2026" + "b" * 29),
+    ],
+)
+def test_texts_are_shown_as_they_are(text: str, shown: str) -> None:
+    assert plots.drawable(text) == shown
 
 
 def test_a_picture_names_no_software(tmp_path: Path) -> None:
@@ -149,3 +171,13 @@ def test_a_picture_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mo
         plot_heat_maps({"base": {(512, 0.5): 1.0}}, "keys", path)
     assert path.read_bytes() == before
     assert is_png(path)
+
+
+def test_many_lengths_are_named_as_far_as_there_is_room(figures: list[Any], tmp_path: Path) -> None:
+    plot_by_length({"base": {64 * n: (0.5, 0.4, 0.6) for n in range(1, 31)}}, "keys", tmp_path / "curves.png")
+    [axes] = figures[0].axes
+    figures[0].draw_without_rendering()
+    labels = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert 10 <= len(labels) <= 17
+    # Turned by 45 degrees, numbers may overlap sideways, not where they begin.
+    assert min(b.x1 - a.x1 for a, b in itertools.pairwise(labels)) > 8

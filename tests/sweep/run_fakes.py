@@ -12,6 +12,6 @@ from ssmlora_dist.sweep.plan import plan_sweep
 from .sweeps import place
 
 if __name__ == "__main__":
-    result = run_sweep(plan_sweep(sys.argv[1], device_type="cpu"), place())
+    result = run_sweep(plan_sweep(sys.argv[1]), place())
     print(json.dumps([asdict(row) for row in result.rows.values()]))
     sys.exit(0 if result.stopped_by is None else 128 + result.stopped_by)

@@ -41,7 +41,7 @@ def write_sweep(directory: Path, **changes: Any) -> Path:
 
 def plan_of(directory: Path, **changes: Any) -> Plan:
     """The plan of a sweep on a CPU."""
-    return plan_sweep(str(write_sweep(directory, **changes)), device_type="cpu")
+    return plan_sweep(str(write_sweep(directory, **changes)))
 
 
 def place(devices: tuple[str, ...] = (), num_cpus: int = 1) -> Place:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from ssmlora_dist.sweep.cases import UNSET, Measured, length_of, measure, natural, part_of
+from ssmlora_dist.sweep.cases import UNSET, Measured, length_of, measure, natural, part_of, text_of
 from tests.sweep.results import full_sweep, lost, result, sweep_of
 
 SEED = 11
@@ -57,7 +57,7 @@ def test_only_finite_values_of_finished_points_count():
         lost("lora", 3, "stopped", metrics={"final_loss": 9.0}),
     ).cases
     assert case.by_seed("final_loss") == {0: 2.0}
-    assert (case.num_finished, [point.seed for point in case.unfinished]) == (3, [3])
+    assert (case.seeds, [point.seed for point in case.unfinished]) == ({0, 1, 2}, [3])
 
 
 def test_a_setting_is_what_differs_within_a_group():
@@ -106,9 +106,23 @@ def test_order_does_not_depend_on_the_rows():
     assert ordered == [(g, n) for g in ("ssmlora", "lora") for n in ("256", "256", "1024", "1024")]
 
 
+@pytest.mark.parametrize("values", [[1e200, 2e200], [1.7e308] * 3, [-1e101, math.inf, math.nan]])
+def test_what_no_square_can_be_taken_of_is_not_counted(values):
+    points = [result("lora", seed, {"final_loss": value}) for seed, value in enumerate(values)]
+    [case] = sweep_of(*points, result("lora", 9, {"final_loss": 2.0})).cases
+    assert case.by_seed("final_loss") == {9: 2.0}
+    assert measure(values, is_score=False) is None
+
+
+def test_settings_are_text_that_a_file_can_hold():
+    overrides = {"model.path": "a\ud800", "list": ["\x1b"]}
+    assert [text_of(overrides, key) for key in overrides] == ["a\ufffd", '["\\u001b"]']
+
+
 def test_natural_order():
     texts = ["b", "a10", "a9", "10", "9.5", "1e3", "-1", "nan"]
     assert sorted(texts, key=natural) == ["-1", "9.5", "10", "1e3", "a9", "a10", "b", "nan"]
+    assert sorted(["a" + "1" * 5000, "a1"], key=natural)[0] == "a1"
 
 
 def test_metrics_in_order_and_by_length():
@@ -146,6 +160,11 @@ def test_scores_from_before_training_are_no_results():
         ("task/a/b/64", "task/a/b", 64, None),
         ("validation_loss_after/256", "validation_loss_after", 256, None),
         ("task/", "task/", None, None),
+        # No length of an input, and no depth in it, or not as it is written.
+        ("task/keys/0", "task/keys/0", None, None),
+        ("task/keys/64/1.5", "task/keys/64/1.5", None, None),
+        ("task/keys/64/0.0", "task/keys/64/0.0", None, None),
+        (f"task/keys/{'1' * 5000}", f"task/keys/{'1' * 5000}", None, None),
     ],
 )
 def test_parts_of_metrics(metric, name, length, depth):
@@ -181,7 +200,17 @@ def test_what_an_axis_of_lengths_sets_goes_with_the_length():
 
 @pytest.mark.parametrize(
     ("value", "length"),
-    [(512, 512), ([256], 256), ([256, 512], None), (True, None), ("512", None), (None, None)],
+    [
+        (512, 512),
+        ([256], 256),
+        ([256, 512], None),
+        (True, None),
+        ("512", None),
+        (None, None),
+        (0, None),
+        (-5, None),
+        (10**400, None),
+    ],
 )
 def test_lengths(value, length):
     assert length_of(value) == length

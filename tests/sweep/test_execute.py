@@ -20,7 +20,9 @@ import pytest
 
 from ssmlora_dist.errors import CheckpointError, DataError
 from ssmlora_dist.sweep.execute import Result, run_sweep
+from ssmlora_dist.sweep.measures import measures
 from ssmlora_dist.sweep.process import MARK, command
+from ssmlora_dist.sweep.table import LiveTable
 
 from .sweeps import place, plan_of, write_sweep
 
@@ -151,6 +153,26 @@ def test_an_exit_without_a_result_is_a_failure(tmp_path: Path, fakes: Any) -> No
     assert "summary.json: cannot be read" in (row.reason or "")
 
 
+@pytest.mark.parametrize(
+    "summary", ["", "[]", '{"num_steps": 2}', '{"peak_memory_gib": 3}', '{"evaluation": {"after": 3}}']
+)
+def test_a_result_that_cannot_be_read_is_a_failure(tmp_path: Path, summary: str) -> None:
+    (tmp_path / "summary.json").write_text(summary)
+    with pytest.raises(DataError, match=r"summary\.json: .*--retry-failed"):
+        measures(tmp_path, with_tasks=False)
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_sweep() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        table = LiveTable("sweep", stream)
+        table.say("words")
+        table.close()
+        # What is left in its buffer would be written on closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def test_a_point_that_takes_too_long_is_stopped_and_failed(tmp_path: Path, fakes: Any) -> None:
     fakes({FIRST: {"steps": 10_000, "step_seconds": 0.05}})
     result = run(tmp_path, timeout_seconds=3.0)
@@ -197,10 +219,13 @@ def overlaps(directory: Path) -> list[set[str]]:
     ]
 
 
+# The first begins before the second ends, and runs until all the others are done.
+SIDE_BY_SIDE = {FIRST: {"until": f"runs/{FOURTH}/summary.json"}, SECOND: {"until": f"runs/{FIRST}"}}
+
+
 def test_points_run_side_by_side_as_configured(tmp_path: Path, fakes: Any, monkeypatch: Any) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    # The first runs until all the others are done.
-    fakes({FIRST: {"steps": 1, "step_seconds": 6.0}})
+    fakes(SIDE_BY_SIDE)
     run_sweep(plan_of(tmp_path, launcher={"points_at_once": 2}), place(num_cpus=6))
     assert {FIRST, SECOND} in overlaps(tmp_path)
     assert all(FIRST in pair for pair in overlaps(tmp_path))
@@ -213,7 +238,7 @@ def test_by_default_points_run_one_after_another_on_a_cpu(tmp_path: Path, fakes:
 
 
 def test_on_cuda_points_side_by_side_have_devices_of_their_own(tmp_path: Path, fakes: Any) -> None:
-    fakes({FIRST: {"steps": 1, "step_seconds": 6.0}})
+    fakes(SIDE_BY_SIDE)
     run(tmp_path, devices=("4", "7"))
     devices = {start["point"]: start["devices"] for start in starts(tmp_path)}
     assert set(devices.values()) == {"4", "7"}
@@ -332,7 +357,7 @@ def test_a_broken_row_is_refused_before_anything_runs(tmp_path: Path, fakes: Any
     file = sweep_directory(tmp_path) / "points.jsonl"
     content = file.read_text() + "{}\n"
     file.write_text(content)
-    with pytest.raises(DataError, match=r"points\.jsonl:5"):
+    with pytest.raises(DataError, match=r"(?s)points\.jsonl: 1 broken row.*line 5: "):
         run(tmp_path, seeds=[1])
     assert file.read_text() == content
     assert len(starts(tmp_path)) == 4

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssmlora_dist.sweep.cells import Cell, Table
-from ssmlora_dist.sweep.figures import Plot
+from ssmlora_dist.sweep.document import Cell, Plot, Report, Section, Table
 from ssmlora_dist.sweep.markdown import markdown_text
-from ssmlora_dist.sweep.report import Report, Section
 
 
 def test_the_whole_text() -> None:

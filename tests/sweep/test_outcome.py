@@ -74,3 +74,22 @@ def test_a_reason_is_short() -> None:
 def test_a_stopped_run_says_where_it_stands() -> None:
     assert stopped_reason("stopped: early\nstopped: late\nerror: no\n") == "late"
     assert stopped_reason("error: no\n") is None
+
+
+@pytest.mark.parametrize(
+    ("kernel_killed", "outcome", "said"),
+    [
+        (True, "out_of_memory", "the machine or its container was out of memory"),
+        (False, "failed", "by a person or a program"),
+        (None, "failed", "by whom is not known"),
+    ],
+)
+def test_the_kernel_s_kill_is_told_from_a_person_s(kernel_killed: bool, outcome: str, said: str) -> None:
+    for code in (-9, 137, 247):
+        found, reason = outcome_of(code, "step 1\n", kernel_killed)
+        assert found == outcome
+        assert (reason or "").startswith(f"killed by SIGKILL (exit code {code}), ")
+        assert said in (reason or "")
+    # What was told to stop, or failed, while something else was killed.
+    assert outcome_of(-15, "", kernel_killed)[0] == "stopped"
+    assert outcome_of(3, "error: diverged\n", kernel_killed)[0] == "failed"

@@ -17,12 +17,9 @@ CONFIGS = sorted(path for path in SCHEMA_PATH.parent.glob("*.json") if path.stem
 ROOT = SCHEMA_PATH.parents[2]
 
 
-def problems(directory: Path, *, num_devices: int | None = None, **changes: Any) -> list[str]:
-    device_type = "cpu" if num_devices is None else "cuda"
+def problems(directory: Path, *, devices: tuple[str, ...] = (), **changes: Any) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        plan_sweep(
-            str(write_sweep(directory, **changes)), device_type=device_type, num_devices=num_devices or 0
-        )
+        plan_sweep(str(write_sweep(directory, **changes)), devices=devices)
     return caught.value.problems
 
 
@@ -122,7 +119,13 @@ def test_combinations_are_left_out_by_axis_and_by_key(tmp_path: Path) -> None:
             ("x-y_seed-0: the name of two points", "names of their own"),
         ),
         ({"list": [{"name": "one"}, {"name": "One"}]}, ("One_seed-0: the name of two points",)),
-        ({"seeds": [1, 1]}, ("ssmlora_rank-2_seed-1: the name of two points",)),
+        ({"seeds": [1, 1]}, ("ssmlora_rank-2_seed-1: the name of two points", "one of two equal seeds")),
+        ({"overrides": {"a=b": 1}}, ('overrides: "a=b" given', "a dotted key")),
+        ({"overrides": {"adapter..rank": 1}}, ('overrides: "adapter..rank" given', "a dotted key")),
+        (
+            {"overrides": {"data.max_length.x": 1}},
+            ("data.max_length.x=1: data.max_length is 256", "set it whole: data"),
+        ),
         ({"baseline": "lora_rank-22"}, ("baseline: lora_rank-22 given", "did you mean lora_rank-2?")),
         ({"group_by": ["methd"]}, ("group_by: methd given", "did you mean method?")),
         ({"exclude": [{"methd": "lora"}]}, ("exclude.0.methd: no axis", "did you mean method?")),
@@ -141,7 +144,7 @@ def test_combinations_are_left_out_by_axis_and_by_key(tmp_path: Path) -> None:
         ({"launcher": {"rank": 1}}, ("launcher.rank: unknown key", "did you mean ranks?")),
         ({"name": "a b"}, ('name: "a b" given', "allowed:")),
         ({"seeds": []}, ("seeds: [] given", "at least 1")),
-        ({"base": "nowhere.json"}, ("no such file",)),
+        ({"base": "nowhere.json"}, ("base: nowhere.json: no such file", "name an existing file")),
         ({"grid": {"z": {"y" * 200: {}}}}, ("a name of 207 characters",)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -165,8 +168,33 @@ def test_all_problems_of_all_points_are_shown_at_once_and_each_of_them_once(tmp_
 
 
 def test_more_ranks_than_devices_are_refused(tmp_path: Path) -> None:
-    (found,) = problems(tmp_path, num_devices=2, launcher={"ranks": 4})
+    (found,) = problems(tmp_path, devices=("0", "1"), launcher={"ranks": 4})
     assert found.startswith("launcher.ranks: 4 given; allowed: at most 2")
+
+
+def test_devices_that_the_launcher_cannot_name_are_refused_for_several_ranks(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, devices=("GPU-1a", "GPU-2b"), launcher={"ranks": 2})
+    assert "CUDA_VISIBLE_DEVICES calls a device GPU-1a" in found
+    assert len(plan_sweep(str(write_sweep(tmp_path)), devices=("GPU-1a",)).points) == 4
+
+
+def test_by_default_a_group_is_all_but_the_length(tmp_path: Path) -> None:
+    length = {str(long): {"data.max_length": long} for long in (256, 512)}
+    grid = {"length": length, **GRID}
+    plan = plan_of(tmp_path, grid=grid, baseline="lora_rank-2")
+    assert {planned.point.group for planned in plan.points} == {
+        f"{method}_rank-{rank}" for method in ("ssmlora", "lora") for rank in (2, 4)
+    }
+    assert plan.points[0].name == "length-256_ssmlora_rank-2_seed-0"
+    alone = plan_of(tmp_path, grid={"data.max_length": [256, 512]})
+    assert [planned.point.group for planned in alone.points] == ["max_length-256", "max_length-512"]
+
+
+def test_a_section_of_a_point_takes_the_place_of_shared_keys_in_it(tmp_path: Path) -> None:
+    shared = {"data.train": {"format": "text", "hub": "x"}, "data.train.limit": 5}
+    own = {"data.train": {"format": "retrieval", "retrieval": {"lengths": [64]}}}
+    plan = plan_of(tmp_path, overrides=shared, grid={}, list=[{"name": "own", "overrides": own}])
+    assert plan.points[0].config.data.train.limit is None
 
 
 def digest(directory: Path, **changes: Any) -> str:
@@ -245,7 +273,7 @@ def test_the_time_is_that_of_points_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_sweep_in_configs_can_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    plan = plan_sweep(str(path), device_type="cuda", num_devices=8)
+    plan = plan_sweep(str(path), devices=tuple("01234567"))
     assert plan.sweep.name == path.stem
     assert plan.sweep.schema_ == "./schema.json"
     assert plan.sweep.baseline is not None
@@ -255,7 +283,7 @@ def test_the_quick_sweep_has_two_methods_three_lengths_two_seeds_and_a_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
-    plan = plan_sweep("configs/sweeps/quick_cpu.json", device_type="cpu")
+    plan = plan_sweep("configs/sweeps/quick_cpu.json")
     found = {(one.point.group, one.config.data.max_length, one.point.seed) for one in plan.points[:-1]}
     assert found == {
         (method, length, seed)
@@ -269,7 +297,7 @@ def test_the_quick_sweep_has_two_methods_three_lengths_two_seeds_and_a_failure(
 def test_placements_are_compared_at_equal_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     counts = {}
-    for planned in plan_sweep("configs/sweeps/placement.json", device_type="cpu").points:
+    for planned in plan_sweep("configs/sweeps/placement.json").points:
         adapter = planned.config.adapter
         # Llama-2-7B: 32 layers, and all four projections of attention from 4,096 to 4,096.
         each = 2 * 4096 * adapter.rank

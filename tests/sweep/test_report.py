@@ -14,6 +14,7 @@ import pytest
 
 from ssmlora_dist.errors import CheckpointError, DataError
 from ssmlora_dist.sweep.report import read_sweep, write_report
+from ssmlora_dist.sweep.rows import PointResult
 from tests.sweep.results import full_sweep, lost, result, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert sorted(content(report)) == sorted(path.relative_to(report).as_posix() for path in written)
     text = (report / "report.md").read_text()
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        "Not counted",
         "Losses and scores",
         "Speed and memory",
         "Differences to the baseline",
@@ -108,21 +110,61 @@ def test_rows_made_elsewhere(tmp_path: Path) -> None:
     assert page.parent == tmp_path / "report"
     assert "Sweep elsewhere" in page.read_text()
     notes = text.read_text()
-    assert "- Line 2 is broken: no JSON" in notes
+    assert "- Broken rows, which are no points: 1; what is wrong" in notes
+    assert "| broken row | no JSON" in notes
     assert "| line 2 |" in notes
     assert "- No baseline is named" in notes
     assert "Differences" not in notes
 
 
 def test_no_rows_yet(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "points.jsonl", [])
-    assert "- 0 points." in write_report(path)[1].read_text()
+    path = write_rows(tmp_path / "points.jsonl", ["", ""])
+    with pytest.raises(DataError, match=r"points\.jsonl: holds no rows; run the sweep, or name a file"):
+        write_report(path)
+
+
+def test_only_broken_rows(tmp_path: Path) -> None:
+    text = write_report(write_rows(tmp_path / "points.jsonl", ["{"]))[1].read_text()
+    assert "- 0 points." in text
+    assert text.count("| line 1 |") == 2
+
+
+def test_plots_that_are_no_more_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    sweep = sweep_directory(tmp_path / "trial")
+    write_report(sweep)
+    plots = sweep / "report" / "plots"
+    (plots / "mine.png").write_text("")
+    write_rows(sweep / "points.jsonl", [result("lora", 0, {"peak_memory_gib": 1.0}, {"data.max_length": 8})])
+    write_report(sweep)
+    assert sorted(path.name for path in plots.iterdir()) == ["mine.png", "peak_memory_gib_by_length.png"]
+
+
+def test_repeated_seeds_are_said(tmp_path: Path) -> None:
+    rows = [result("lora", 0, {"final_loss": loss}, name=f"run {loss}") for loss in (2.0, 3.0)]
+    text = write_report(write_rows(tmp_path / "points.jsonl", rows))[1].read_text()
+    assert "- Points that repeat group, setting and seed of another: 1; those of a seed count once" in text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        result("lora", 0, overrides={"model.path": "a\ud800"}),
+        result("\u200b\x00" * 500, 0, {f"task/{'x' * 300}": 0.5, "num_trainable_parameters": 5.0}),
+        result("lora", 0, {"final_loss": 1e200, "tokens_per_second": 1.7e308}, {"data.max_length": 10**400}),
+        result("lora", 0, {"task/keys/0": 0.5, "tokens_per_second": -5.0}, {"data.max_length": 0}),
+    ],
+)
+def test_rows_that_are_odd(row: PointResult, tmp_path: Path) -> None:
+    others = [result("b", seed, row.metrics, {"model.path": "b" + "1" * 5000}) for seed in (1, 2)]
+    page, text = write_report(write_rows(tmp_path / "points.jsonl", [row, *others]))[:2]
+    assert "- 3 points: 3 finished." in text.read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8").endswith("</html>\n")
 
 
 def test_only_failures(tmp_path: Path) -> None:
     write_rows(tmp_path / "points.jsonl", [lost("lora", seed) for seed in (0, 1)])
     text = write_report(tmp_path, baseline="lora")[1].read_text()
-    assert text.count("CUDA out of memory") >= 4
+    assert text.count("CUDA out of memory") == 4, "of both points, where they are named and among all"
 
 
 def test_the_baseline_named_wins(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def test_points_come_back_as_they_were(tmp_path: Path) -> None:
             json.dumps({**GOOD, "metrics": {"task/keys": 37.5}}),
             "metrics.task/keys: 37.5; allowed: a score fr",
         ),
+        (json.dumps({**GOOD, "metrics": {"task/keys": 10**400}}), "allowed: a score from 0 to 1"),
         (json.dumps({**GOOD, "wall_seconds": "long"}), 'wall_seconds: "long"; allowed: a number'),
         (json.dumps(GOOD), "point 'lora-8-seed3' is in line 1 already; names are unique"),
     ],
@@ -76,6 +78,11 @@ def test_metrics_that_say_nothing(tmp_path: Path) -> None:
         "tokens_per_second": "inf",
     }
     assert broken == []
+
+
+def test_a_time_that_is_too_long_for_a_float(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "points.jsonl", [{**GOOD, "wall_seconds": 10**400}])
+    assert read_rows(path)[0][0].wall_seconds == math.inf
 
 
 def test_no_file(tmp_path: Path) -> None:

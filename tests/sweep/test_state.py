@@ -39,13 +39,15 @@ def test_rows_come_back_as_they_were(directory: SweepDirectory) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"point": "a', "is no JSON object"),
-        ("[]", "is no JSON object"),
-        ('{"point": "x"}', "lacks 'digest'"),
+        ('{"point": "a', "Invalid JSON: EOF"),
+        ("[]", "[] given; input should be an object"),
+        ('{"point": "x"}', "digest: Field required (and 3 more)"),
         (
             json.dumps({**asdict(ROWS[0]), "point": "x", "outcome": "done"}),
-            "outcome 'done'; allowed: finished",
+            "outcome: \"done\" given; input should be 'finished'",
         ),
+        (json.dumps({**asdict(ROWS[0]), "point": "x", "metrics": 3}), "metrics: 3 given; input should be"),
+        (json.dumps({**asdict(ROWS[0]), "point": "x", "wall_seconds": "1"}), 'wall_seconds: "1" given'),
         (json.dumps(asdict(ROWS[0])), "a second row of a_seed-0"),
     ],
 )
@@ -53,8 +55,29 @@ def test_a_broken_row_is_named_with_its_line(directory: SweepDirectory, line: st
     directory.write_rows(ROWS)
     with directory.points_file.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(DataError, match=re.escape(f"points.jsonl:4: {problem}")):
+    with pytest.raises(DataError, match=re.escape(f"line 4: {problem}")):
         directory.read_rows()
+
+
+def test_all_broken_rows_are_named_at_once_and_nothing_is_changed(directory: SweepDirectory) -> None:
+    directory.write_rows(ROWS)
+    whole = directory.points_file.read_bytes()
+    content = b"\xff\xfe\n\n" + whole + b"{}\n"
+    directory.points_file.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        directory.read_rows()
+    heading, first, last = str(caught.value).splitlines()
+    assert "points.jsonl: 2 broken rows; mend or remove" in heading
+    assert first.startswith("  line 1: ")
+    assert last.startswith("  line 6: ")
+    assert directory.points_file.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"parent": 3, "points": {}}', '{"parent": null}'])
+def test_a_broken_file_of_what_was_begun_is_named(directory: SweepDirectory, content: str) -> None:
+    directory.begun_file.write_text(content)
+    with pytest.raises(DataError, match=r"begun\.json: .*; remove it"):
+        directory.begun()
 
 
 def test_two_sweeps_cannot_share_a_directory(directory: SweepDirectory) -> None:
@@ -97,3 +120,6 @@ def test_what_was_begun_outlives_a_kill(directory: SweepDirectory) -> None:
     begun.note("a", "d", "r")
     again = directory.begun()
     assert (again.parent, again.run_id("a"), again.training_digest("a")) == ("p", "r", "d")
+    assert again.open_runs() == {"a": "r"}
+    again.note_end("a")
+    assert directory.begun().open_runs() == {}

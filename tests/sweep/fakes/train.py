@@ -1,7 +1,8 @@
 """Stands in for launch/train.py: what a point's processes do is in FAKES, JSON by the point's name.
 
 Every start is a line in `starts` beside the run directories. A step is a tick; it goes on after the last one
-that was written, so that steps done twice show in `metrics.jsonl`.
+that was written, so that steps done twice show in `metrics.jsonl`. `until` names a file of the sweep that it
+waits for.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ if "says" in fake:
     print(fake["says"], file=sys.stderr, flush=True)
 if "kills_itself" in fake:
     os.kill(os.getpid(), fake["kills_itself"])
+deadline = time.monotonic() + 60
+while "until" in fake and not (runs.parent / fake["until"]).exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
 metrics = run / "metrics.jsonl"
 done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
 num_steps = fake.get("steps", 1)
