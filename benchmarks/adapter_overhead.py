@@ -1,21 +1,22 @@
 """What an adapter costs over the frozen backbone: `python benchmarks/adapter_overhead.py --model smollm2`.
 
-Five models share one backbone's tensors, attention, gradient checkpointing and loss, and are timed in turn:
+These models share one backbone's tensors, attention, gradient checkpointing and loss, and are timed in turn:
 
-    frozen     no adapter; gradients run back to the embeddings
-    ssmlora    ours, q_proj and v_proj in turn
-    lora       ours, q_proj and v_proj everywhere
-    peft       PEFT's LoRA on q_proj and v_proj, its defaults, under autocast
-    eager      the recurrence as its equations are written, q_proj and v_proj in turn
+    frozen          no adapter; gradients run back to the embeddings
+    ssmlora         ours, q_proj and v_proj in turn
+    lora            ours, q_proj and v_proj everywhere
+    peft            PEFT's LoRA on q_proj and v_proj, its defaults, under autocast
+    eager           the recurrence as its equations are written, q_proj and v_proj in turn
+    redequantizing  ssmlora with each recomputed weight dequantised once more for its backward pass
 
 A step is forward, backward and the optimiser's update. Before anything is timed, outputs and gradients of
-ssmlora and eager, and of lora and peft, are compared. Weights are random, shapes are real.
+ssmlora and eager, of lora and peft, and of ssmlora and redequantizing are compared. Weights are random,
+shapes are real.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import ctypes
 import gc
 import os
@@ -31,162 +32,29 @@ from typing import Any
 # Read when torch is loaded: threads that wait leave the cores alone.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Its variants lie beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssmlora_dist import AdapterConfig, add_adapters
-from ssmlora_dist.adapters.layers import SSMLoRALinear
+from benchmarks.adapter_variants import VARIANTS, Variant
 from ssmlora_dist.distributed.cost_model import DecoderShape, bytes_per_weight
 from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
 from ssmlora_dist.models import load_config, load_model
-from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.shapes import SHAPES
-from ssmlora_dist.ops import reference
 from ssmlora_dist.tracking.quiet import quiet_libraries
 from ssmlora_dist.tracking.rows import append_row
 
 RESULTS = Path(__file__).parent / "results" / "adapter_overhead.jsonl"
-RANK, ALPHA = 8, 16
 # At which the bytes kept for the backward pass are counted: PEFT's default, and its users' habit.
 DROPOUTS = (0.0, 0.1)
-VARIANTS = ("frozen", "ssmlora", "lora", "peft", "eager")
+SAVED_BYTES = "saved_bytes_beyond_frozen_dropout_{:g}"
 # Of gradients in bfloat16 over a whole model: the adapters' products are rounded at other places.
 GRADIENT_TOLERANCE = 0.05
 LOSS_TOLERANCE = 5e-3
-
-
-class EagerTimeModule(SSMLoRALinear):
-    """The recurrence as `ops.reference` writes it, tensor by tensor."""
-
-    def step(self, x_BSD: Tensor, h_prev_BSR: Tensor) -> tuple[Tensor, Tensor]:
-        mask_BSR = None
-        if self.training and self.dropout > 0:
-            mask_BSR = nn.functional.dropout(torch.ones_like(h_prev_BSR, dtype=torch.float32), self.dropout)
-        return reference.time_module(
-            x_BSD,
-            self.base_layer(x_BSD),
-            h_prev_BSR,
-            self.lora_A.weight,
-            self.lora_B.weight,
-            self.state_transition,
-            self.state_input,
-            scaling=self.scaling,
-            normalization=self.normalization,
-            carry=self.carry,
-            detach_state=self.detach_state,
-            dropout_mask_BSR=mask_BSR,
-        )
-
-
-class Variant:
-    """One adapted model: its loss, what it trains, how its step goes.
-
-    Args:
-        name: one of `VARIANTS`.
-        backbone: whose tensors it shares.
-        dropout: of the adapters.
-        checkpointing: recompute the layers.
-    """
-
-    def __init__(self, name: str, backbone: Any, dropout: float, checkpointing: bool) -> None:
-        self.name = name
-        model = _sharing_copy(backbone)
-        self.autocast = name == "peft"
-        if name == "frozen":
-            # The embeddings' output is where gradients end.
-            model.get_input_embeddings().register_forward_hook(lambda *given: given[-1].requires_grad_())
-        elif name == "peft":
-            model = _with_peft(model, dropout)
-        else:
-            add_adapters(model, _adapter_config("lora" if name == "lora" else "ssmlora", dropout))
-        if name == "eager":
-            for module in model.modules():
-                if isinstance(module, SSMLoRALinear):
-                    module.__class__ = EagerTimeModule
-        if checkpointing:
-            checkpoint_layers(model)
-        self.model = model
-        self.loss = CausalLMLoss(model, chunk_size=1024).train()
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        _set_equal(self.trained)
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-6) if self.trained else None
-
-    @property
-    def num_adapted(self) -> int:
-        """Linear layers with an adapter."""
-        return sum("lora_A" in name for name in self.trained)
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=self.autocast):
-            loss: Tensor = self.loss(**batch)
-        return loss / batch["labels"].numel()
-
-    def step(self, batch: dict[str, Tensor]) -> None:
-        self.forward(batch).backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def gradients(self, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        """Loss, and gradients by a name that is the same in all models."""
-        loss = self.forward(batch)
-        loss.backward()
-        found = {_plain_name(n): p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
-        for parameter in self.trained.values():
-            parameter.grad = None
-        return float(loss.detach()), found
-
-
-def _adapter_config(method: str, dropout: float) -> AdapterConfig:
-    return AdapterConfig(
-        method=method,  # type: ignore[arg-type]
-        rank=RANK,
-        alpha=ALPHA,
-        dropout=dropout,
-        alternate=("q_proj", "v_proj") if method == "ssmlora" else (),
-        every_layer=("q_proj", "v_proj") if method == "lora" else (),
-    )
-
-
-def _with_peft(model: Any, dropout: float) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        lora_dropout=dropout,
-        target_modules=["q_proj", "v_proj"],
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config).base_model.model
-
-
-def _sharing_copy(backbone: Any) -> Any:
-    """A model of its own modules, and of the backbone's tensors."""
-    memo: dict[int, Any] = {}
-    for tensor in (*backbone.parameters(), *backbone.buffers()):
-        memo[id(tensor)] = tensor
-    for module in backbone.modules():
-        state = getattr(module, "quant_state", None)
-        if state is not None:
-            memo[id(state)] = state
-    return copy.deepcopy(backbone, memo)
-
-
-def _plain_name(name: str) -> str:
-    return name.replace("base_model.model.", "").replace(".default", "")
-
-
-def _set_equal(trained: dict[str, nn.Parameter]) -> None:
-    """Values that follow from the name and the shape alone, so that models can be compared; none is zero."""
-    for name, parameter in sorted(trained.items()):
-        if parameter.dim() == 2 and "state_" not in name:
-            seed = sum(map(ord, _plain_name(name)))
-            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-            with torch.no_grad():
-                parameter.copy_(drawn / parameter.shape[1] ** 0.5 * (0.1 if "lora_B" in name else 1.0))
 
 
 def check(variants: dict[str, Variant], batch: dict[str, Tensor]) -> None:
@@ -195,7 +63,7 @@ def check(variants: dict[str, Variant], batch: dict[str, Tensor]) -> None:
     Raises:
         AssertionError: they do not.
     """
-    for ours, theirs in (("ssmlora", "eager"), ("lora", "peft")):
+    for ours, theirs in (("ssmlora", "eager"), ("lora", "peft"), ("ssmlora", "redequantizing")):
         if ours not in variants or theirs not in variants:
             continue
         loss, gradients = variants[ours].gradients(batch)
@@ -274,56 +142,25 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     backbone = load_model(
         init="random", config=config, quantization=arguments.quantization, device=device, seed=0
     )
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config["vocab_size"], (1, arguments.tokens), generator=generator).to(device)
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": torch.arange(arguments.tokens, device=device).unsqueeze(0),
-        "labels": torch.where(
-            torch.arange(arguments.tokens, device=device) < arguments.tokens // 8 * 7, -100, ids
-        ),
-    }
+    batch = _batch(config["vocab_size"], arguments.tokens, device)
+    names = [name for name in VARIANTS if name != "redequantizing"]
     # Without checkpointing, where a layer's own appetite shows.
-    without = {name: Variant(name, backbone, 0.0, False) for name in VARIANTS}
-    check(without, batch)
-    operators = {name: count_operators(variant, batch) for name, variant in without.items()}
-    del without
-    saved = {
-        (name, dropout): saved_bytes(Variant(name, backbone, dropout, False), batch)
-        for name in VARIANTS
-        for dropout in DROPOUTS
-    }
-    variants = {
-        name: Variant(name, backbone, arguments.dropout, arguments.checkpointing) for name in VARIANTS
-    }
+    costs = _costs_of_keeping_all(names, backbone, batch)
+    if arguments.checkpointing and arguments.quantization != "none":
+        names.append("redequantizing")
+        pair = ("ssmlora", "redequantizing")
+        check({name: Variant(name, backbone, 0.0, True) for name in pair}, batch)
+    variants = {name: Variant(name, backbone, arguments.dropout, arguments.checkpointing) for name in names}
     seconds = _timed(variants, batch, arguments.repeats)
-    peaks = {name: _peak_bytes(variant, batch) for name, variant in variants.items()}
     ceilings = Ceilings(*arguments.ceilings) if arguments.ceilings else measured_ceilings(device)
-    limit = step_limit(
-        DecoderShape.of(load_config(config=config)),
-        ceilings,
-        sequence_length=arguments.tokens,
-        supervised_tokens=arguments.tokens - arguments.tokens // 8 * 7,
-        checkpointing=arguments.checkpointing,
-        bytes_per_linear_weight=None
-        if arguments.quantization == "none"
-        else bytes_per_weight(arguments.quantization, double_quantization=True, compute_dtype_bytes=2),
-    )
-    # Process time counts all threads, the ceilings what they do together.
-    limit_seconds = limit.seconds * (1 if device.type == "cuda" else torch.get_num_threads())
+    limit_seconds = _limit_seconds(config, ceilings, arguments)
+    settings = ("model", "tokens", "quantization", "checkpointing", "dropout", "device", "repeats")
     return [
         {
             "benchmark": "adapter_overhead",
-            "model": arguments.model,
+            **{key: getattr(arguments, key) for key in settings},
             "layers": config["num_hidden_layers"],
-            "tokens": arguments.tokens,
-            "quantization": arguments.quantization,
-            "checkpointing": arguments.checkpointing,
-            "dropout": arguments.dropout,
-            "device": arguments.device,
             "threads": torch.get_num_threads(),
-            "repeats": arguments.repeats,
             "peft_version": version("peft"),
             "variant": name,
             "num_adapted": variant.num_adapted,
@@ -332,19 +169,64 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "step_seconds_min": min(seconds[name]),
             "over_frozen_median": statistics.median(seconds[name]) / statistics.median(seconds["frozen"]),
             "over_frozen_min": min(seconds[name]) / min(seconds["frozen"]),
-            "operators_beyond_frozen": operators[name] - operators["frozen"],
-            "operators_per_adapted": (operators[name] - operators["frozen"]) / max(1, variant.num_adapted),
-            **{
-                f"saved_bytes_beyond_frozen_dropout_{dropout:g}": saved[name, dropout]
-                - saved["frozen", dropout]
-                for dropout in DROPOUTS
-            },
-            "peak_bytes": peaks[name],
+            **costs.get(name, dict.fromkeys(costs["frozen"])),
+            "peak_bytes": _peak_bytes(variant, batch),
             "ceilings": asdict(ceilings),
             "of_roofline": limit_seconds / min(seconds[name]),
         }
         for name, variant in variants.items()
     ]
+
+
+def _batch(vocab_size: int, num_tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """One row of random tokens, of which the last eighth is supervised."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (1, num_tokens), generator=generator).to(device)
+    positions = torch.arange(num_tokens, device=device).unsqueeze(0)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": positions,
+        "labels": torch.where(positions < num_tokens // 8 * 7, -100, ids),
+    }
+
+
+def _costs_of_keeping_all(
+    names: list[str], backbone: Any, batch: dict[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """Operators and bytes beyond the frozen model's, of each variant without gradient checkpointing."""
+    variants = {name: Variant(name, backbone, 0.0, False) for name in names}
+    check(variants, batch)
+    operators = {name: count_operators(variant, batch) for name, variant in variants.items()}
+    costs: dict[str, dict[str, float]] = {}
+    for name, variant in variants.items():
+        added = operators[name] - operators["frozen"]
+        costs[name] = {
+            "operators_beyond_frozen": added,
+            "operators_per_adapted": added / max(1, variant.num_adapted),
+        }
+    for dropout in DROPOUTS:
+        saved = {name: saved_bytes(Variant(name, backbone, dropout, False), batch) for name in names}
+        for name in names:
+            costs[name][SAVED_BYTES.format(dropout)] = saved[name] - saved["frozen"]
+    return costs
+
+
+def _limit_seconds(config: dict[str, Any], ceilings: Ceilings, arguments: argparse.Namespace) -> float:
+    """The shortest step that the ceilings allow the frozen model, in the clock of the measured ones."""
+    quantization = arguments.quantization
+    limit = step_limit(
+        DecoderShape.of(load_config(config=config)),
+        ceilings,
+        sequence_length=arguments.tokens,
+        supervised_tokens=arguments.tokens - arguments.tokens // 8 * 7,
+        checkpointing=arguments.checkpointing,
+        bytes_per_linear_weight=None
+        if quantization == "none"
+        else bytes_per_weight(quantization, double_quantization=True, compute_dtype_bytes=2),
+    )
+    # Process time counts all threads, the ceilings what they do together.
+    return limit.seconds * (torch.get_num_threads() if arguments.device == "cpu" else 1)
 
 
 def _timed(variants: dict[str, Variant], batch: dict[str, Tensor], repeats: int) -> dict[str, list[float]]:
@@ -413,17 +295,22 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Prints a table: a line for each variant."""
     peft = next(row for row in rows if row["variant"] == "peft")
     of_peft = "".join(f"  saved/peft's, dropout {dropout:g}" for dropout in DROPOUTS)
-    print(f"variant  adapted  min step   median  over frozen    operators{of_peft}  peak MiB  of roofline")
+    print(
+        f"variant         adapted  min step   median  over frozen    operators{of_peft}"
+        "  peak MiB  of roofline"
+    )
     for row in rows:
-        keys = [f"saved_bytes_beyond_frozen_dropout_{dropout:g}" for dropout in DROPOUTS]
-        shares = "".join(f"{row[key] / peft[key]:26.3f}" for key in keys)
+        keys = [SAVED_BYTES.format(dropout) for dropout in DROPOUTS]
+        shares = "".join("" if row[key] is None else f"{row[key] / peft[key]:26.3f}" for key in keys)
+        operators = ""
+        if row["operators_beyond_frozen"] is not None:
+            operators = f"{row['operators_beyond_frozen']:6} {row['operators_per_adapted']:5.1f}"
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
         print(
-            f"{row['variant']:8} {row['num_adapted']:7}"
+            f"{row['variant']:15} {row['num_adapted']:7}"
             f" {row['step_seconds_min']:8.4f}s {row['step_seconds_median']:7.4f}s"
             f" {row['over_frozen_min']:6.3f} {row['over_frozen_median']:5.3f}"
-            f" {row['operators_beyond_frozen']:6} {row['operators_per_adapted']:5.1f}"
-            f"{shares}  {peak:>8} {row['of_roofline']:12.3f}"
+            f" {operators:12}{shares or ' ' * 26 * len(keys)}  {peak:>8} {row['of_roofline']:12.3f}"
         )
 
 

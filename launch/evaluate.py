@@ -17,12 +17,7 @@ def main() -> None:
     add("--adapter", type=Path, metavar="DIR", help="adapter or checkpoint; by default the base model alone")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="by default those in evaluation.tasks")
     add("--lengths", nargs="+", type=int, default=[], metavar="TOKENS", help="of generated tasks")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="by default `evaluation` beside the adapter, or RUN-evaluation",
-    )
+    add("--out", type=Path, metavar="DIR", help="by default beside the adapter, or beside the run")
     add("--no-base", action="store_true", help="do not evaluate the base model beside the adapter")
     arguments = parser.parse_args()
     is_main = os.environ.get("RANK", "0") == "0"

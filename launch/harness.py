@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from ssmlora_dist.config.arguments import ArgumentParser, run_command
+from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.records import nearest_name
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
@@ -29,6 +32,7 @@ def main() -> None:
     add("--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="where results go as JSON, beside the table that is shown")
     arguments = parser.parse_args()
+    _check(arguments)
     if importlib.util.find_spec("lm_eval") is None:
         raise DataError("lm-eval is not installed: pip install -c constraints.txt 'lm-eval[hf]'")
     quiet_libraries()
@@ -44,7 +48,10 @@ def main() -> None:
     known = TaskManager(include_path=arguments.include_path)
     unknown = [name for name in arguments.tasks if name not in known.all_tasks]
     if unknown:
-        raise DataError(f"--tasks {unknown[0]}: lm-eval has no such task; `lm_eval ls tasks` lists them")
+        nearest = nearest_name(unknown[0], known.all_tasks)
+        raise DataError(
+            f"--tasks {unknown[0]}: lm-eval has no such task{nearest}; `lm_eval ls tasks` lists them"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_trained(Path(arguments.adapter), path=arguments.model, device=device)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
@@ -58,7 +65,27 @@ def main() -> None:
     print(make_table(results))
     if arguments.out is not None:
         text = json.dumps(results, indent=2, default=handle_non_serializable)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        with explained(arguments.out, "choose another --out"):
+            write_text(arguments.out, text + "\n")
+
+
+def _check(arguments: Namespace) -> None:
+    """Before hours of work, not after them."""
+    for option, value, least in (
+        ("--num-fewshot", arguments.num_fewshot, 0),
+        ("--limit", arguments.limit, 1),
+        ("--batch-size", arguments.batch_size, 1),
+    ):
+        if value is not None and value < least:
+            raise DataError(f"{option} {value}: allowed: {least} or more; give that, or leave it out")
+    for option, path in (("--adapter", arguments.adapter), ("--include-path", arguments.include_path)):
+        if path is not None and not Path(path).is_dir():
+            raise DataError(f"{option} {path}: no such directory; name one that is there")
+    if arguments.out is not None:
+        if arguments.out.is_dir():
+            raise DataError(f"--out {arguments.out}: is a directory; name a file in it")
+        with explained(arguments.out, "choose another --out"):
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

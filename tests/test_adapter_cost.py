@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.adapter_variants import EagerTimeModule
 from ssmlora_dist import AdapterConfig
 from ssmlora_dist.adapters.layers import SSMLoRALinear
-from ssmlora_dist.ops import reference
 from tests.tiny import adapted_model, tiny_model
 
 # PEFT warns of much that is meant here.
@@ -30,22 +30,6 @@ SHAPE: dict[str, Any] = {
     "num_layers": NUM_LAYERS,
 }
 FREE = {torch.ops.aten.detach.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default}
-
-
-class EagerTimeModule(SSMLoRALinear):
-    """The recurrence as its equations are written."""
-
-    def step(self, x_BSD: Tensor, h_prev_BSR: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.time_module(
-            x_BSD,
-            self.base_layer(x_BSD),
-            h_prev_BSR,
-            self.lora_A.weight,
-            self.lora_B.weight,
-            self.state_transition,
-            self.state_input,
-            scaling=self.scaling,
-        )
 
 
 def build(kind: str, dtype: torch.dtype, dropout: float) -> Any:

@@ -55,6 +55,20 @@ def test_the_seeds_reach_the_adapters_of_every_family(model_type: str, config: A
 
 
 @configs
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_so_does_the_place_of_the_first_token(model_type: str, config: AdapterConfig) -> None:
+    decoder = model_of(config, model_type).get_decoder()
+
+    def hidden(first_token: int) -> Tensor:
+        drawn: dict[str, Any] = {"dropout_seeds": torch.tensor([11, 12]), "first_token": first_token}
+        return decoder(**INPUTS, **drawn, use_cache=False).last_hidden_state
+
+    assert torch.equal(hidden(0), decoder(**INPUTS, dropout_seeds=torch.tensor([11, 12])).last_hidden_state)
+    assert torch.equal(hidden(9), hidden(9))
+    assert not torch.equal(hidden(0), hidden(9))
+
+
+@configs
 def test_without_seeds_torchs_generator_decides(config: AdapterConfig) -> None:
     model = model_of(config)
     torch.manual_seed(3)

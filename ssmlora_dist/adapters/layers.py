@@ -78,8 +78,13 @@ class LoRALinear(nn.Module):
         if self.call is not None and len(self.readers) > 1 and not hasattr(self.lora_A.weight, "ds_id"):
             return self.call.down_project(self, x_BSD)
         seeds = self._dropout_seeds(x_BSD) if self.drops_input else None
-        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [self.lora_A.weight], seeds, self.stream, self.dropout)
+        drawing = (self.stream, self.dropout, self._first_token)
+        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [self.lora_A.weight], seeds, *drawing)
         return x_BSD, z_BSR
+
+    @property
+    def _first_token(self) -> int:
+        return 0 if self.call is None else self.call.first_token
 
     def _dropout_seeds(self, x_BSD: Tensor) -> Tensor | None:
         """[B]; None where nothing is dropped."""
@@ -136,6 +141,7 @@ class SSMLoRALinear(LoRALinear):
     def step(self, x_BSD: Tensor, h_prev_BSR: Tensor) -> tuple[Tensor, Tensor]:
         """([B,S,D], state [B,S,R]) -> ([B,S,O], state [B,S,R] in the dtype of the state received); pure."""
         x_BSD, z_BSR = self._down_project(x_BSD)
+        drawing = (self.dropout, self.stream, self._first_token)
         return fused.time_module(
             self.base_layer(x_BSD),
             z_BSR,
@@ -143,7 +149,7 @@ class SSMLoRALinear(LoRALinear):
             self.lora_B.weight,
             self.state_transition,
             self.state_input,
-            Recurrence(self.scaling, self.normalization, self.carry, self.dropout, self.stream),
+            Recurrence(self.scaling, self.normalization, self.carry, *drawing),
             self._dropout_seeds(x_BSD),
         )
 
@@ -169,9 +175,16 @@ class LayerCall:
     Args:
         dropout_seeds_B: int64, one for each row; None draws them when they are first asked for.
         state_BSAR: as it enters the layer; its axes are read and written one by one. None for plain LoRA.
+        first_token: where the first of the tokens stands in its row, for the dropout.
     """
 
-    def __init__(self, dropout_seeds_B: Tensor | None = None, state_BSAR: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        dropout_seeds_B: Tensor | None = None,
+        state_BSAR: Tensor | None = None,
+        first_token: int = 0,
+    ) -> None:
+        self.first_token = first_token
         self._seeds_B = dropout_seeds_B
         self._columns = [] if state_BSAR is None else list(state_BSAR.unbind(2))
         self._read_BSD: Tensor | None = None

@@ -40,12 +40,20 @@ class AdaptedDecoderLayer(nn.Module):
 
     adapters: list[LoRALinear]
 
-    def forward(self, hidden: Any, *args: Any, dropout_seeds: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden: Any,
+        *args: Any,
+        dropout_seeds: Tensor | None = None,
+        first_token: int = 0,
+        **kwargs: Any,
+    ) -> Any:
         """As without adapters; `dropout_seeds` [B] int64, one for each row, decide what is dropped.
 
-        Without them a layer that drops draws its own.
+        Without them a layer that drops draws its own. Where the tokens of a row are split among processes,
+        `first_token` is the place in the row of the first one here: the whole row's mask is drawn.
         """
-        with bind(self.adapters, LayerCall(dropout_seeds)):
+        with bind(self.adapters, LayerCall(dropout_seeds, first_token=first_token)):
             return super().forward(hidden, *args, **kwargs)
 
 
@@ -66,7 +74,14 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
     receives_packed: bool
     sends_packed: bool
 
-    def forward(self, hidden: Any, *args: Any, dropout_seeds: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden: Any,
+        *args: Any,
+        dropout_seeds: Tensor | None = None,
+        first_token: int = 0,
+        **kwargs: Any,
+    ) -> Any:
         """(hidden [B,S,D], state [B,S,A,R]) -> the same; bare hidden states at the first and last layer."""
         if isinstance(hidden, tuple):
             hidden_BSD, state_BSAR = hidden
@@ -74,7 +89,7 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
             hidden_BSD, state_BSAR = unpack(hidden, self.num_axes, self.rank)
         else:
             hidden_BSD, state_BSAR = hidden, self.initial_state(hidden)
-        call = LayerCall(dropout_seeds, state_BSAR)
+        call = LayerCall(dropout_seeds, state_BSAR, first_token)
         with bind(self.adapters, call):
             hidden_BSD = super(AdaptedDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
         if self.is_last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,7 @@ def build_task(section: TaskSection, tokenizer: Any, seed: int, lengths: Sequenc
     """
     name, kind = section.name or section.task, section.task
     if kind in (*DEEP, *FLAT, *BABILONG):
-        items = partial(_generated, section, tokenizer, seed, tuple(lengths))
+        items = partial(_generated, section, name, tokenizer, seed, tuple(lengths))
         if kind in BABILONG:
             return Task(name, items, babilong_match(BABILONG_LABELS[_babi(kind)]), "babilong")
         return Task(name, items, string_match_all, "string_match_all")
@@ -157,6 +158,33 @@ def build_task(section: TaskSection, tokenizer: Any, seed: int, lengths: Sequenc
         return Task(name, items, choice_accuracy, "acc")
     metrics = section.metrics or DEFAULT_METRICS
     return Task(name, items, all_scores(*(SCORERS[metric] for metric in metrics)), metrics[0])
+
+
+def output_directory(config: RunConfig, adapter: Path | None) -> Path:
+    """Where results go by default: a directory of its own for every adapter and every base model alone.
+
+    | evaluated | directory |
+    | --- | --- |
+    | `RUN/adapter` | `RUN/evaluation` |
+    | `RUN/checkpoints/STEP` | `RUN/evaluation-STEP` |
+    | another adapter, `DIR` | `DIR-evaluation` |
+    | the base model alone | `NAME-MODEL-evaluation` beside the run (without a path `NAME-evaluation`) |
+
+    The last is not in the run's directory, which a training of that name must find free.
+    """
+    if adapter is None:
+        path = config.model.path
+        model = [] if path is None else [Path(path).resolve().name]
+        return config.run.output_dir / "-".join([config.run.name, *model, "evaluation"])
+    # Behind links and dots, where names say what it is.
+    place = adapter.resolve()
+    if place.name == "adapter":
+        found = place.with_name("evaluation")
+    elif place.parent.name == "checkpoints":
+        found = place.parent.with_name(f"evaluation-{place.name}")
+    else:
+        found = place.with_name(f"{place.name}-evaluation")
+    return found if adapter.is_absolute() else Path(os.path.relpath(found))
 
 
 def own_format(section: TaskSection) -> ItemFormat:
@@ -177,6 +205,16 @@ def own_format(section: TaskSection) -> ItemFormat:
 
 
 def _generated(
+    section: TaskSection, name: str, tokenizer: Any, seed: int, lengths: tuple[int, ...]
+) -> Iterator[Item | FailedItem]:
+    try:
+        yield from _drawn(section, tokenizer, seed, lengths)
+    except DataError as error:
+        # Several tasks can be made by one generator.
+        raise DataError(f"task {name!r}: {error}") from error
+
+
+def _drawn(
     section: TaskSection, tokenizer: Any, seed: int, lengths: tuple[int, ...]
 ) -> Iterator[Item | FailedItem]:
     kind = section.task

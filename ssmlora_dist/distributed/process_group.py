@@ -13,6 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Its functions have the default group at the time of its import as a default argument. Imported in the course
+# of a run, by whomever, it would hold that group, whose threads then outlive `stop_process_group` and can
+# abort the process as it exits.
+import torch.distributed.nn.functional
+
 from ssmlora_dist.distributed.liveness import Peer, PeerWatch, meet
 from ssmlora_dist.errors import SSMLoRAError, TrainingError
 
@@ -151,7 +156,11 @@ def stop_process_group() -> None:
         _watch.leave(sys.exception())
         _watch = None
     if dist.is_initialized():
+        from deepspeed.utils import groups
+
         dist.destroy_process_group()
+        # DeepSpeed's engines leave a group of all ranks there; held, its threads would run on.
+        groups._WORLD_GROUP = None
 
 
 def _start_watch(group: ProcessGroup, silence_seconds: float) -> PeerWatch | None:

@@ -46,6 +46,30 @@ def plan_batches(sizes: Sequence[Size], max_tokens: int) -> list[list[int]]:
     return batches
 
 
+def padded_tokens(sizes: Sequence[Size]) -> int:
+    """Tokens of one batch of items of these sizes, padding included."""
+    return len(sizes) * (max(size.prompt for size in sizes) + max(size.answer for size in sizes))
+
+
+def deal_out(costs: Sequence[int], loads: Sequence[int]) -> list[list[int]]:
+    """Indices of `costs` for each rank, in ascending order: a function of its arguments alone.
+
+    The dearest first, each goes to the rank that has the least to do by then, the lowest of equals. No rank
+    has more than another by more than the dearest cost, unless `loads` did.
+
+    Args:
+        costs: of what is dealt out.
+        loads: what each rank has to do already, in the same unit.
+    """
+    totals = list(loads)
+    shares: list[list[int]] = [[] for _ in totals]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = totals.index(min(totals))
+        totals[rank] += costs[index]
+        shares[rank].append(index)
+    return [sorted(share) for share in shares]
+
+
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> Prompts:
     """Prompts with padding before them, so that each ends where its answer begins."""
     width = max(map(len, prompts))

@@ -4,7 +4,8 @@ Every item gives one row, `error` in place of its scores where it failed. Which 
 function of the task's items and the token budget alone, not of the ranks, nor of what is done already: a
 batch that a kill cut short is computed whole again. So the result file is the same, byte by byte, however
 often an evaluation was stopped and on however many ranks it went on, as far as a batch computed twice gives
-the same numbers.
+the same numbers. Which rank computes a batch follows from the batches' tokens, those of the tasks before it
+included: many tasks of few batches are shared evenly too.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssmlora_dist.errors import CheckpointError, DataError, SSMLoRAError
-from ssmlora_dist.evaluation.batching import Size, plan_batches
+from ssmlora_dist.evaluation.batching import Size, deal_out, padded_tokens, plan_batches
 from ssmlora_dist.evaluation.choices import choice_log_likelihoods
 from ssmlora_dist.evaluation.encoding import EncodedChoices, PromptEncoder
 from ssmlora_dist.evaluation.generation import EncodedPrompt, generate
@@ -62,7 +64,8 @@ def run(
         tokenizer: its tokenizer.
         max_batch_tokens: rows of a batch times their tokens, padding and answers included.
         directory: where rows are kept as they are finished, and `results.jsonl` is written at the end, in the
-            order of tasks and items; an evaluation started again does what is missing. None keeps nothing.
+            order of tasks and items; an evaluation started again does what is missing, and tries again what
+            failed. None keeps nothing.
         digests: by task, what decides its rows beside the items themselves: model, adapter, precision.
         rank: of this process.
         size: number of processes, which share the batches.
@@ -76,38 +79,44 @@ def run(
         CheckpointError: `directory` holds rows of another evaluation, or cannot be written.
         DataError: two tasks of one name, or two items of one id in a task.
     """
-    names = [task.name for task in tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"evaluation: two tasks are called {name!r}; give each a name of its own")
-    vocab_size = model.get_input_embeddings().num_embeddings
-    encoder = PromptEncoder(tokenizer, model.config.max_position_embeddings, vocab_size)
+    _check_names(tasks)
+    encoder = _encoder(model, tokenizer)
     # All ranks have read before any of them writes.
     parts = gather(read_parts(directory) if directory is not None else [])
     known = {key_of(row): row for part in parts for row in part}
     own: list[Row] = []
     outline: dict[Key, Row | None] = {}
-    part_file = nullcontext() if directory is None else PartFile(directory, rank)
-    with _evaluation_mode(model), part_file as file:
+    loads = [0] * size
+    with _evaluation_mode(model), PartFile(directory, rank) if directory else nullcontext() as file:
         for task in tasks:
             plan = _prepare(task, encoder, (digests or {}).get(task.name, ""), max_batch_tokens)
             outline |= {plan.key(index): plan.failed.get(index) for index in range(len(plan.items))}
-            pending = _pending(plan, known)
-            done, total = 0, sum(len(missing) for _, missing in pending[rank::size])
-            progress(task.name, done, total)
-            for batch, missing in pending[rank::size]:
-                rows = _evaluate(plan, batch, missing, model, tokenizer)
+            share = _share(plan, _pending(plan, known), loads)[rank]
+            for rows in _evaluated(plan, share, model, tokenizer, partial(progress, task.name)):
                 if file is not None:
-                    file.append(rows)
+                    file.append(row for row in rows if "error" not in row)
                 own += rows
-                done += len(missing)
-                progress(task.name, done, total)
     known |= {key_of(row): row for rows in gather(own) for row in rows}
-    found = [known[key] if row is None else row for key, row in outline.items()]
-    results = [{name: value for name, value in row.items() if name != "digest"} for row in found]
+    results = [_without_digest(known[key] if row is None else row) for key, row in outline.items()]
     if directory is not None and rank == 0:
         write_results(directory, results)
     return results
+
+
+_Pending = tuple[list[int], list[int]]
+"""A batch, and those of its items that have no row yet."""
+
+
+def _check_names(tasks: Sequence[Task]) -> None:
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"evaluation: two tasks are called {name!r}; give each a name of its own")
+
+
+def _encoder(model: Any, tokenizer: Any) -> PromptEncoder:
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    return PromptEncoder(tokenizer, model.config.max_position_embeddings, num_embeddings)
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ def _size(encoded: Encoded) -> Size:
     return Size(len(encoded.prompt), encoded.max_new_tokens)
 
 
-def _pending(plan: _Plan, known: Mapping[Key, Row]) -> list[tuple[list[int], list[int]]]:
+def _pending(plan: _Plan, known: Mapping[Key, Row]) -> list[_Pending]:
     """The batches that lack rows, each with the indices of the items that have none.
 
     Raises:
@@ -177,13 +186,28 @@ def _pending(plan: _Plan, known: Mapping[Key, Row]) -> list[tuple[list[int], lis
     return [(batch, missing) for batch, missing in pending if missing]
 
 
-def _evaluate(
-    plan: _Plan, batch: Sequence[int], missing: Sequence[int], model: Any, tokenizer: Any
-) -> list[Row]:
-    """The rows of those of a batch that have none yet; the whole batch is computed."""
-    answers = _answers(model, tokenizer, [plan.encoded[index] for index in batch])
-    answered = dict(zip(batch, answers, strict=True))
-    return [_scored(plan, index, answered[index]) for index in missing]
+def _share(plan: _Plan, pending: Sequence[_Pending], loads: list[int]) -> list[list[_Pending]]:
+    """Every rank's batches; `loads`, each rank's tokens in this start, is brought up to date."""
+    costs = [padded_tokens([_size(plan.encoded[index]) for index in batch]) for batch, _ in pending]
+    shares = deal_out(costs, loads)
+    for rank, share in enumerate(shares):
+        loads[rank] += sum(costs[index] for index in share)
+    return [[pending[index] for index in share] for share in shares]
+
+
+def _evaluated(
+    plan: _Plan, share: Sequence[_Pending], model: Any, tokenizer: Any, tell: Callable[[int, int], object]
+) -> Iterator[list[Row]]:
+    """The rows that each batch lacks; all of it is computed. Tells how many are done, and of how many."""
+    done, total = 0, sum(len(missing) for _, missing in share)
+    tell(done, total)
+    for batch, missing in share:
+        answers = _answers(model, tokenizer, [plan.encoded[index] for index in batch])
+        answered = dict(zip(batch, answers, strict=True))
+        yield [_scored(plan, index, answered[index]) for index in missing]
+        # Not before they have been taken, and written.
+        done += len(missing)
+        tell(done, total)
 
 
 def _answers(model: Any, tokenizer: Any, encoded: Sequence[Encoded]) -> list[Answer | str]:
@@ -240,6 +264,10 @@ def _scored(plan: _Plan, index: int, answer: Answer | str) -> Row:
     except Exception as error:
         return {**row, "error": _reason(error)}
     return {**row, "scores": scores}
+
+
+def _without_digest(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "digest"}
 
 
 def _heading(task: Task, item: Item) -> Row:

@@ -31,7 +31,9 @@ def threshold(probability: float) -> int:
     return min(round(probability * 2**32), 2**32 - 1) - 2**31
 
 
-def keep_mask(seeds_B: Tensor, stream: int, shape: tuple[int, ...], probability: float) -> Tensor:
+def keep_mask(
+    seeds_B: Tensor, stream: int, shape: tuple[int, ...], probability: float, first_token: int = 0
+) -> Tensor:
     """Which elements are kept, bool of `shape` [...,S,C]; each is dropped with `probability`.
 
     Args:
@@ -39,20 +41,21 @@ def keep_mask(seeds_B: Tensor, stream: int, shape: tuple[int, ...], probability:
         stream: which adapter.
         shape: tokens and components last; what is before them counts as rows of the batch.
         probability: of dropping.
+        first_token: where the first of the tokens stands in its row, if the rows are split among processes.
     """
     *rows, num_tokens, num_components = shape
     assert seeds_B.shape == (math.prod(rows),), "one seed for each row"
     keys = [_key(seed, stream) for seed in seeds_B.tolist()]
     hash_ = torch.tensor(keys, dtype=torch.int32, device=seeds_B.device)
-    for number in (num_tokens, num_components):
-        places = torch.arange(number, dtype=torch.int32, device=seeds_B.device)
+    for first, number in ((first_token, num_tokens), (0, num_components)):
+        places = torch.arange(first, first + number, dtype=torch.int32, device=seeds_B.device)
         hash_ = _mixed(hash_.unsqueeze(-1) ^ places)
     return (hash_ >= threshold(probability)).view(shape)
 
 
-def dropout(x_BSC: Tensor, seeds_B: Tensor, stream: int, probability: float) -> Tensor:
+def dropout(x_BSC: Tensor, seeds_B: Tensor, stream: int, probability: float, first_token: int = 0) -> Tensor:
     """x [...,S,C]: what `keep_mask` drops is 0, the rest divided by 1 - probability; its own gradient."""
-    kept = keep_mask(seeds_B, stream, tuple(x_BSC.shape), probability)
+    kept = keep_mask(seeds_B, stream, tuple(x_BSC.shape), probability, first_token)
     return (x_BSC * kept).mul_(1 / (1 - probability))
 
 

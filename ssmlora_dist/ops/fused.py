@@ -34,6 +34,7 @@ def down_project(
     seeds: Tensor | None = None,
     stream: int = 0,
     dropout: float = 0.0,
+    first_token: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """x, to be given to the frozen layers, and z = x W_a [B,S,R] for each of `weights`, in one product.
 
@@ -43,10 +44,12 @@ def down_project(
         seeds: of the dropout on what `weights` read, int64, one for each row [B]; None keeps everything.
         stream: which adapter draws.
         dropout: its probability.
+        first_token: where the first of the tokens stands in its row, for the dropout.
     """
+    drawing = (stream, dropout, first_token)
     if not torch.is_grad_enabled():
-        return x_BSD, list(_projections(x_BSD, seeds, (stream, dropout), weights))
-    through_BSD, *z = _DownProjection.apply(x_BSD, seeds, (stream, dropout), *weights)  # type: ignore[no-untyped-call]
+        return x_BSD, list(_projections(x_BSD, seeds, drawing, weights))
+    through_BSD, *z = _DownProjection.apply(x_BSD, seeds, drawing, *weights)  # type: ignore[no-untyped-call]
     # Otherwise the frozen layers would work out a gradient that nobody takes.
     return through_BSD if x_BSD.requires_grad else x_BSD, z
 
@@ -91,7 +94,7 @@ def time_module(
 class _DownProjection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, seeds: Tensor | None, drawing: tuple[int, float], *weights: Tensor
+        ctx: Any, x: Tensor, seeds: Tensor | None, drawing: tuple[int, float, int], *weights: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.drawing = drawing
@@ -169,7 +172,7 @@ class _TimeModule(torch.autograd.Function):
 
 
 def _projections(
-    x: Tensor, seeds: Tensor | None, drawing: tuple[int, float], weights: Sequence[Tensor]
+    x: Tensor, seeds: Tensor | None, drawing: tuple[int, float, int], weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     z = F.linear(_dropped(x, seeds, drawing), _stacked(weights).to(x.dtype))
     return z.split(weights[0].shape[0], -1)
@@ -191,7 +194,7 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right).to(dtype)
 
 
-def _dropped(x: Tensor, seeds: Tensor | None, drawing: tuple[int, float]) -> Tensor:
+def _dropped(x: Tensor, seeds: Tensor | None, drawing: tuple[int, float, int]) -> Tensor:
     return x if seeds is None else torch.ops.ssmlora.dropout(x, seeds, *drawing)
 
 

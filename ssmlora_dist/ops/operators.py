@@ -16,7 +16,7 @@ from torch import Tensor
 from ssmlora_dist.ops.dropout import dropout
 from ssmlora_dist.ops.state_step import state_backward, state_forward
 
-_RECURRENCE = "float scaling, str normalization, str carry, float dropout, int stream"
+_RECURRENCE = "float scaling, str normalization, str carry, float dropout, int stream, int first_token"
 _STATE = f"Tensor z, Tensor h_prev, Tensor transition, Tensor input, Tensor? seeds, {_RECURRENCE}"
 _GRADIENTS = "Tensor d_u, Tensor? d_carried, bool needs_d_h_prev"
 
@@ -72,7 +72,11 @@ _library = torch.library.Library("ssmlora", "DEF")
 for _function, _schema, _fake in (
     (state_forward, f"({_STATE}) -> (Tensor, Tensor)", _fake_forward),
     (state_backward, f"({_GRADIENTS}, {_STATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_backward),
-    (dropout, "(Tensor x, Tensor seeds, int stream, float probability) -> Tensor", _fake_dropout),
+    (
+        dropout,
+        "(Tensor x, Tensor seeds, int stream, float probability, int first_token) -> Tensor",
+        _fake_dropout,
+    ),
 ):
     _name = _function.__name__
     _library.define(_name + _schema)

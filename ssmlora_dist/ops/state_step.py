@@ -26,6 +26,7 @@ class Recurrence(NamedTuple):
         carry: what is handed on: `normalized` (n) or `raw` (h).
         dropout: probability, on the normalised state; drawn where seeds are given.
         stream: which adapter of the model draws.
+        first_token: where the first of the tokens stands in its row, for the dropout.
     """
 
     scaling: float
@@ -33,6 +34,7 @@ class Recurrence(NamedTuple):
     carry: str = "normalized"
     dropout: float = 0.0
     stream: int = 0
+    first_token: int = 0
 
 
 def state_forward(
@@ -119,7 +121,8 @@ def _dropout_factors(
     """K [T,R]: 1 / (1 - p) where the normalised state is kept, 0 where it is dropped."""
     if seeds is None or not recurrence.dropout:
         return None
-    kept = keep_mask(seeds, recurrence.stream, tuple(z_BSR.shape), recurrence.dropout)
+    shape = tuple(z_BSR.shape)
+    kept = keep_mask(seeds, recurrence.stream, shape, recurrence.dropout, recurrence.first_token)
     return _rows(kept, dtype).mul_(1 / (1 - recurrence.dropout))
 
 

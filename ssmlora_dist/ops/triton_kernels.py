@@ -47,12 +47,12 @@ def _absorb(hash, value):
 
 
 @triton.jit
-def _is_kept(seeds_ptr, stream, tokens, T, components, num_positions, threshold):
+def _is_kept(seeds_ptr, stream, tokens, T, components, num_positions, first_token, threshold):
     """`dropout.keep_mask` of tokens [BT], of T, and components [C], as [BT,C]."""
     seeds = tl.load(seeds_ptr + tokens // num_positions, tokens < T, 0)
     hash = _absorb(_absorb(_START, stream), seeds)
     hash = _absorb(hash, seeds >> 32)
-    hash = _absorb(hash, tokens % num_positions)
+    hash = _absorb(hash, tokens % num_positions + first_token)
     hash = _absorb(hash[:, None], components[None, :])
     return hash.to(tl.int32, bitcast=True) >= threshold
 
@@ -133,10 +133,10 @@ def _normalized_backward(h, n, divisor, d_n, R: tl.constexpr, RP: tl.constexpr, 
     return d_n / divisor[:, None]
 
 
-@triton.jit(do_not_specialize=["stream", "T", "num_positions", "threshold"])
+@triton.jit(do_not_specialize=["stream", "T", "num_positions", "first_token", "threshold"])
 def _forward_kernel(
     z_ptr, g_ptr, c_ptr, d_ptr, seeds_ptr, u_ptr, carried_ptr,
-    T, z_stride, g_stride, num_positions, stream, threshold, keep_scale, scaling,
+    T, z_stride, g_stride, num_positions, first_token, stream, threshold, keep_scale, scaling,
     R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     NORMALIZATION: tl.constexpr, RAW: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -147,21 +147,20 @@ def _forward_kernel(
     n, _ = _normalized(h, R, RP, NORMALIZATION)
     carried = h if RAW else n
     if DROPOUT:
-        n = tl.where(
-            _is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, threshold), n * keep_scale, 0.0
-        )
+        is_kept = _is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, first_token, threshold)
+        n = tl.where(is_kept, n * keep_scale, 0.0)
     z = tl.load(z_ptr + tokens[:, None] * z_stride + columns[None, :], inside, 0.0).to(tl.float32)
     places = tokens[:, None] * R + columns[None, :]
     tl.store(u_ptr + places, (z + n) * scaling, inside)
     tl.store(carried_ptr + places, carried, inside)
 
 
-@triton.jit(do_not_specialize=["stream", "T", "num_positions", "threshold"])
+@triton.jit(do_not_specialize=["stream", "T", "num_positions", "first_token", "threshold"])
 def _backward_kernel(
     d_u_ptr, d_carried_ptr, z_ptr, g_ptr, c_ptr, d_ptr, seeds_ptr,
     u_ptr, d_z_ptr, d_g_ptr, sums_ptr,
     T, d_u_stride, d_carried_stride, z_stride, g_stride,
-    num_positions, stream, threshold, keep_scale, scaling,
+    num_positions, first_token, stream, threshold, keep_scale, scaling,
     R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NORMALIZATION: tl.constexpr,
     RAW: tl.constexpr, DROPOUT: tl.constexpr, CARRIED: tl.constexpr, NEEDS_D_G: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +189,7 @@ def _backward_kernel(
         d_n = d_u * scaling
         kept = n
         if DROPOUT:
-            is_kept = _is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, threshold)
+            is_kept = _is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, first_token, threshold)
             d_n = tl.where(is_kept, d_n * keep_scale, 0.0)
             kept = tl.where(is_kept, n * keep_scale, 0.0)
         if CARRIED:
@@ -220,16 +219,17 @@ def _backward_kernel(
     tl.store(at_sums + R * R, sum_d, in_matrix)
 
 
-@triton.jit(do_not_specialize=["stream", "num_positions", "threshold"])
+@triton.jit(do_not_specialize=["stream", "num_positions", "first_token", "threshold"])
 def _dropout_kernel(
-    x_ptr, y_ptr, seeds_ptr, x_stride, num_positions, stream, threshold, keep_scale,
+    x_ptr, y_ptr, seeds_ptr, x_stride, num_positions, first_token, stream, threshold, keep_scale,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
     components = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (components < C)[None, :]
     x = tl.load(x_ptr + token[:, None] * x_stride + components[None, :], inside, 0.0)
-    kept = _is_kept(seeds_ptr, stream, token, tl.num_programs(0), components, num_positions, threshold)
+    T = tl.num_programs(0)
+    kept = _is_kept(seeds_ptr, stream, token, T, components, num_positions, first_token, threshold)
     y = tl.where(kept, x.to(tl.float32) * keep_scale, 0.0)
     tl.store(y_ptr + token[:, None] * C + components[None, :], y, inside)
 
@@ -245,6 +245,7 @@ def state_forward(
     carry: str,
     dropout: float,
     stream: int,
+    first_token: int,
 ) -> tuple[Tensor, Tensor]:
     """See `state_step.state_forward`."""
     z, g = _rows(z_BSR), _rows(h_prev_BSR)
@@ -254,7 +255,7 @@ def state_forward(
     grid = (triton.cdiv(z.shape[0], sizes["BT"]),)
     _forward_kernel[grid](
         z, g, _matrix(transition_RR), _matrix(input_RR), drawn, u, carried,
-        z.shape[0], z.stride(0), g.stride(0), *_drawing(z_BSR, dropout, stream), scaling,
+        z.shape[0], z.stride(0), g.stride(0), *_drawing(z_BSR, dropout, stream, first_token), scaling,
         **sizes, NORMALIZATION=_NORMALIZATIONS[normalization], RAW=carry == "raw", DROPOUT=drawn is not None,
     )  # fmt: skip
     return u, carried
@@ -274,6 +275,7 @@ def state_backward(
     carry: str,
     dropout: float,
     stream: int,
+    first_token: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `state_step.state_backward`."""
     z, g, d_u = _rows(z_BSR), _rows(h_prev_BSR), _rows(d_u_BSR)
@@ -289,7 +291,7 @@ def state_backward(
     _backward_kernel[(num_programs, num_pieces)](
         d_u, d_carried, z, g, _matrix(transition_RR), _matrix(input_RR), drawn, u, d_z, d_h_prev, sums,
         num_tokens, d_u.stride(0), 0 if d_carried is None else d_carried.stride(0), z.stride(0), g.stride(0),
-        *_drawing(z_BSR, dropout, stream), scaling,
+        *_drawing(z_BSR, dropout, stream, first_token), scaling,
         **sizes, NORMALIZATION=_NORMALIZATIONS[normalization], RAW=carry == "raw", DROPOUT=drawn is not None,
         CARRIED=d_carried is not None, NEEDS_D_G=needs_d_h_prev,
     )  # fmt: skip
@@ -297,12 +299,12 @@ def state_backward(
     return u, d_z, d_h_prev, d_transition.to(transition_RR.dtype), d_input.to(input_RR.dtype)
 
 
-def dropout(x_BSC: Tensor, seeds: Tensor, stream: int, probability: float) -> Tensor:
+def dropout(x_BSC: Tensor, seeds: Tensor, stream: int, probability: float, first_token: int) -> Tensor:
     """See `dropout.dropout`."""
     x = _rows(x_BSC)
     y = x_BSC.new_empty(x_BSC.shape)
     grid = (x.shape[0], triton.cdiv(x.shape[1], DROPOUT_BLOCK))
-    drawing = _drawing(x_BSC, probability, stream)
+    drawing = _drawing(x_BSC, probability, stream, first_token)
     _dropout_kernel[grid](x, y, seeds.contiguous(), x.stride(0), *drawing, C=x.shape[1], BLOCK=DROPOUT_BLOCK)
     return y
 
@@ -330,5 +332,7 @@ def _sizes(rank: int) -> dict[str, int]:
     }
 
 
-def _drawing(tensor_BSC: Tensor, probability: float, stream: int) -> tuple[int, int, int, float]:
-    return tensor_BSC.shape[-2], stream, threshold(probability), 1 / (1 - probability)
+def _drawing(
+    tensor_BSC: Tensor, probability: float, stream: int, first_token: int
+) -> tuple[int, int, int, int, float]:
+    return tensor_BSC.shape[-2], first_token, stream, threshold(probability), 1 / (1 - probability)

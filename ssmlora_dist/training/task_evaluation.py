@@ -21,7 +21,7 @@ from ssmlora_dist.config.build import (
     meta_model,
 )
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.config.tasks import build_tasks
+from ssmlora_dist.config.tasks import build_tasks, output_directory
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.evaluation.item_rows import RESULTS_FILE, Row
@@ -66,8 +66,7 @@ def run_evaluation(
         group: its processes, each of which holds the whole model and answers a share of the items.
         console: of rank 0.
         adapter: directory of the adapter; None for the base model alone.
-        out: where results go; by default `evaluation` beside the adapter, or for the base model alone
-            `NAME-evaluation` beside the run's directory, which a training of that name must find free.
+        out: where results go; by default `config.tasks.output_directory`.
         names: of the tasks; by default those in `evaluation.tasks`.
         lengths: in place of those configured, of generated tasks.
         with_base: whether the base model is evaluated beside an adapter.
@@ -78,8 +77,7 @@ def run_evaluation(
     check_model(config)
     tokenizer = build_tokenizer(config.model)
     tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
-    alone = config.run.output_dir / f"{config.run.name}-evaluation"
-    directory = out or (alone if adapter is None else adapter.parent / "evaluation")
+    directory = out or output_directory(config, adapter)
     fingerprint: str = group.on_main(lambda: build_fingerprint(config))
     # What is wrong with it shows before the base model has answered everything.
     adapted = "" if adapter is None else _check_adapter(config, adapter, fingerprint)

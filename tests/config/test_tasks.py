@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from ssmlora_dist.config.schema import RunConfig, TaskSection
-from ssmlora_dist.config.tasks import KNOWN, OWN, WITH_SETTINGS, build_task, build_tasks, surplus_keys
+from ssmlora_dist.config.tasks import (
+    KNOWN,
+    OWN,
+    WITH_SETTINGS,
+    build_task,
+    build_tasks,
+    output_directory,
+    surplus_keys,
+)
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.evaluation.items import (
     ChoiceAnswer,
@@ -248,9 +256,10 @@ def test_nothing_to_evaluate(tokenizer: Any) -> None:
 
 
 def test_lengths_that_a_task_cannot_have(tokenizer: Any) -> None:
-    for lengths, message in (([64], r"passkey: .* use at least \d+"), ([256, 256], "passkey: .* each once")):
-        with pytest.raises(DataError, match=message):
-            items_of(build_task(section(task="passkey", lengths=lengths), tokenizer, SEED))
+    for lengths, message in (([64], r"use at least \d+$"), ([256, 256], "each once$")):
+        asked = section(task="niah_single_1", name="mine", lengths=lengths)
+        with pytest.raises(DataError, match=f"^task 'mine': needles: .*{message}"):
+            items_of(build_task(asked, tokenizer, SEED))
 
 
 def test_settings_that_do_not_belong() -> None:
@@ -258,3 +267,47 @@ def test_settings_that_do_not_belong() -> None:
     assert sorted(surplus_keys(given)) == ["depths", "lengths", "prompt"]
     assert surplus_keys(section(task="generation", path="a.jsonl", metrics=["f1"], name="x")) == []
     assert surplus_keys(section(task="multiple_choice", path="a.jsonl", metrics=["f1"])) == ["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "directory"),
+    [
+        ("runs/a/adapter", "runs/a/evaluation"),
+        ("runs/b/../a/adapter", "runs/a/evaluation"),
+        ("runs/a/checkpoints/step-00000100", "runs/a/evaluation-step-00000100"),
+        ("runs/a/checkpoints/step-00000200", "runs/a/evaluation-step-00000200"),
+        ("runs/a/newest", "runs/a/evaluation-step-00000200"),
+        ("adapters/first", "adapters/first-evaluation"),
+        ("adapters/second/", "adapters/second-evaluation"),
+    ],
+)
+def test_every_adapter_has_a_directory_of_its_own(
+    adapter: str, directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "newest").symlink_to("checkpoints/step-00000200")
+    monkeypatch.chdir(tmp_path)
+    assert output_directory(config(), Path(adapter)) == Path(directory)
+    absolute = output_directory(config(), tmp_path / adapter)
+    assert absolute == (tmp_path / directory).resolve()
+
+
+def test_an_adapter_named_from_within_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    monkeypatch.chdir(checkpoint)
+    assert output_directory(config(), Path()) == Path("../../evaluation-step-00000100")
+    monkeypatch.chdir(checkpoint.parent)
+    assert output_directory(config(), Path(checkpoint.name)) == Path("../evaluation-step-00000100")
+
+
+def test_every_base_model_alone_has_a_directory_of_its_own() -> None:
+    def directory_of(path: str | None) -> Path:
+        model = config().model.model_copy(update={"path": path})
+        return output_directory(config().model_copy(update={"model": model}), None)
+
+    runs = config().run.output_dir
+    assert directory_of("models/SmolLM2") == runs / "test-SmolLM2-evaluation"
+    assert directory_of("first/merged/") == runs / "test-merged-evaluation"
+    assert directory_of("organisation/model") == runs / "test-model-evaluation"
+    assert directory_of(None) == runs / "test-evaluation"

@@ -64,3 +64,30 @@ def test_a_port_in_use_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     assert finished.exit_code == 3, finished.stderr
     assert "--master_port" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_nothing_keeps_the_group_s_threads_when_it_is_ended(tmp_path: Path) -> None:
+    """Threads of gloo or of the store that run on at the process' end can abort it."""
+    script = (
+        "from pathlib import Path\n"
+        "from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group\n"
+        "def threads():\n"
+        "    return sorted(file.read_text().strip() for file in Path('/proc/self/task').glob('*/comm'))\n"
+        "group = start_process_group(30)\n"
+        # As whatever imports it in the course of a run.
+        "import torch.distributed.nn.functional\n"
+        # As an engine of DeepSpeed.
+        "import deepspeed.utils.groups\n"
+        "deepspeed.utils.groups._clone_world_group()\n"
+        "group.gather(1)\n"
+        "print(*threads())\n"
+        "stop_process_group()\n"
+        "print(*threads())\n"
+    )
+    finished = run([sys.executable, "-c", script], tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert finished.exit_code == 0, finished.stderr
+    before, after = finished.stdout.splitlines()[-2:]
+    assert "gloo" in before
+    assert "store" in before
+    assert "gloo" not in after
+    assert "store" not in after

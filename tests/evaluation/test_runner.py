@@ -300,6 +300,48 @@ def test_resumed_on_another_number_of_ranks_the_file_is_the_same(
     assert len(keys) == len(set(keys)) == 28, "each item is computed once"
 
 
+def test_tasks_of_one_batch_are_shared_by_the_ranks(tokenizer: Any, tmp_path: Path) -> None:
+    tasks = [task_of(f"t{number}", choice_items(3)) for number in range(4)]
+    models = [adapted_model(vocab_size=VOCAB_SIZE) for _ in range(2)]
+    found = on_ranks(
+        2,
+        lambda rank, **sharing: runner.run(
+            tasks,
+            models[rank],
+            tokenizer,
+            max_batch_tokens=10_000,
+            directory=tmp_path,
+            rank=rank,
+            **sharing,
+        ),
+    )
+    parts = sorted((tmp_path / PARTS_DIRECTORY).iterdir())
+    shares = [{json.loads(line)["task"] for line in part.read_text().splitlines()} for part in parts]
+    assert shares == [{"t0", "t2"}, {"t1", "t3"}]
+    assert found[0] == found[1] == runner.run(tasks, models[0], tokenizer, max_batch_tokens=10_000)
+
+
+def test_what_failed_is_tried_again(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    scored: list[str] = []
+
+    def start(broken: str | None) -> list[Any]:
+        def score(item: Any, answer: Any) -> Mapping[str, float]:
+            scored.append(item.id)
+            if item.id == broken:
+                raise KeyError("label")
+            return accuracy(item, answer)
+
+        items = [task_of("t", choice_items(5), score)]
+        return runner.run(items, model, tokenizer, max_batch_tokens=BUDGET, directory=tmp_path)
+
+    first = start("c2")
+    assert [row["id"] for row in first if "error" in row] == ["c2"]
+    scored.clear()
+    second = start(None)
+    assert scored == ["c2"], "the others are not done again"
+    assert second == runner.run([task_of("t", choice_items(5))], model, tokenizer, max_batch_tokens=BUDGET)
+
+
 def test_rows_of_another_evaluation_are_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     def start(tasks: list[Task], digest: str) -> None:
         digests = {task.name: digest for task in tasks}

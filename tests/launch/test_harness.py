@@ -98,5 +98,34 @@ def test_the_table_is_shown_and_kept(
 def test_an_unknown_task_is_refused(
     adapter: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert harness(monkeypatch, "--adapter", str(adapter), "--tasks", "parity_of_nmbers") == 2
-    assert "--tasks parity_of_nmbers: lm-eval has no such task" in capsys.readouterr().err
+    arguments = ("--adapter", str(adapter), "--include-path", str(tasks), "--tasks", "parity_of_nmbers")
+    assert harness(monkeypatch, *arguments) == 2
+    message = "--tasks parity_of_nmbers: lm-eval has no such task (nearest: parity_of_numbers)"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--limit", "0"), "--limit 0: allowed: 1 or more"),
+        (("--batch-size", "-8"), "--batch-size -8: allowed: 1 or more"),
+        (("--num-fewshot", "-1"), "--num-fewshot -1: allowed: 0 or more"),
+        (("--adapter", "nowhere"), "--adapter nowhere: no such directory"),
+        (("--include-path", "nowhere"), "--include-path nowhere: no such directory"),
+        (("--out", "."), "--out .: is a directory; name a file in it"),
+        (("--out", "file/results.json"), "file/results.json: cannot be written: "),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_work(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "file").write_text("")
+    assert harness(monkeypatch, "--adapter", "adapter", "--tasks", "boolq", *arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f": {message}" in line

@@ -17,7 +17,7 @@ from ssmlora_dist.ops import dropout, state_step, triton_kernels
 from ssmlora_dist.ops.reference import MIN_SPREAD
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-BATCH, SCALING, STREAM, PROBABILITY = 2, 1.5, 5, 0.3
+BATCH, SCALING, STREAM, PROBABILITY, FIRST_TOKEN = 2, 1.5, 5, 0.3, 1000
 SEEDS = torch.tensor([2**40 + 7, -5], device=DEVICE)
 # Relative to the largest number of a tensor. Float32: sums in another order. Otherwise results are rounded to
 # 8 or 11 bits, and numbers that differ in their last bit may be rounded apart; Triton's interpreter rounds to
@@ -57,7 +57,8 @@ def run(
     """All results of both operators; not `full`: no gradient of the carried state, and none of h_prev."""
     normalization, carry, probability = form
     inputs = [tensors[name] for name in ("z", "h_prev", "transition", "input")]
-    settings = (SEEDS if probability else None, SCALING, normalization, carry, probability, STREAM)
+    drawing = (probability, STREAM, FIRST_TOKEN)
+    settings = (SEEDS if probability else None, SCALING, normalization, carry, *drawing)
     d_carried = tensors["d_carried"] if full else None
     forward = module.state_forward(*inputs, *settings)
     return *forward, *module.state_backward(tensors["d_u"], d_carried, full, *inputs, *settings)
@@ -129,8 +130,8 @@ def test_the_same_bits_in_every_run() -> None:
 def test_dropout_drops_the_same(dtype: torch.dtype) -> None:
     x = torch.randn(2, 7, 1500, generator=torch.Generator().manual_seed(0))
     x = x.to(DEVICE, dtype)[..., :1300]
-    got = triton_kernels.dropout(x, SEEDS, STREAM, PROBABILITY)
-    expected = dropout.dropout(x, SEEDS, STREAM, PROBABILITY)
+    got = triton_kernels.dropout(x, SEEDS, STREAM, PROBABILITY, FIRST_TOKEN)
+    expected = dropout.dropout(x, SEEDS, STREAM, PROBABILITY, FIRST_TOKEN)
     assert torch.equal(got == 0, expected == 0)
     torch.testing.assert_close(got, expected, rtol=TOLERANCES[dtype], atol=0)
 

@@ -87,6 +87,10 @@ def test_an_element_does_not_know_what_is_around_it() -> None:
     assert torch.equal(mask(seed=4, shape=(3, 32, 8)), whole[1:])
     assert torch.equal(mask(shape=(4, 7, 8)), whole[:, :7])
     assert torch.equal(mask(shape=(4, 32, 3)), whole[:, :, :3])
+    seeds_B = 3 + torch.arange(4)
+    assert torch.equal(keep_mask(seeds_B, 2, (4, 25, 8), 0.5, first_token=7), whole[:, 7:])
+    x = torch.randn(4, 32, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dropout(x[:, 7:], seeds_B, 2, 0.5, 7), dropout(x, seeds_B, 2, 0.5)[:, 7:])
 
 
 def test_more_is_dropped_with_a_higher_probability_and_nothing_else_changes() -> None:

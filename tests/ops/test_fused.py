@@ -129,6 +129,27 @@ def test_the_same_bits_in_every_run(dtype: torch.dtype) -> None:
     )
 
 
+def test_tokens_split_among_processes_drop_what_whole_rows_do() -> None:
+    whole = draw(tokens=7)
+    recurrence = Recurrence(SCALING, dropout=DROPOUT, stream=STREAM)
+    seeds = torch.tensor(DROPOUT_SEEDS)
+    y_BSO, carried_BSR, d_x_BSD, d_h_prev_BSR, *d_weights = outputs_and_gradients(
+        run_fused, whole, recurrence, False, seeds
+    )
+    parts = []
+    for first, stop in ((0, 3), (3, 7)):
+        part = replace(
+            whole, x_BSD=whole.x_BSD[:, first:stop], h_prev_BSR=whole.h_prev_BSR[:, first:stop]
+        ).copy()
+        outputs = run_fused(part, recurrence._replace(first_token=first), False, seeds)
+        weights = [weights_like(y_BSO)[:, first:stop], weights_like(carried_BSR)[:, first:stop]]
+        parts.append([*outputs, *torch.autograd.grad(outputs, part.leaves, weights)])
+    joined = [torch.cat(tensors, 1) for tensors in list(zip(*parts, strict=True))[:4]]
+    sums = [a + b for a, b in list(zip(*parts, strict=True))[4:]]
+    expected = [y_BSO, carried_BSR, d_x_BSD, d_h_prev_BSR, *d_weights]
+    assert_same([*joined, *sums], expected, TOLERANCES[torch.float64])
+
+
 @pytest.mark.parametrize("unused", ["y", "carried"])
 def test_either_result_may_go_unused(unused: str) -> None:
     inputs, wanted = draw(), []

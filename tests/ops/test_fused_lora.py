@@ -64,3 +64,6 @@ def test_lora_drops_the_input_of_its_own_half_alone() -> None:
     assert torch.autograd.gradcheck(ours, leaves)
     torch.testing.assert_close(ours(*leaves), formula(*leaves), rtol=0, atol=TOLERANCES[torch.float64])
     assert len(kept_by(lambda: ours(*leaves), *leaves[1:], inputs.frozen_OD, seeds)) == 2, "x and z"
+    _, (z_BSR,) = fused.down_project(inputs.x_BSD, [inputs.lora_A_RD], seeds, STREAM, DROPOUT)
+    _, (rest_BSR,) = fused.down_project(inputs.x_BSD[:, 2:], [inputs.lora_A_RD], seeds, STREAM, DROPOUT, 2)
+    torch.testing.assert_close(rest_BSR, z_BSR[:, 2:], rtol=0, atol=TOLERANCES[torch.float64])

@@ -216,6 +216,21 @@ def _objects(view: RecordView, name: str, noun: str) -> list[Record]:
     return [Record(part, f"{view.place}, {noun} {number}") for number, part in enumerate(value, start=1)]
 
 
+def _multirc(record: Record) -> Iterator[Record]:
+    """The hub has a record for each answer, the original files one for each paragraph."""
+    if "passage" not in record.values:
+        yield record
+        return
+    view = RecordView(record, {"paragraph": "passage.text", "questions": "passage.questions"})
+    paragraph = view.text("paragraph")
+    for question in _objects(view, "questions", "question"):
+        asked = RecordView(question, {}).text("question")
+        for answer in _objects(RecordView(question, {}), "answers", "answer"):
+            given = RecordView(answer, {"answer": "text"})
+            values = {"answer": given.text("answer"), "label": given.value("label")}
+            yield Record({"paragraph": paragraph, "question": asked, **values}, answer.place)
+
+
 def _whole_number(view: RecordView, name: str) -> int:
     value = view.value(name)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -278,8 +293,11 @@ STANDARD: Mapping[str, StandardTask] = {
         _super_glue(
             "multirc",
             ChoiceFormat(MULTIRC_PROMPT, MULTIRC_CHOICES, labels={"1": 0, "0": 1, "true": 0, "false": 1}),
+            _multirc,
         ),
-        _super_glue("multirc_harness", ChoiceFormat(MULTIRC_PROMPT, MULTIRC_CHOICES), subset="multirc"),
+        _super_glue(
+            "multirc_harness", ChoiceFormat(MULTIRC_PROMPT, MULTIRC_CHOICES), _multirc, subset="multirc"
+        ),
         StandardTask(
             "race",
             "ehovy/race",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,25 @@ def test_multirc_counts_a_right_answer_as_right():
     assert [(item.prompt, item.choices) for item in ours] == [(item.prompt, item.choices) for item in theirs]
     assert [item.choices[item.label].split()[-1] for item in ours] == ["no", "yes"]
     assert items("multirc", {**values[1], "label": True})[0].label == 0
+
+
+def test_multirc_of_the_original_files():
+    answers = [{"text": "Ann", "label": 1, "idx": 0}, {"text": "Bob", "label": 0, "idx": 1}]
+    questions = [{"question": "Who ate?", "answers": answers}, {"question": "Who?", "answers": answers[:1]}]
+    nested = {"idx": 0, "passage": {"text": "Ann ate.", "questions": questions}}
+    flat = [
+        {"paragraph": "Ann ate.", "question": question["question"], "answer": text, "label": label}
+        for question in questions
+        for text, label in ((answer["text"], answer["label"]) for answer in question["answers"])
+    ]
+    found = items("multirc", nested)
+    assert [item.id for item in found] == ["0-0", "0-1", "0-2"]
+    assert [replace(item, id="") for item in found] == [
+        replace(item, id="") for item in items("multirc", *flat)
+    ]
+    without = {"passage": {"text": "Ann ate.", "questions": [{"question": "Who?", "answers": []}]}}
+    with pytest.raises(DataError, match=r"rows.jsonl:1, question 1: field .answers. must be a list of obj"):
+        items("multirc", without)
 
 
 @pytest.mark.parametrize(
