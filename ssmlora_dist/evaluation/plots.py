@@ -25,6 +25,8 @@ CHARACTERS_PER_INCH = 11
 # More lengths than these are named at an angle; more than those do not fit on an axis.
 CROWDED = 6
 MOST_NAMED = 16
+# A line of nearly equal values, drawn from zero, would lie on the frame.
+HEADROOM = 1.1
 
 Cells = Mapping[tuple[int, float], float]
 """Mean score from 0 to 1 by length in tokens and depth from 0 (the beginning) to 1."""
@@ -114,8 +116,8 @@ def plot_by_length(
         axes.set_ylim(-0.02, 1.02)
     else:
         if from_zero:
-            lowest = min(mean for curve in curves.values() for mean, _, _ in curve.values())
-            axes.set_ylim(bottom=min(0, lowest))
+            means = [mean for curve in curves.values() for mean, _, _ in curve.values()]
+            axes.set_ylim(min(0, *means), max(axes.get_ylim()[1], HEADROOM * max(means)))
         axes.set_ylabel(unit)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.set_xlabel(f"{length_name} (tokens)")

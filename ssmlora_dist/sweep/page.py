@@ -29,7 +29,7 @@ a { color: var(--link); }
 .scroll { overflow-x: auto; margin: 16px 0; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: 4px 0; }
-th, td { padding: 4px 8px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th, td { padding: 4px 6px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 tbody th { font-weight: 600; white-space: nowrap; position: sticky; left: 0; background: var(--back); }
 tbody tr:nth-child(even), tbody tr:nth-child(even) th { background: var(--stripe); }
 .number, .number button { text-align: right; }

@@ -132,13 +132,16 @@ def _case_cell(case: Case, metric: str) -> Cell:
 def differences_tables(sweep: Sweep) -> list[Table]:
     """Every case less the baseline's of the same setting: losses and scores, then speed and memory."""
     metrics = [name for name in sweep.metrics if not is_of_before(name)]
-    speed = [name for name in metrics if name in SPEED_METRICS]
+    speed = [name for name in metrics if name in SPEED_METRICS and name != "num_ranks"]
     found = differences(sweep)
     caption = f"to {sweep.baseline}, seed by seed: mean and 95% interval"
     return [
         _differences_table(sweep, found, f"Differences of {what} {caption}", names)
         for what, names in (
-            ("losses and scores (pp: percentage points)", [name for name in metrics if name not in speed]),
+            (
+                "losses and scores (pp: percentage points)",
+                [name for name in metrics if name not in SPEED_METRICS],
+            ),
             ("speed and memory", speed),
         )
     ]

@@ -121,6 +121,16 @@ def test_curves_of_another_quantity(figures: list[Any], tmp_path: Path) -> None:
     assert axes.yaxis.get_major_formatter()(20000.0, 0) == "20,000"
 
 
+def test_nearly_equal_values_drawn_from_zero_do_not_lie_on_the_frame(
+    figures: list[Any], tmp_path: Path
+) -> None:
+    curve = {512: (0.7299, 0.7295, 0.7303), 1024: (0.7304, 0.7300, 0.7308)}
+    plot_by_length({"lora": curve}, "memory", tmp_path / "memory.png", unit="GiB", from_zero=True)
+    low, high = figures[0].axes[0].get_ylim()
+    assert low == 0
+    assert high > 0.78
+
+
 def test_many_curves_look_different_and_their_legend_covers_none(figures: list[Any], tmp_path: Path) -> None:
     curves = {f"method {index}": {512: (0.5, 0.4, 0.6)} for index in range(28)}
     plot_by_length(curves, "keys", tmp_path / "plots" / "curves.png")
