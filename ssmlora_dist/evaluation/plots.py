@@ -116,8 +116,8 @@ def plot_by_length(
         axes.set_ylim(-0.02, 1.02)
     else:
         if from_zero:
-            means = [mean for curve in curves.values() for mean, _, _ in curve.values()]
-            axes.set_ylim(min(0, *means), max(axes.get_ylim()[1], HEADROOM * max(means)))
+            drawn = [mean for curve in curves.values() for mean, _, _ in curve.values()]
+            axes.set_ylim(min(0, *drawn), max(axes.get_ylim()[1], HEADROOM * max(drawn)))
         axes.set_ylabel(unit)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.set_xlabel(f"{length_name} (tokens)")

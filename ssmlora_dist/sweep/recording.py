@@ -48,7 +48,7 @@ class Recorder:
     def start(self) -> None:
         """Begins the parent run, or goes on with it."""
         sweep = self._plan.sweep
-        self._parent = self._tracker(self._plan.points[0].config, self._begun.parent)
+        self._parent = self._tracker(sweep.name, self._plan.points[0].config, self._begun.parent)
         parameters = flat_parameters(sweep.model_dump(mode="json", by_alias=True))
         tags = environment_tags(environment_record()) | {"sweep": sweep.name}
         self._parent.start(sweep.name, parameters, tags)
@@ -83,11 +83,14 @@ class Recorder:
         evaluation = self._plan.directory.runs / row.point / "evaluation"
         if row.outcome == "finished" and evaluation.is_dir():
             tracker.log_directory(evaluation, "evaluation")
-        tracker.finish(_STATUS[row.outcome])
-        self._begun.note_end(row.point)
+        if tracker.finish(_STATUS[row.outcome]):
+            self._begun.note_end(row.point)
 
     def end_open_runs(self, rows: Mapping[str, Row]) -> None:
-        """Ends runs that a sweep which was killed, or this one, has left open, with what became of them."""
+        """Ends runs that are open still, with what became of them.
+
+        A sweep that was killed has left them, or the tracker was away when they should have been ended.
+        """
         for name, run_id in self._begun.open_runs().items():
             row = rows.get(name)
             ended = row is not None and row.mlflow_run_id == run_id
@@ -96,7 +99,7 @@ class Recorder:
     def abandon(self, name: str, run_id: str, row: Row | None = None) -> None:
         """Ends a run that is not gone on with: as its row says, or as killed."""
         if name not in self._points:
-            tracker = self._tracker(self._plan.points[0].config, run_id)
+            tracker = self._tracker(name, self._plan.points[0].config, run_id)
             tracker.start(name, {}, self._parent_tag())
             self._points[name] = tracker
         killed = Row(name, "", {}, "", 0, "stopped", "the sweep ended before it did")
@@ -116,7 +119,7 @@ class Recorder:
         self._parent.finish(status)
 
     def _started(self, planned: PlannedPoint, run_id: str | None) -> Tracker:
-        tracker = self._tracker(planned.config, run_id)
+        tracker = self._tracker(planned.name, planned.config, run_id)
         parameters = flat_parameters(planned.config.model_dump(mode="json", by_alias=True))
         tracker.start(planned.name, parameters, self.tags(planned))
         return tracker
@@ -131,9 +134,12 @@ class Recorder:
             self._begun.parent = self._parent.run_id
             self._begun.write()
 
-    def _tracker(self, config: RunConfig, run_id: str | None) -> Tracker:
-        tracking = config.tracking
+    def _tracker(self, name: str, config: RunConfig, run_id: str | None) -> Tracker:
+        tracking, output_dir = config.tracking, self._plan.sweep.output_dir
         if tracking.tracker == "none":
             return NullTracker()
-        sweep = self._plan.sweep
-        return mlflow_tracker(sweep.output_dir, tracking.uri, tracking.experiment, self._warn, run_id)
+
+        def warn(text: str) -> None:
+            self._warn(f"{name}: {text}")
+
+        return mlflow_tracker(output_dir, tracking.uri, tracking.experiment, warn, run_id)

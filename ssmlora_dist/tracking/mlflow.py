@@ -120,6 +120,7 @@ class MLflowTracker:
         self._pending: list[_Metric] = []
         self._last_flush = time.monotonic()
         self._finishing = threading.Lock()
+        self._has_all = True
 
     @property
     def run_id(self) -> str | None:
@@ -190,13 +191,14 @@ class MLflowTracker:
                 max_attempts=MAX_ARTIFACT_ATTEMPTS,
             )
 
-    def finish(self, status: RunStatus) -> None:
+    def finish(self, status: RunStatus) -> bool:
         """Sends what is left, sets the run's status and tells the user what could not be recorded.
 
         A second call waits for the first, from another thread too.
         """
         with self._finishing:
             self._finish(status)
+            return self._has_all
 
     def _finish(self, status: RunStatus) -> None:
         if self._delivery is None:
@@ -209,6 +211,7 @@ class MLflowTracker:
         )
         missing, connected = self._delivery.num_undelivered, self._delivery.connected
         self._delivery = None
+        self._has_all = not missing
         if missing:
             what = f"{missing} update{'s' if missing > 1 else ''} of the run" if connected else "the run"
             reason = f" ({self._last_error})" if self._last_error else ""

@@ -48,8 +48,8 @@ class Tracker(Protocol):
     def log_directory(self, path: Path, artifact_path: str | None = None) -> None:
         """Keeps a copy of all that a directory holds, as `log_artifact` does."""
 
-    def finish(self, status: RunStatus) -> None:
-        """Sends what is left and closes the run with its true status."""
+    def finish(self, status: RunStatus) -> bool:
+        """Sends what is left and closes the run with its true status; False if anything is missing there."""
 
 
 class NullTracker:
@@ -73,8 +73,9 @@ class NullTracker:
     def log_directory(self, path: Path, artifact_path: str | None = None) -> None:
         """Does nothing."""
 
-    def finish(self, status: RunStatus) -> None:
+    def finish(self, status: RunStatus) -> bool:
         """Does nothing."""
+        return True
 
 
 def flat_parameters(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:

@@ -21,12 +21,13 @@ FIRST, SECOND = "rank-2_seed-0", "rank-4_seed-0"
 
 
 class Store:
-    """Runs by their id; `is_away` from the first to the last of so many attempts to begin a run."""
+    """Runs by their id; it is away at those attempts to begin a run, and at the first end of `deaf` ones."""
 
     def __init__(self) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
         self.away = range(0)
         self.attempts = 0
+        self.deaf: list[str] = []
 
     def of(self, name: str) -> list[dict[str, Any]]:
         return [run for run in self.runs.values() if run["name"] == name]
@@ -73,10 +74,14 @@ class FakeTracker:
     def log_directory(self, path: Path, artifact_path: str | None = None) -> None:
         assert path.is_dir()
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str) -> bool:
         if self.run_id is None and self._begin is not None:
             self._begin()
+        if self.run_id in self._store.deaf:
+            self._store.deaf.remove(self.run_id)
+            return False
         self._run()["status"] = status
+        return self.run_id is not None
 
 
 @pytest.fixture
@@ -142,6 +147,19 @@ def test_a_status_that_a_kill_kept_back_is_set(tmp_path: Path, store: Store) -> 
     store.runs[row.mlflow_run_id or ""]["status"] = "RUNNING"
     run(tmp_path)
     assert store.status()[FIRST] == ["FINISHED"]
+
+
+def test_a_status_that_the_tracker_missed_is_set_at_the_end(tmp_path: Path, store: Store) -> None:
+    store.deaf = [f"{FIRST}-0"]
+    run(tmp_path)
+    assert store.status()[FIRST] == ["FINISHED"]
+    # Away at the end of the sweep too: the next start sets it.
+    store.deaf = [f"{SECOND}-1", f"{SECOND}-1"]
+    changed = {"overrides": {"tracking.tracker": "mlflow", "training.max_steps": 9}}
+    run(tmp_path, **changed)
+    assert store.status()[SECOND] == ["FINISHED", "RUNNING"]
+    run(tmp_path, **changed)
+    assert store.status()[SECOND] == ["FINISHED", "FINISHED"]
 
 
 def test_with_the_tracker_away_at_first_there_is_one_run_of_each(tmp_path: Path, store: Store) -> None:

@@ -80,7 +80,7 @@ def test_a_finished_run_holds_parameters_curves_and_artifacts_and_says_nothing(
         tracker.log_metrics({"loss": 3.0 - step, "eval/length 64": step}, step)
     tracker.log_artifact(tmp_path / "report.txt")
     tracker.log_directory(adapter, "adapter")
-    tracker.finish("FINISHED")
+    assert tracker.finish("FINISHED")
 
     run = recorded(output_dir, run_id)
     assert run.info.status == "FINISHED"
@@ -249,7 +249,7 @@ def test_a_missing_artifact_is_told_and_holds_up_nothing(
     run_id = tracker.start("run", {}, {})
     tracker.log_artifact(tmp_path / "absent.png")
     tracker.log_metrics({"loss": 1.0}, 1)
-    tracker.finish("FINISHED")
+    assert not tracker.finish("FINISHED")
     assert recorded(output_dir, run_id).info.status == "FINISHED"
     assert history(output_dir, run_id, "loss") == [(1, 1.0)]
     assert len(warnings) == 2
