@@ -1,12 +1,10 @@
-"""Throughput and memory, measured; each name carries its unit."""
+"""Peaks of devices, and memory as measured; each name carries its unit."""
 
 from __future__ import annotations
 
 import os
 import resource
 import sys
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,38 +13,6 @@ from ssmlora_dist.distributed.process_group import ProcessGroup
 GIB = 2**30
 # Dense bf16 tensor-core peaks by device name, TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What the FLOPs of a token depend on.
-
-    Attributes:
-        matmul_parameters: frozen weights that multiply each token, the output head aside.
-        num_layers: L.
-        attention_size: heads times head size.
-    """
-
-    matmul_parameters: int
-    num_layers: int
-    attention_size: int
-
-    @classmethod
-    def of(cls, config: Any) -> ModelShape:
-        """Of a transformers configuration of a supported family."""
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_size, attention = config.num_key_value_heads * head_dim, heads * head_dim
-        per_layer = config.hidden_size * (2 * attention + 2 * kv_size + 3 * config.intermediate_size)
-        return cls(per_layer * config.num_hidden_layers, config.num_hidden_layers, attention)
-
-    def flops_per_token(self, sequence_length: float) -> float:
-        """Model FLOPs of a training step per token: forward and backward to the inputs, no recompute.
-
-        Frozen weights have no weight gradients, so both passes are 2 per weight; causal attention is
-        2 * 2 * S/2 per unit of width forward and twice that backward.
-        """
-        return 4.0 * self.matmul_parameters + 6.0 * self.num_layers * self.attention_size * sequence_length
 
 
 def peak_tflops(device: torch.device) -> float | None:

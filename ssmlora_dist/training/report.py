@@ -8,18 +8,19 @@ from dataclasses import asdict
 from typing import Any
 
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.evaluation.teacher_forced import OVERALL, Score
 from ssmlora_dist.tracking import BeforeAfter, Console, NullTracker, Tracker, mlflow_tracker
 from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.loop import StepRecord
-from ssmlora_dist.training.metrics import ModelShape, peak_tflops
+from ssmlora_dist.training.metrics import peak_tflops
 
 Scores = dict[str, Score]
 
 
 def step_row(
-    record: StepRecord, group: ProcessGroup, shape: ModelShape, global_batch_size: int
+    record: StepRecord, group: ProcessGroup, shape: DecoderShape, global_batch_size: int
 ) -> dict[str, float]:
     """The logged row of a step; with the model FLOP utilisation where the device's peak is known."""
     result, seconds, num_ranks = record.result, record.step_seconds, group.world_size

@@ -22,6 +22,7 @@ from ssmlora_dist.config.build import (
     check_model,
 )
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -41,7 +42,7 @@ from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
 from ssmlora_dist.training.interrupts import Interrupts, StoppedError, StopRequested
 from ssmlora_dist.training.loop import StepRecord, train
-from ssmlora_dist.training.metrics import ModelShape, peak_memory_gib, usable_memory_bytes
+from ssmlora_dist.training.metrics import peak_memory_gib, usable_memory_bytes
 from ssmlora_dist.training.report import (
     Scores,
     before_and_after,
@@ -243,7 +244,7 @@ class _Run:
             self.console.message(plan.table)
         built = build_engine(self.config, self.group, self.place, plan, self.continuation.checkpoint)
         self.engine = built.engine
-        self.shape = ModelShape.of(built.model_config)
+        self.shape = DecoderShape.of(built.model_config)
         self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size
         self.base = backbone_settings(self.config) | {"tokenizer": self.config.model.tokenizer}
         self.fingerprint = fingerprint

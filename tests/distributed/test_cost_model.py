@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from ssmlora_dist.distributed.cost_model import (
 )
 from ssmlora_dist.distributed.schedule import Recompute
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
-from ssmlora_dist.training.metrics import ModelShape
 
 from ..tiny import QV_AND_MLP, layers_of, tiny_model
 
@@ -122,7 +122,7 @@ def test_flops_are_those_of_the_metrics() -> None:
     trained = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     whole = sum(layer.forward_flops + layer.backward_flops for layer in costs.layers)
     tokens = BATCH * TOKENS
-    assert whole - 6 * tokens * trained == tokens * ModelShape.of(model.config).flops_per_token(TOKENS)
+    assert whole - 6 * tokens * trained == tokens * DecoderShape.of(model.config).flops_per_token(TOKENS)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -193,3 +193,58 @@ def test_the_input_of_a_layer_is_what_crosses_a_stage_boundary() -> None:
 def test_bytes_per_weight(mode: Any, double: bool, num_bytes: int) -> None:
     per_weight = bytes_per_weight(mode, double_quantization=double, compute_dtype_bytes=2)
     assert per_weight * 512 * 512 == num_bytes
+
+
+LLAMA_2_7B = SimpleNamespace(
+    vocab_size=1,
+    tie_word_embeddings=False,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+)
+LLAMA_2_70B = SimpleNamespace(
+    vocab_size=1,
+    tie_word_embeddings=False,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
+# Heads that together are wider than the hidden size.
+QWEN3_0_6B = SimpleNamespace(
+    vocab_size=1,
+    tie_word_embeddings=False,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # 4 x 4096^2 + 3 x 4096 x 11008 in each of 32 layers.
+        (LLAMA_2_7B, 32 * (67_108_864 + 135_266_304)),
+        # q and o 8192^2, k and v 8192 x 1024, 3 x 8192 x 28672 in each of 80 layers.
+        (LLAMA_2_70B, 80 * (134_217_728 + 16_777_216 + 704_643_072)),
+        # q and o 1024 x 2048, k and v 1024 x 1024, 3 x 1024 x 3072 in each of 28 layers.
+        (QWEN3_0_6B, 28 * (4_194_304 + 2_097_152 + 9_437_184)),
+    ],
+)
+def test_weights_that_multiply_each_token(config: Any, expected: int) -> None:
+    shape = DecoderShape.of(config)
+    assert shape.num_layers * shape.linear_weights == expected
+
+
+def test_flops_of_llama_2_7b() -> None:
+    """4 N, and in each layer 2 products of half of 4,096 x 4,096 scores forward and twice that backward."""
+    shape = DecoderShape.of(LLAMA_2_7B)
+    assert shape.flops_per_token(0) == 4 * 6_476_005_376
+    attention_forward = 32 * 2 * 2 * (4096 / 2) * 4096
+    assert shape.flops_per_token(4096) == 4 * 6_476_005_376 + 3 * attention_forward
