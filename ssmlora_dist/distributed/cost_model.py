@@ -67,8 +67,8 @@ class DecoderShape:
     def flops_per_token(self, sequence_length: float) -> float:
         """Model FLOPs of a training step per token, forward and backward to the inputs.
 
-        Neither recompute nor the output head counts. Frozen weights have no weight gradients, so both passes are 2 per weight; causal attention is
-        2 * 2 * S/2 per unit of width forward and twice that backward.
+        Neither recompute nor the output head counts. Frozen weights have no weight gradients, so both passes
+        are 2 per weight; causal attention is 2 * 2 * S/2 per unit of width forward and twice that backward.
         """
         per_layer = 4.0 * self.linear_weights + 6.0 * self.attention_size * sequence_length
         return self.num_layers * per_layer
