@@ -103,16 +103,19 @@ class Interrupts:
         Raises:
             StopRequested: one was told to stop.
         """
-        stop, save = float(self._stop), float(self._save)
+        asked = [self._stop == signal.SIGINT, self._stop != 0, self._save]
         if self._group.world_size > 1:
-            stop, save = self._group.max([stop, save])
+            asked = [bool(value) for value in self._group.max([float(value) for value in asked])]
+        interrupted, stop, save = asked
         if save:
             self._save, self.save_requested = False, True
         if stop:
-            self._note_stop(int(stop))
+            # Where a launcher has handed Ctrl-C on, ranks have got SIGTERM too.
+            signum = signal.SIGINT if interrupted else signal.SIGTERM
+            self._note_stop(signum)
             # The clock.
             self._told.send(bytes([_AGREED]))
-            raise StopRequested(int(stop))
+            raise StopRequested(signum)
 
     def _listen(self) -> None:
         while True:
@@ -144,6 +147,9 @@ class Interrupts:
             now - self._own_at > TOGETHER_SECONDS or self._own == signum == signal.SIGINT
         ):
             os._exit(128 + signum)
+        elif not self._stopped and signum == signal.SIGINT:
+            # It has come together with the launcher's word of it, which has overtaken it.
+            self._own = self._stop = signum
 
     def _note_stop(self, signum: int) -> None:
         if not self._stop:
