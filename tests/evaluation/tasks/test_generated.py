@@ -16,8 +16,6 @@ NUM_SAMPLES = 1000
 # Of the length; and never above it.
 LENGTH_TOLERANCE = 0.01
 DEPTH_TOLERANCE = 0.02
-# Below this length one word may be more than the tolerance.
-LEAST_EXACT_LENGTH = 1024
 LONGEST_WORD = 24
 
 FACTS = re.compile(f"{NEEDLE.pattern}|The pass key is .* mind\\.")
@@ -64,8 +62,7 @@ def test_a_thousand_samples(name, length, word_tokenizer):
         if "depth" in item.metadata:
             assert item.metadata["depth"] == DEPTHS[number % len(DEPTHS)]
             assert item.prompt.count(item.references[0]) == 1
-            if length >= LEAST_EXACT_LENGTH:
-                check_depth(word_tokenizer, item)
+            check_depth(word_tokenizer, item)
         # Every tenth, since these prompts are made of them.
         if lookalikes and number % 10 == 0:
             keys, values = zip(*NEEDLE.findall(item.prompt), strict=True)
