@@ -27,7 +27,7 @@ NOISE = (
 SENTENCE_END = re.compile(r"(?<=[.!?:]) (?![a-z])|(?<=[。！？])")
 # Pieces that a text is cut into: words; what has no spaces in it is cut all the same.
 PIECE = re.compile(r"\s*\S{1,24}")
-# Passages that are looked at for one that fills its place to the token.
+# Passages that are looked at for one that fills its place, before the fact and behind it, to the token.
 NUM_CANDIDATES = 64
 
 
@@ -143,9 +143,10 @@ class Background:
         """Middle, start and end, in pieces, of a passage that has a sentence begin in its middle."""
         middles = np.asarray(rng.choices(self._starts, k=NUM_CANDIDATES))
         starts = self._piece_at(self._cost_of(middles) - room_before, "left")
+        missing_before = room_before - (self._cost_of(middles) - self._cost_of(starts))
         used = self._cost_of(starts) + room
         ends = np.maximum(self._piece_at(used, "right") - 1, middles)
-        chosen = int(np.argmin(used - self._cost_of(ends)))
+        chosen = int(np.argmin(used - self._cost_of(ends) + np.abs(missing_before)))
         return int(middles[chosen]), int(starts[chosen]), int(ends[chosen])
 
     def _cost_of(self, pieces: np.ndarray) -> np.ndarray:

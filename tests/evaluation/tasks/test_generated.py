@@ -93,6 +93,14 @@ def test_short_prompts_lack_at_most_a_word(name, bpe_tokenizer):
         check_answer(name, item)
 
 
+@pytest.mark.parametrize(
+    "name", ["passkey", "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1"]
+)
+def test_depths_hold_in_short_texts_of_tokens_that_merge(name, bpe_tokenizer):
+    for item in make(name, bpe_tokenizer, [512], 100):
+        check_depth(bpe_tokenizer, item)
+
+
 @pytest.mark.parametrize("name", GENERATED)
 def test_splits_share_no_name(name, word_tokenizer):
     """Keys, values, variables and words of all prompts, those not asked for included, under several seeds."""
