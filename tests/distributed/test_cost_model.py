@@ -195,35 +195,28 @@ def test_bytes_per_weight(mode: Any, double: bool, num_bytes: int) -> None:
     assert per_weight * 512 * 512 == num_bytes
 
 
-LLAMA_2_7B = SimpleNamespace(
-    vocab_size=1,
-    tie_word_embeddings=False,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-)
-LLAMA_2_70B = SimpleNamespace(
-    vocab_size=1,
-    tie_word_embeddings=False,
-    hidden_size=8192,
-    intermediate_size=28672,
-    num_hidden_layers=80,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-)
+def decoder(
+    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, **more: int
+) -> Any:
+    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, **more: int
+) -> Any:
+    """A configuration, by the names of transformers."""
+    return SimpleNamespace(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        vocab_size=1,
+        tie_word_embeddings=False,
+        **more,
+    )
+
+
+LLAMA_2_7B = decoder(4096, 11008, 32, 32, 32)
+LLAMA_2_70B = decoder(8192, 28672, 80, 64, 8)
 # Heads that together are wider than the hidden size.
-QWEN3_0_6B = SimpleNamespace(
-    vocab_size=1,
-    tie_word_embeddings=False,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=28,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-)
+QWEN3_0_6B = decoder(1024, 3072, 28, 16, 8, head_dim=128)
 
 
 @pytest.mark.parametrize(

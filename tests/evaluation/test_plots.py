@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from ssmlora_dist.evaluation import plots
 from ssmlora_dist.evaluation.plots import plot_by_length, plot_heat_maps
+from tests.figures import noted_figures
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FULL = {(length, depth): depth for length in (256, 1024) for depth in (0.0, 0.5, 1.0)}
@@ -19,18 +19,7 @@ FULL = {(length, depth): depth for length in (256, 1024) for depth in (0.0, 0.5,
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The figures that are made; a warning of the library is an error."""
-    made: list[Any] = []
-    make = plots.new_figure
-
-    def noted(size: tuple[float, float]) -> tuple[Any, Any]:
-        figure, canvas = make(size)
-        made.append(figure)
-        return figure, canvas
-
-    monkeypatch.setattr(plots, "new_figure", noted)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with noted_figures(monkeypatch, plots) as made:
         yield made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,13 @@ import pytest
 from ssmlora_dist.evaluation import plots as evaluation_plots
 from ssmlora_dist.sweep import figures
 from ssmlora_dist.sweep.figures import Plots
+from tests.figures import noted_figures
 from tests.sweep.results import full_sweep, lost, result, sweep_of
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The figures that are made; a warning of the library is an error."""
-    made: list[Any] = []
-    make = evaluation_plots.new_figure
-
-    def noted(size: tuple[float, float]) -> tuple[Any, Any]:
-        figure, canvas = make(size)
-        made.append(figure)
-        return figure, canvas
-
-    monkeypatch.setattr(evaluation_plots, "new_figure", noted)
-    monkeypatch.setattr(figures, "new_figure", noted)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with noted_figures(monkeypatch, evaluation_plots, figures) as made:
         yield made
 
 
