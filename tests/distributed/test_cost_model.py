@@ -198,8 +198,6 @@ def test_bytes_per_weight(mode: Any, double: bool, num_bytes: int) -> None:
 def decoder(
     hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, **more: int
 ) -> Any:
-    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, **more: int
-) -> Any:
     """A configuration, by the names of transformers."""
     return SimpleNamespace(
         hidden_size=hidden,
