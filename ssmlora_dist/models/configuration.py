@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Accepted by transformers for what it stores under another name.
 LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
+QUANTIZATION_KEY = "quantization_config"
 
 
 def load_config(
@@ -52,7 +53,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise ModelError(f"{file}: cannot be read as JSON ({error}); fetch the file again") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise ModelError(f"{file}: names no `model_type`, so it is not the configuration of a model")
-    if "quantization_config" in values:
+    if values.get(QUANTIZATION_KEY) is not None:
         raise ModelError(
             f"{file}: the weights are stored quantised; name the original model, it is quantised while it is "
             "loaded as `quantization.mode` says"
@@ -68,7 +69,7 @@ def _bare_config(values: Mapping[str, Any]) -> PreTrainedConfig:
 
     default = AutoConfig.for_model(values["model_type"])
     known = [*default.to_dict(), *default.attribute_map, *LEGACY_KEYS]
-    unknown = [key for key in values if key not in known]
+    unknown = [key for key in values if key not in known and (key, values[key]) != (QUANTIZATION_KEY, None)]
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
@@ -82,7 +83,8 @@ def _build(values: Mapping[str, Any], place: str) -> PreTrainedConfig:
     require_supported(values["model_type"])
     from transformers import AutoConfig
 
-    rest = {key: value for key, value in values.items() if key != "model_type"}
+    # What is null is none, and would make transformers take the model for a quantised one.
+    rest = {key: value for key, value in values.items() if key not in ("model_type", QUANTIZATION_KEY)}
     try:
         config = AutoConfig.for_model(values["model_type"], **rest)
     # transformers raises whatever its validators raise: type and value errors, and strict dataclass errors.

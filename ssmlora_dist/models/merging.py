@@ -19,7 +19,7 @@ from ssmlora_dist.models.configuration import load_config
 from ssmlora_dist.models.families import Family, projection_path, require_supported
 from ssmlora_dist.models.fingerprint import base_fingerprint
 from ssmlora_dist.models.location import METADATA_PATTERNS, locate
-from ssmlora_dist.models.weights import SafetensorsWeights
+from ssmlora_dist.models.weights import SafetensorsWeights, is_finite
 
 LoRA = tuple[Tensor, Tensor]
 """`lora_A` [R,D] and `lora_B` [O,R] of one linear layer."""
@@ -131,9 +131,13 @@ def _write(weights: SafetensorsWeights, adapters: Mapping[str, LoRA], scaling: f
                 shutil.copyfile(file, beside / file.name)
             for name, (lora_A, lora_B) in adapters.items():
                 stored = weights.stored(name)
-                _overwrite(
-                    beside / stored.file.name, stored.begin, merged(stored.read(), lora_A, lora_B, scaling)
-                )
+                weight = merged(stored.read(), lora_A, lora_B, scaling)
+                if not is_finite(weight):
+                    raise AdapterError(
+                        f"{name}: merged it is not finite in {weight.dtype}, in which the base model is stored; "
+                        "name a copy of it in a wider dtype with --model, or use the adapter unmerged"
+                    )
+                _overwrite(beside / stored.file.name, stored.begin, weight)
             for file in beside.iterdir():
                 sync(file)
             sync(beside)
