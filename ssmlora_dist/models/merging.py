@@ -134,8 +134,8 @@ def _write(weights: SafetensorsWeights, adapters: Mapping[str, LoRA], scaling: f
                 weight = merged(stored.read(), lora_A, lora_B, scaling)
                 if not is_finite(weight):
                     raise AdapterError(
-                        f"{name}: merged it is not finite in {weight.dtype}, in which the base model is stored; "
-                        "name a copy of it in a wider dtype with --model, or use the adapter unmerged"
+                        f"{name}: merged it is not finite in {weight.dtype}, in which the base model is "
+                        "stored; name a copy of it in a wider dtype with --model, or use the adapter unmerged"
                     )
                 _overwrite(beside / stored.file.name, stored.begin, weight)
             for file in beside.iterdir():

@@ -99,8 +99,8 @@ class SafetensorsWeights:
                 for tensor in self._in_file(file).values():
                     _refuse_codes(tensor)
             raise ModelError(
-                f"{self.directory}: the weights lack {_listed(missing)}; `config.json` and the weights are not "
-                "of one model, or a part of it was not downloaded"
+                f"{self.directory}: the weights lack {_listed(missing)}; `config.json` and the weights are "
+                "not of one model, or a part of it was not downloaded"
             )
         for name, shape in shapes.items():
             self.stored(name, shape)
@@ -200,8 +200,8 @@ class SafetensorsWeights:
         if unread := [name for name in self.names if name not in known and not allowed.search(name)]:
             raise ModelError(
                 f"{self.directory}: the weights hold what `config.json` has no place for: {_listed(unread)}; "
-                f"without it this would be another model: mend {_settings_of(unread, known)} there or, if the "
-                "model needs none of it, remove it from the weights"
+                f"without it this would be another model: mend {_settings_of(unread, known)} there or, if "
+                "the model needs none of it, remove it from the weights"
             )
 
     def _in_file(self, file: Path) -> dict[str, StoredTensor]:
