@@ -49,7 +49,7 @@ def main() -> None:
     if arguments.dry_run:
         from ssmlora_dist.training.describe import describe
 
-        console.message(describe(config, world_size_from_environment()))
+        console.message(describe(config, world_size_from_environment(), console.warn))
         return
 
     from ssmlora_dist.training.run import run_training

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.files import read_adapter, write_adapter
 from ssmlora_dist.adapters.injection import adapter_parameters, insert_adapters, load_adapter_tensors
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models.families import decoder_layers, require_supported
+from ssmlora_dist.quantization import stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +49,8 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of `model` in PEFT's layout; a plain LoRA directory loads in PEFT as it is.
 
+    What the base model is stored and computes in is recorded, so that the adapter comes back on the same.
+
     Args:
         model: adapted by `add_adapters` or `load_adapter`.
         directory: made if it does not exist.
@@ -61,7 +66,7 @@ def save_adapter(
         Path(directory),
         config,
         adapter_parameters(model),
-        base={"path": model.config.name_or_path or None},
+        base={"path": model.config.name_or_path or None, **_precision_of(model)},
         base_fingerprint=base_fingerprint,
     )
 
@@ -95,6 +100,20 @@ def load_adapter(
         )
     load_adapter_tensors(model, saved.tensors, str(directory))
     return model
+
+
+def _precision_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Keywords of `models.load_model`; none where the layers differ, which these cannot say."""
+    stored = [
+        stored_as(module)
+        for layer in decoder_layers(model).values()
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and not path.endswith(("lora_A", "lora_B"))
+    ]
+    if any(each != stored[0] for each in stored):
+        return {}
+    dtype = model.get_input_embeddings().weight.dtype
+    return {**stored[0], "compute_dtype": str(dtype).removeprefix("torch.")}
 
 
 def _config_of(model: PreTrainedModel) -> AdapterConfig | None:

@@ -61,6 +61,29 @@ def read_config(directory: Path) -> PreTrainedConfig:
     return _build(values, str(file))
 
 
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest input in tokens that a model is made for; None where it has no limit.
+
+    With a scaled RoPE `max_position_embeddings` counts the positions before scaling in some models and those
+    after it in others. The limit is the wider reading: of linear and dynamic scaling the positions times the
+    factor; of yarn, llama3 and longrope, which record what was scaled, the factor times that, or the
+    positions where these are more. Where kinds of layers are scaled differently the least counts.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if positions is None:
+        return None
+    by_layer = [value for value in rope.values() if isinstance(value, dict)]
+    return min(_scaled_positions(positions, scaling) for scaling in by_layer or [rope])
+
+
+def _scaled_positions(positions: int, scaling: Mapping[str, Any]) -> int:
+    factor = scaling.get("factor") or 1.0
+    if scaling.get("rope_type") in ("linear", "dynamic"):
+        return int(positions * factor)
+    return max(positions, int((scaling.get("original_max_position_embeddings") or 0) * factor))
+
+
 def _bare_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     if "model_type" not in values:
         raise ModelError("model.config: `model_type` is missing; give one of the supported types, e.g. llama")
@@ -91,4 +114,9 @@ def _build(values: Mapping[str, Any], place: str) -> PreTrainedConfig:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{place}: not a valid {values['model_type']} configuration: {reason}") from error
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        raise ModelError(
+            f"{place}: `pad_token_id` is {config.pad_token_id}, which a model of `vocab_size` "
+            f"{config.vocab_size} does not have; set it to null or to a smaller id"
+        )
     return config

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -299,6 +299,14 @@ class RandomWeights:
 def initializer_std(config: PreTrainedConfig) -> float:
     """Standard deviation of a new model's matrices."""
     return float(getattr(config, "initializer_range", None) or 0.02)
+
+
+def stored_dtype(directory: Path, config: PreTrainedConfig) -> torch.dtype:
+    """What the weights in `directory` are stored in: as the configuration says, or the first of them is."""
+    if config.dtype is not None:
+        return cast(torch.dtype, config.dtype)
+    weights = SafetensorsWeights(directory)
+    return DTYPES[weights.stored(weights.names[0]).dtype]
 
 
 def is_finite(tensor: Tensor) -> bool:

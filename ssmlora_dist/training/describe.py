@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config.build import build_data, build_tokenizer, check_model, meta_model
@@ -11,14 +12,14 @@ from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset, ExampleStream
 
 
-def describe(config: RunConfig, world_size: int) -> str:
-    """The resolved configuration and what follows from it, as text.
+def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) -> str:
+    """The resolved configuration and what follows from it, as text; `warn` is told what a run would be.
 
     Raises:
         SSMLoRAError: whatever would stop the run before the weights are read.
     """
     check_model(config)
-    train, validation = build_data(config, build_tokenizer(config.model))
+    train, validation = build_data(config, build_tokenizer(config.model, warn))
     model = meta_model(config)
     trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable

@@ -83,7 +83,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     directory = RunDirectory(config.run.output_dir / config.run.name)
     continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
     check_model(config)
-    tokenizer = build_tokenizer(config.model)
+    tokenizer = build_tokenizer(config.model, console.warn)
     place = place_of(config, group)
     data = RunData(config, tokenizer, group, place, continuation)
     tasks = TasksInTraining(config, tokenizer, group)
