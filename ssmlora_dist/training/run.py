@@ -242,7 +242,8 @@ class _Run:
             memory = -self.group.max([-usable_memory_bytes(self.group)])[0]
             plan = plan_stages(self.config, self.data.sample, self.place, MEMORY_SHARE * memory)
             self.console.message(plan.table)
-        built = build_engine(self.config, self.group, self.place, plan, self.continuation.checkpoint)
+        checkpoint, warn = self.continuation.checkpoint, self.console.warn
+        built = build_engine(self.config, self.group, self.place, plan, checkpoint, warn)
         self.engine = built.engine
         self.shape = DecoderShape.of(built.model_config)
         self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size
