@@ -246,14 +246,17 @@ def build_engine(
     num_trainable = sum(parameter.numel() for parameter in parameters.values())
     engine: TopologyEngine
     if stage is None:
-        loss: CausalLMLoss | None = CausalLMLoss(model, training.loss_chunk_size)
-        engine = DataParallelEngine(loss, parameters, optimizer, engine_config, group, training.max_grad_norm)
+        module = CausalLMLoss(model, training.loss_chunk_size)
+        uses_own_logits = module.uses_own_logits
+        engine = DataParallelEngine(
+            module, parameters, optimizer, engine_config, group, training.max_grad_norm
+        )
     else:
         # Imported here, as it imports deepspeed.
         from ssmlora_dist.distributed.pipeline import PipelineParallelEngine
 
         pipeline_stage = PipelineStage(model, stage, training.loss_chunk_size, num_ahead)
-        loss = pipeline_stage.loss
+        uses_own_logits = pipeline_stage.loss is not None and pipeline_stage.loss.uses_own_logits
         engine = PipelineParallelEngine(
             pipeline_stage,
             getattr(torch, config.model.compute_dtype),
@@ -267,7 +270,7 @@ def build_engine(
         )
     if checkpoint is not None:
         engine.restore(Moments(checkpoint.progress["num_updates"], checkpoint.moments))
-    if group.max([float(loss is not None and loss.uses_own_logits)])[0]:
+    if group.max([float(uses_own_logits)])[0]:
         warn(
             f"{model.config.model_type} models do more to their logits than the output head: they are taken "
             "as the model makes them, all of a micro-batch at once, whatever training.loss_chunk_size is"
