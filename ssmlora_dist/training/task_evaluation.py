@@ -187,9 +187,12 @@ def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str, warn: Cal
     model = meta_model(config.model_copy(update={"adapter": saved.config}))
     load_adapter(model, adapter, base_fingerprint=fingerprint)
     settings = backbone_settings(config)
+    keys = ["quantization", "compute_dtype"]
+    if saved.base.get("quantization") == settings["quantization"] in ("nf4", "fp4"):
+        keys.append("double_quantization")
     differing = [
         f"{key} {saved.base.get(key, 'that is not recorded')}, here {settings[key]}"
-        for key in ("quantization", "compute_dtype")
+        for key in keys
         if saved.base.get(key) != settings[key]
     ]
     if differing:

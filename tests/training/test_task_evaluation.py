@@ -261,6 +261,18 @@ def test_a_dry_run_names_the_first_items_that_cannot_be_used(tmp_path: Path) -> 
     assert all("field 'label' holds 'none'" in line for line in failed)
 
 
+def test_other_scales_than_those_of_training_are_said(tmp_path: Path) -> None:
+    model = load_model(init="random", config=MODEL, quantization="nf4", compute_dtype=torch.float32)
+    save_adapter(add_adapters(model, ADAPTER), tmp_path / "adapter")
+    warnings: list[str] = []
+    for double_quantization in (True, False):
+        mode = {"quantization": {"mode": "nf4", "double_quantization": double_quantization}}
+        evaluated = RunConfig.model_validate(config().model_dump(by_alias=True) | mode)
+        describe_tasks(evaluated, adapter=tmp_path / "adapter", warn=warnings.append)
+    [warning] = warnings
+    assert "was trained on double_quantization True, here False" in warning
+
+
 def test_another_precision_than_that_of_training_is_said(tmp_path: Path) -> None:
     directory = saved_adapter(tmp_path / "adapter")
     settings = config().model_dump(by_alias=True) | {"quantization": {"mode": "nf4"}}
