@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
+from ssmlora_dist.quantization import quantize_linear
 from tests.tiny import adapted_model, layers_of, randomize_adapters, tiny_model, token_ids
 
 CONFIGS = {
@@ -271,3 +272,28 @@ def test_where_nobody_holds_the_output_nothing_is_allocated(
         frozen, adapted = addresses[1::3], addresses[2::3]
     assert len(frozen) == len(adapters)
     assert frozen == adapted
+
+
+@pytest.mark.parametrize("shape", [(6, 64), (2, 3, 64)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("storage", ["none", "nf4"])
+def test_where_nobody_holds_the_gradient_nothing_is_allocated(
+    storage: str, bias: bool, shape: tuple[int, ...]
+) -> None:
+    base = nn.Linear(64, 64, bias=bias).requires_grad_(False)
+    if storage == "nf4":
+        base = quantize_linear(base, mode="nf4", compute_dtype=torch.float32)
+    layer, addresses = LoRALinear(base, 2, 4.0), []
+
+    def note(gradient: Tensor) -> None:
+        addresses.append(gradient.data_ptr())
+
+    def look(read: Tensor) -> None:
+        read.register_hook(note)
+
+    x = torch.randn(shape).requires_grad_() * 1
+    look(x)
+    with each_layer([base], "register_forward_pre_hook", lambda _, x: look(x[0])):
+        layer(x).sum().backward()
+    assert len(addresses) == 2
+    assert addresses[0] == addresses[1]

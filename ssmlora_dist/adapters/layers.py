@@ -91,7 +91,8 @@ class LoRALinear(nn.Module):
 
     def _frozen(self, x_BSD: Tensor) -> tuple[Tensor, bool]:
         """The base layer's output, and whether it may be lost."""
-        base_BSO, witness = self.base_layer(x_BSD), object()
+        base_BSO = self.base_layer(x_BSD)
+        witness: list[None] = []
         is_ours = not fused.is_held(base_BSO, witness)
         return base_BSO, is_ours
 
