@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
 
+_classes: dict[tuple[type[Any], type[Any]], type[Any]] = {}
 
-def mix_in(module: nn.Module, mixin: type) -> None:
+
+def mix_in(module: nn.Module, mixin: type[Any]) -> None:
     """Puts `mixin` before the class of `module`, in place; the module can be copied and pickled as before.
 
     The class keeps its name, by which transformers and others look classes up.
@@ -16,10 +17,12 @@ def mix_in(module: nn.Module, mixin: type) -> None:
     module.__class__ = _mixed(mixin, type(module))
 
 
-@functools.cache
-def _mixed(mixin: type, own: type[nn.Module]) -> type[nn.Module]:
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
-    return type(own.__name__, (mixin, own), {**names, "__reduce_ex__": _reduce})
+def _mixed(mixin: type[Any], own: type[Any]) -> type[Any]:
+    bases = (mixin, own)
+    if bases not in _classes:
+        names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+        _classes[bases] = type(own.__name__, bases, {**names, "__reduce_ex__": _reduce})
+    return _classes[bases]
 
 
 def _reduce(module: nn.Module, _: Any) -> tuple[Any, ...]:
@@ -27,6 +30,7 @@ def _reduce(module: nn.Module, _: Any) -> tuple[Any, ...]:
     return _without_state, type(module).__bases__, module.__getstate__()
 
 
-def _without_state(mixin: type, own: type[nn.Module]) -> nn.Module:
+def _without_state(mixin: type[Any], own: type[Any]) -> nn.Module:
     mixed = _mixed(mixin, own)
-    return mixed.__new__(mixed)
+    module: nn.Module = mixed.__new__(mixed)
+    return module

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from ssmlora_dist.ops import operators  # noqa: F401 (registers torch.ops.ssmlora)
 from ssmlora_dist.ops.state_step import Recurrence
 
+# A view of what nobody else refers to: see `is_held`.
 _LONE_VIEW = torch.empty(1).view(1)
 
 
@@ -72,11 +73,12 @@ def is_held(tensor: Tensor, witness: object) -> bool:
     if torch.compiler.is_compiling():
         return True
     # What a view is of, it refers to itself.
-    base, witness_of_base = tensor._base, _LONE_VIEW._base
+    base: Any = tensor._base
+    witness_of_base = _LONE_VIEW._base
     is_view = base is not None
     return (
         getrefcount(tensor) > getrefcount(witness)
-        or tensor._use_count() > 1
+        or tensor._use_count() > 1  # type: ignore[attr-defined]
         or (is_view and (getrefcount(base) > getrefcount(witness_of_base) or base._use_count() > 2))
         # One is that of the storage's own Python object.
         or torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2 + is_view
