@@ -21,7 +21,8 @@ def _mixed(mixin: type[Any], own: type[Any]) -> type[Any]:
     bases = (mixin, own)
     if bases not in _classes:
         names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
-        _classes[bases] = type(own.__name__, bases, {**names, "__reduce_ex__": _reduce})
+        # Another thread may have been quicker.
+        _classes.setdefault(bases, type(own.__name__, bases, {**names, "__reduce_ex__": _reduce}))
     return _classes[bases]
 
 
@@ -31,6 +32,6 @@ def _reduce(module: nn.Module, _: Any) -> tuple[Any, ...]:
 
 
 def _without_state(mixin: type[Any], own: type[Any]) -> nn.Module:
-    mixed = _mixed(mixin, own)
+    mixed: Any = _mixed(mixin, own)
     module: nn.Module = mixed.__new__(mixed)
     return module
