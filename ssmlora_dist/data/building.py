@@ -10,9 +10,9 @@ from ssmlora_dist.data.formats import make_renderer
 from ssmlora_dist.data.retrieval import generate_retrieval
 from ssmlora_dist.data.rows import RowEncoder
 from ssmlora_dist.data.sources import read_records
-from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.records import Paths
+from ssmlora_dist.tokenization import TextEncoder
 
 Partition = Literal["train", "validation", "test"]
 

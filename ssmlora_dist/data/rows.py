@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ssmlora_dist.data.examples import DatasetReport, Example
-from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.tokenization import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,18 @@ class RowEncoder:
             encode = self._encode_again if segment.may_shrink else self._encode_text
             follows = any(part.ids for part in parts)
             parts.append(Part(encode(segment.text, follows), segment.is_target))
-        if is_framed:
-            return [Part(self._encoder.bos_ids, False), *parts, Part([self._encoder.eos_id], True)]
-        return parts
+        return self._frame(parts) if is_framed else parts
+
+    def _frame(self, parts: list[Part]) -> list[Part]:
+        """Puts beginning and end of a sequence around it, each once where the text spells it too."""
+        begin, end = self._encoder.bos_ids, [self._encoder.eos_id]
+        filled = [index for index, part in enumerate(parts) if part.ids]
+        if filled and parts[filled[0]].ids[: len(begin)] == begin:
+            first = parts[filled[0]]
+            parts[filled[0]] = Part(first.ids[len(begin) :], first.is_target)
+        if filled and parts[filled[-1]].is_target and parts[filled[-1]].ids[-1:] == end:
+            parts[filled[-1]] = Part(parts[filled[-1]].ids[:-1], True)
+        return [Part(begin, False), *parts, Part(end, True)]
 
     def _encode_text(self, text: str, follows: bool) -> list[int]:
         return self._encoder.encode_continuation(text) if follows else self._encoder.encode(text)
