@@ -22,6 +22,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._added: frozenset[int] = frozenset(tokenizer.get_added_vocab().values())
         plain = self.encode("a")
         framed = list(tokenizer("a")["input_ids"])
         starts = range(len(framed) - len(plain) + 1)
@@ -67,3 +68,8 @@ class TextEncoder:
         if anchored[: len(self._anchor_ids)] == self._anchor_ids:
             return anchored[len(self._anchor_ids) :]
         return self.encode(text)
+
+    def added_token(self, text: str) -> str | None:
+        """The token that a text ends with, if it was added to a vocabulary of words, as `<|im_end|>`."""
+        ids = self.encode_continuation(text)
+        return str(self._tokenizer.convert_ids_to_tokens(ids[-1])) if ids and ids[-1] in self._added else None

@@ -36,12 +36,14 @@ class Row:
         segments: its text in order.
         is_framed: whether the tokenizer's beginning and end of a sequence go around it.
         may_split: whether it is a document to be cut into pieces of the longest length allowed.
+        closings: what ends the turns of its conversation, in whichever row they are.
     """
 
     place: str
     segments: tuple[Segment, ...]
     is_framed: bool = True
     may_split: bool = False
+    closings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
