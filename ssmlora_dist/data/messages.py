@@ -9,6 +9,7 @@ from typing import Any
 
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.records import nearest_name
+from ssmlora_dist.tokenization import check_text
 
 ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
@@ -122,7 +123,9 @@ def _message(message: Any, where: str, mentions: Callable[[str], bool]) -> Messa
     if calls:
         values["tool_calls"] = calls
     is_silent = values["role"] == ASSISTANT and (calls or any(values.get(key) for key in REASONING))
-    values["content"] = _content(values.get("content"), "" if is_silent else None, where)
+    content = _content(values.get("content"), "" if is_silent else None, where)
+    check_text(content, where)
+    values["content"] = content
     trained = _is_trained(values.pop("weight", None), values.pop("train", None), values["role"], where)
     has_turn = bool(values["content"].strip() or is_silent)
     return Message(values, is_trained=trained and has_turn and values["role"] == ASSISTANT)

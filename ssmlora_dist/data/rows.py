@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ssmlora_dist.data.examples import DatasetReport, Example
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.tokenization import TextEncoder
+from ssmlora_dist.tokenization import TextEncoder, check_text
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,11 @@ class RowEncoder:
         """The examples of one row: none, one, or the pieces of a document.
 
         Raises:
-            DataError: the row is too long and that is refused, or the tokenizer has no end-of-sequence token.
+            DataError: the row is too long and that is refused, its text is not Unicode, or the tokenizer has
+                no end-of-sequence token.
         """
+        for segment in row.segments:
+            check_text(segment.text, row.place)
         if not any(segment.is_target and segment.text.strip() for segment in row.segments):
             self._num_without_target += 1
             return []

@@ -19,6 +19,7 @@ from ssmlora_dist.data import (
     StreamedBatches,
 )
 from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.tokenization import TextEncoder
 from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.topology import Place
 
@@ -34,6 +35,7 @@ class RunData:
         continuation: where the run goes on.
 
     Attributes:
+        endings: what ends the answers that are trained, as adapters record it.
         validation: what is evaluated on, if anything.
         sample: of the training examples: all that are in memory, or the first of a stream.
         num_steps: optimiser steps of the run.
@@ -70,6 +72,7 @@ class RunData:
             self.sample = train
             self._batches = GlobalBatches(train, self._shape, self._seed)
             self.num_steps = training.max_steps or self._batches.num_steps(training.num_epochs or 1.0)
+        self.endings = TextEncoder(tokenizer).endings(self.sample.closings)
 
     def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
         """Of `step` (from 0), collated; seeds what a backbone drops by itself, in its attention.
@@ -93,6 +96,21 @@ class RunData:
     def position(self, step: int) -> dict[str, Any] | None:
         """On rank 0: what a checkpoint after `step` steps needs to find the next example."""
         return self._batches.position(step)
+
+    def warning(self) -> str | None:
+        """What to know of how its turns end."""
+        texts = self.endings["stop_texts"]
+        if any(not closing.strip() for closing in self.sample.closings):
+            return (
+                "the chat template ends turns with white space or nothing, which answers may hold too: only "
+                "their greatest length ends them; use a template that closes turns"
+            )
+        if texts:
+            return (
+                f"the chat template ends turns with {' or '.join(map(repr, texts))}, which is no token of "
+                "its own: answers end there, but other programs must be told (as `stop_strings`, say)"
+            )
+        return None
 
     def close(self) -> None:
         """Ends the reading."""

@@ -86,7 +86,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     tokenizer = build_tokenizer(config.model)
     place = place_of(config, group)
     data = RunData(config, tokenizer, group, place, continuation)
-    tasks = TasksInTraining(config, tokenizer, group)
+    tasks = TasksInTraining(config, tokenizer, group, data.endings)
     tracker = tracker_of(config, group, console, continuation)
     run = _Run(config, group, console, tracker, directory, continuation, tokenizer, place, data, tasks)
     if run.is_complete():
@@ -95,6 +95,8 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
             "to train on"
         )
         return
+    if (warning := data.warning()) is not None:
+        console.warn(warning)
     run.build()
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
     if not continuation.in_place:
@@ -246,7 +248,8 @@ class _Run:
         self.engine = built.engine
         self.shape = DecoderShape.of(built.model_config)
         self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size
-        self.base = backbone_settings(self.config) | {"tokenizer": self.config.model.tokenizer}
+        tokenizer = {"tokenizer": self.config.model.tokenizer}
+        self.base = backbone_settings(self.config) | tokenizer | self.data.endings
         self.fingerprint = fingerprint
         self.saver = Saver(
             self.config,
