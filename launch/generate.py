@@ -17,7 +17,8 @@ def main() -> None:
     arguments = _parser().parse_args()
     seed = arguments.seed
     settings = decoding_settings(arguments.max_new_tokens, arguments.temperature, arguments.top_p, seed)
-    text = "" if arguments.chat or arguments.retrieval else _prompt(arguments.prompt)
+    if arguments.prompt is not None:
+        check_text(arguments.prompt, "--prompt")
     quiet_libraries()
 
     import torch
@@ -37,6 +38,7 @@ def main() -> None:
     elif arguments.chat:
         _chat(model, tokenizer, settings)
     else:
+        text = _decoded(sys.stdin.buffer.read()) if arguments.prompt is None else arguments.prompt
         stream_answer(model, tokenizer, TextEncoder(tokenizer).begin(text), settings)
 
 
@@ -54,13 +56,6 @@ def _parser() -> ArgumentParser:
     add("--chat", action="store_true", help="a conversation, in the model's own chat template")
     add("--retrieval", type=int, metavar="TOKENS", help="ask a generated retrieval question this long")
     return parser
-
-
-def _prompt(given: str | None) -> str:
-    if given is not None:
-        check_text(given, "--prompt")
-        return given
-    return _decoded(sys.stdin.buffer.read())
 
 
 def _decoded(content: bytes) -> str:

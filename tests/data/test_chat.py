@@ -219,3 +219,8 @@ def test_several_templates(with_template):
 def test_no_template(byte_tokenizer):
     with pytest.raises(DataError, match=r"no chat template; use the tokenizer of a chat model"):
         make_renderer("chat", byte_tokenizer)
+
+
+def test_half_a_character_is_refused(bpe_tokenizer):
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: messages\[1\]: is not valid UTF-8 \(U\+D800 at"):
+        rows_of([TALK[1], {"role": "assistant", "content": "\ud800"}], bpe_tokenizer)
