@@ -115,6 +115,21 @@ class TextEncoder:
                 texts.add(closing)
         return {"end_token_ids": sorted(tokens), "stop_texts": sorted(texts)}
 
+    def doubt(self, closings: Iterable[str]) -> str | None:
+        """What to know of turns with such closings, if they are no tokens of their own."""
+        closings = sorted(closings)
+        if not all(closing.strip() for closing in closings):
+            return (
+                "the chat template ends turns with white space or nothing, which answers may hold too: only "
+                "their greatest length ends them; use a template that closes turns"
+            )
+        if texts := self.endings(closings)["stop_texts"]:
+            return (
+                f"the chat template ends turns with {' or '.join(map(repr, texts))}, which is no token of "
+                "its own: answers end there, but other programs must be told (as `stop_strings`, say)"
+            )
+        return None
+
     def added_token(self, text: str) -> str | None:
         """The token that a text ends with, if it was added to a vocabulary of words, as `<|im_end|>`."""
         ids = self.encode_continuation(text)

@@ -21,6 +21,7 @@ from ssmlora_dist.tokenization import TextEncoder
 
 Tools = Sequence[dict[str, Any]] | None
 _PROBE = "ssmlora probe text"
+_LEAST_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class _Rendering:
         text = alone[len(begin) :]
         if not alone.startswith(begin) or not _arrives(message.content, text):
             text = _behind(prompt, message, where) + self._around(earlier)[1]
-        self._check_turn(messages, alone, text, where)
+        self._check_turn(messages, alone, text)
         stripped = text.rstrip()
         # White space behind the closing mark separates turns: generation has stopped by then.
         is_closed = not (message.content and stripped.endswith(message.content))
@@ -187,24 +188,28 @@ class _Rendering:
                 f"{self.place}: the tokenizer's chat template leaves out 'tools'; use a template that takes "
                 "them (`model.tokenizer`), or write them into the system message"
             )
+        shows_all = _arrive_in_order([message.content for message in messages], whole)
         for index, message in enumerate(messages):
-            where = f"{self.place}: messages[{index}]"
-            for call in message.values.get("tool_calls", ()):
-                arguments = call["function"]["arguments"]
-                if isinstance(arguments, dict) and arguments and str(arguments) in whole:
-                    raise DataError(f"{where}: the chat template writes arguments of calls that are no JSON")
-            if message.is_trained:
-                continue
-            if not _arrives(message.content, whole):
+            self._check_calls(messages, index, whole)
+            if not message.is_trained and message.content and not shows_all:
                 self._check_heeded(messages, index, "content", {"content": _PROBE}, whole)
-            if message.calls():
-                self._check_heeded(messages, index, "tool_calls", {"tool_calls": None}, whole)
 
-    def _check_turn(self, messages: Sequence[Message], alone: str, text: str, where: str) -> None:
+    def _check_calls(self, messages: Sequence[Message], index: int, text: str) -> None:
+        """Raises if the template leaves out one of the calls, or writes its arguments in another language."""
+        calls = messages[index].values.get("tool_calls", [])
+        for number, call in enumerate(calls):
+            arguments = call["function"]["arguments"]
+            if isinstance(arguments, dict) and arguments and str(arguments) in text:
+                raise DataError(
+                    f"{self.place}: messages[{index}]: the tokenizer's chat template writes arguments of "
+                    "calls that are no JSON; use another template"
+                )
+            others = [*calls[:number], *calls[number + 1 :]]
+            self._check_heeded(messages, index, "tool_calls", {"tool_calls": others or None}, text)
+
+    def _check_turn(self, messages: Sequence[Message], alone: str, text: str) -> None:
         """Raises if the template leaves out what a turn has beside its content."""
         index, message = len(messages) - 1, messages[-1]
-        if not all(name in text for name in message.calls()):
-            self._check_heeded(messages, index, "tool_calls", {"tool_calls": None}, alone)
         if not _arrives(message.reasoning(), text):
             key = next(key for key in REASONING if message.values.get(key))
             self._check_heeded(messages, index, key, dict.fromkeys(REASONING), alone)
@@ -248,6 +253,16 @@ def _behind(prompt: str, message: Message, where: str) -> str:
 def _overlap(before: str, after: str) -> int:
     """How many characters at the beginning of `after` the end of `before` has already."""
     return next(k for k in range(min(len(before), len(after)), -1, -1) if before.endswith(after[:k]))
+
+
+def _arrive_in_order(contents: Sequence[str], text: str) -> bool:
+    """Whether a text holds all contents, one behind the other, and each is long enough to be no chance."""
+    shown, at = "".join(text.split()), 0
+    for content in ("".join(content.split()) for content in contents):
+        at = shown.find(content, at) + len(content)
+        if content and (len(content) < _LEAST_CHARACTERS or at < len(content)):
+            return False
+    return True
 
 
 def _arrives(content: str, text: str) -> bool:

@@ -148,7 +148,7 @@ def _role(role: Any, where: str, mentions: Callable[[str], bool]) -> str:
 
 def _content(content: Any, otherwise: str | None, where: str) -> str:
     """Text as it is, parts of text joined."""
-    if content is None and otherwise is not None:
+    if content in (None, []) and otherwise is not None:
         return otherwise
     if isinstance(content, list) and content:
         parts = [part.get("text") for part in content if isinstance(part, Mapping)]
@@ -191,7 +191,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise DataError(f"{where}: a call in 'tool_calls' has no function with a name; mend the record")
-        arguments = function.get("arguments")
+        arguments = function.get("arguments") or {}
         given = _from_json(arguments) if isinstance(arguments, str) else arguments
         function = {**function, "arguments": given if isinstance(given, Mapping) else arguments}
         read.append({**(call if "function" in call else {}), "type": "function", "function": function})

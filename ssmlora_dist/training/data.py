@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class RunData:
         group: its processes.
         place: of this rank.
         continuation: where the run goes on.
+        warn: told what of the data a run should know.
 
     Attributes:
         endings: what ends the answers that are trained, as adapters record it.
@@ -45,7 +47,13 @@ class RunData:
     """
 
     def __init__(
-        self, config: RunConfig, tokenizer: Any, group: ProcessGroup, place: Place, continuation: Continuation
+        self,
+        config: RunConfig,
+        tokenizer: Any,
+        group: ProcessGroup,
+        place: Place,
+        continuation: Continuation,
+        warn: Callable[[str], object],
     ) -> None:
         training = config.training
         self._seed, self._rank = config.run.seed, group.rank
@@ -72,7 +80,10 @@ class RunData:
             self.sample = train
             self._batches = GlobalBatches(train, self._shape, self._seed)
             self.num_steps = training.max_steps or self._batches.num_steps(training.num_epochs or 1.0)
-        self.endings = TextEncoder(tokenizer).endings(self.sample.closings)
+        encoder = TextEncoder(tokenizer)
+        self.endings = encoder.endings(self.sample.closings)
+        if (doubt := encoder.doubt(self.sample.closings)) is not None:
+            warn(doubt)
 
     def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
         """Of `step` (from 0), collated; seeds what a backbone drops by itself, in its attention.
@@ -96,21 +107,6 @@ class RunData:
     def position(self, step: int) -> dict[str, Any] | None:
         """On rank 0: what a checkpoint after `step` steps needs to find the next example."""
         return self._batches.position(step)
-
-    def warning(self) -> str | None:
-        """What to know of how its turns end."""
-        texts = self.endings["stop_texts"]
-        if any(not closing.strip() for closing in self.sample.closings):
-            return (
-                "the chat template ends turns with white space or nothing, which answers may hold too: only "
-                "their greatest length ends them; use a template that closes turns"
-            )
-        if texts:
-            return (
-                f"the chat template ends turns with {' or '.join(map(repr, texts))}, which is no token of "
-                "its own: answers end there, but other programs must be told (as `stop_strings`, say)"
-            )
-        return None
 
     def close(self) -> None:
         """Ends the reading."""

@@ -186,6 +186,28 @@ def test_nothing_is_left_out_silently(with_template):
         rows_of([TALK[1], TALK[2], {"role": "tool", "content": "x"}, TALK[4]], tokenizer)
 
 
+def test_what_is_left_out_is_found_where_another_message_says_the_same(with_template):
+    tokenizer = with_template(SILENT_TEMPLATE)
+    said = [{"role": "system", "content": "Hi."}, *TALK[1:3]]
+    with pytest.raises(DataError, match=r"messages\[0\]: .* leaves out 'content' of the role 'system'"):
+        rows_of(said, tokenizer)
+    assert targets([{"role": "system", "content": ""}, *TALK[1:3]], tokenizer) == ["Hello!<|eos|>"]
+
+
+def test_every_call_must_be_shown(with_template):
+    first = KNOWING_TEMPLATE.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    turn = {"role": "assistant", "tool_calls": [CALL, {"function": {"name": "see", "arguments": {}}}]}
+    assert targets([TALK[1], turn], with_template(KNOWING_TEMPLATE)) == ['look{"at": "it"}see{}<|eos|>']
+    with pytest.raises(DataError, match=r"messages\[1\]: .* leaves out 'tool_calls' of the role 'assistant'"):
+        rows_of([TALK[1], turn], with_template(first))
+
+
+def test_calls_that_a_template_would_write_in_another_language_are_no_calls(with_template):
+    pythonic = KNOWING_TEMPLATE.replace("c.function.arguments | tojson", "c.function.arguments")
+    turn = {"role": "assistant", "tool_calls": [CALL]}
+    assert targets([TALK[1], turn], with_template(pythonic)) == ['look{"at": "it"}<|eos|>']
+
+
 @pytest.mark.parametrize("tools", ["look", [1], {"name": "look"}])
 def test_malformed_tools(bpe_tokenizer, tools):
     with pytest.raises(DataError, match=r"rows\.jsonl:3: field 'tools' must be a list of objects"):
