@@ -19,20 +19,9 @@ from ssmlora_dist.errors import DataError
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of every supported decoder family that can carry an adapter."""
 
-# What a generated source has no use for.
-_RECORD_KEYS = (
-    "path",
-    "hub",
-    "subset",
-    "split",
-    "fields",
-    "prompt",
-    "answer",
-    "choices",
-    "labels",
-    "streaming",
-)
 _TEMPLATES = ("prompt", "answer", "choices")
+# What a generated source has no use for.
+_RECORD_KEYS = ("path", "hub", "subset", "split", "fields", *_TEMPLATES, "labels", "streaming")
 
 
 def rule_problems(

@@ -77,8 +77,8 @@ def test_asked_as_trained(prompt, choices):
         (
             ["b", "a"],
             "a",
-            r"may mean several of its 2 choices; position 0, 'b', by its letter; position 1, 'a', by its text; "
-            r"mend .*`labels`",
+            r"may mean several of its 2 choices; position 0, 'b', by its letter; position 1, 'a', by its "
+            r"text; mend .*`labels`",
         ),
         (
             ["1", "2", "3"],
