@@ -35,6 +35,7 @@ class ExampleReader:
         prompt: template of the prompt.
         answer: template of the answer.
         choices: templates of the choices.
+        labels: what labels mean, as positions of the choices.
         limit: the most records to read.
 
     Attributes:
@@ -61,6 +62,7 @@ class ExampleReader:
         prompt: str | None = None,
         answer: str | None = None,
         choices: Sequence[str] | None = None,
+        labels: Mapping[str, int] | None = None,
         limit: int | None = None,
     ) -> None:
         if (path is None) == (hub is None):
@@ -68,7 +70,7 @@ class ExampleReader:
                 f"{partition} data: the format {format!r} needs either `path` (files) or `hub` (a name)"
             )
         self.name: str = hub or (path if isinstance(path, str) else ", ".join(path or ()))
-        self._render = make_renderer(format, tokenizer, fields, prompt, answer, choices)
+        self._render = make_renderer(format, tokenizer, fields, prompt, answer, choices, labels)
         self._encoder = TextEncoder(tokenizer)
         self.closings: set[str] = set()
         self._max_length, self._too_long = max_length, too_long

@@ -23,7 +23,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template; use the tokenizer of a chat model (`model.tokenizer`), "
-                "or another format than 'chat'"
+                "or the format 'instruction' (--prompt in place of --chat)"
             )
         self._tokenizer = tokenizer
         templates = tokenizer.chat_template

@@ -134,6 +134,14 @@ def test_a_role_or_key_that_the_template_names_is_its_own(with_template):
     assert targets([TALK[1], TALK[2] | {"thinking": "Hm. "}], tokenizer) == ["Hm. Hello!<|eos|>"]
 
 
+def test_keys_of_messages_that_nobody_reads_are_named(with_template):
+    messages = [TALK[1] | {"id": 1, "mood": None}, TALK[2] | {"mood": "glad", "weight": 1, "critic": ""}]
+    for template, unread in ((KNOWING_TEMPLATE, ["id"]), (COUNTING_TEMPLATE, ["critic", "id", "mood"])):
+        record = Record({"messages": messages, "tools": None, "source": "x"}, "x")
+        make_renderer("chat", with_template(template))(record)
+        assert record.unused() == ["source", *(f"messages[].{key}" for key in unread)]
+
+
 def test_parts_of_text_are_joined(bpe_tokenizer):
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}]
     assert targets([TALK[1], {"role": "assistant", "content": parts}], bpe_tokenizer) == ["Hello!<|eos|>"]
