@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,7 +49,6 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._added: frozenset[int] = frozenset(tokenizer.get_added_vocab().values())
         plain = self.encode("a")
         framed = list(tokenizer("a")["input_ids"])
         starts = range(len(framed) - len(plain) + 1)
@@ -129,6 +129,10 @@ class TextEncoder:
                 "its own: answers end there, but other programs must be told (as `stop_strings`, say)"
             )
         return None
+
+    @functools.cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_vocab().values())
 
     def added_token(self, text: str) -> str | None:
         """The token that a text ends with, if it was added to a vocabulary of words, as `<|im_end|>`."""
