@@ -7,9 +7,9 @@ import pytest
 from ssmlora_dist.data.chat import chat_segments
 from ssmlora_dist.data.formats import make_renderer
 from ssmlora_dist.data.rows import RowEncoder
-from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.records import Record
+from ssmlora_dist.tokenization import TextEncoder
 
 TALK = [
     {"role": "system", "content": "Be kind."},

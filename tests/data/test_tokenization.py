@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.tokenization import TextEncoder
 
 
 def test_begins_a_sequence_as_the_tokenizer_does(byte_tokenizer, bpe_tokenizer):
@@ -34,3 +34,9 @@ def test_no_end_of_sequence_token(byte_tokenizer):
     byte_tokenizer = byte_tokenizer.__class__(tokenizer_object=byte_tokenizer.backend_tokenizer)
     with pytest.raises(DataError, match=r"model\.tokenizer.*eos_token"):
         _ = TextEncoder(byte_tokenizer).eos_id
+
+
+def test_a_prompt_begins_once(byte_tokenizer, bpe_tokenizer):
+    assert TextEncoder(bpe_tokenizer).begin("set") == bpe_tokenizer("set")["input_ids"]
+    assert TextEncoder(bpe_tokenizer).begin("<|bos|>set") == bpe_tokenizer("set")["input_ids"]
+    assert TextEncoder(byte_tokenizer).begin("ab") == byte_tokenizer("ab")["input_ids"]

@@ -45,8 +45,13 @@ class TextEncoder:
             )
         return int(eos_id)
 
+    def begin(self, text: str) -> list[int]:
+        """Ids of a prompt, and before them what the tokenizer puts there, unless the text spells it out."""
+        ids = self.encode(text)
+        return ids if ids[: len(self.bos_ids)] == self.bos_ids else [*self.bos_ids, *ids]
+
     def encode(self, text: str) -> list[int]:
-        """Ids of a text that begins a sequence."""
+        """Ids of a text that begins a sequence, without what goes before it."""
         # verbose=False: a long text is no mistake here, it is cut or refused later by a policy of our own.
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
