@@ -54,6 +54,11 @@ def main() -> None:
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_trained(Path(arguments.adapter), path=arguments.model, device=device)
+    if texts := model.generation_config.stop_strings:
+        # The harness has no place for them: `generate` would need the tokenizer.
+        model.generation_config.stop_strings = None
+        said = " or ".join(map(repr, texts))
+        print(f"warning: answers end with {said}, which is no token: the harness reads on", file=sys.stderr)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
     results = simple_evaluate(
         harness,

@@ -24,19 +24,24 @@ class Record:
         values: field names to values, as read.
         place: file and line, or row, for messages.
         read: names of the fields that a view has looked up.
+        unread: names of what is within a field and nobody looks up, as `messages[].id`.
     """
 
     values: Mapping[str, Any]
     place: str
     read: set[str] = field(default_factory=set, compare=False, repr=False)
+    unread: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def derived(self, values: Mapping[str, Any], place: str | None = None) -> Record:
         """A record made of this one, whose fields count as those of this one when they are looked up."""
-        return Record(values, place or self.place, self.read)
+        return Record(values, place or self.place, self.read, self.unread)
 
     def unused(self) -> list[str]:
-        """Fields that nobody has looked up, but for those that hold nothing."""
-        return [name for name, value in self.values.items() if name not in self.read and not _is_empty(value)]
+        """Fields that nobody has looked up, or a part of them, but for those that hold nothing."""
+        unused = [
+            name for name, value in self.values.items() if name not in self.read and not _is_empty(value)
+        ]
+        return [*unused, *sorted(self.unread)]
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -30,6 +30,10 @@ from ssmlora_dist.models import (
     require_supported,
 )
 from ssmlora_dist.models.stage import StageLayers
+from ssmlora_dist.tokenization import end_token_ids
+
+ENDINGS = ("end_token_ids", "stop_texts")
+"""What is recorded with an adapter beside how to load its base model, see `TextEncoder.endings`."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,6 +126,7 @@ def load_trained(
         ModelError: the base model cannot be found or read.
     """
     base = read_base(directory)
+    endings = {key: base.pop(key, None) for key in ENDINGS}
     tokenizer = base.pop("tokenizer", None)
     base["path"] = path or base.get("path")
     if base["path"] is None and base.get("config") is None:
@@ -130,7 +135,36 @@ def load_trained(
     dtype = getattr(torch, base.pop("compute_dtype", "bfloat16"))
     model = load_model(**base, compute_dtype=dtype, device=device)
     load_adapter(model, directory, base_fingerprint=fingerprint)
-    return model, load_tokenizer(tokenizer or base["path"], None if tokenizer else base.get("revision"))
+    built = load_tokenizer(tokenizer or base["path"], None if tokenizer else base.get("revision"))
+    set_endings(model, built, endings)
+    return model, built
+
+
+def set_endings(model: PreTrainedModel, tokenizer: Any, endings: Mapping[str, Any]) -> None:
+    """Has a model answer greedily, unless asked otherwise, and end where its answers end.
+
+    What else its generation configuration holds (penalties, temperatures, beams) is set aside.
+
+    Args:
+        model: with an adapter.
+        tokenizer: of the model.
+        endings: recorded with the adapter, see `TextEncoder.endings`.
+    """
+    from transformers import GenerationConfig
+
+    configured = model.generation_config
+    own_texts = configured.stop_strings or []
+    stop_texts = {
+        *([own_texts] if isinstance(own_texts, str) else own_texts),
+        *(endings.get("stop_texts") or []),
+    }
+    ends = end_token_ids(tokenizer.eos_token_id, configured.eos_token_id, endings.get("end_token_ids"))
+    model.generation_config = GenerationConfig(
+        bos_token_id=configured.bos_token_id,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=sorted(stop_texts) or None,
+    )
 
 
 def _fingerprint(base: Mapping[str, Any]) -> str:

@@ -39,6 +39,9 @@ class ExampleReader:
         labels: what labels mean, as positions of the choices.
         limit: the most records to read.
 
+    Attributes:
+        closings: what ends the turns of the conversations read so far.
+
     Raises:
         DataError: neither files nor a hub name or both, or settings that do not fit the format.
     """
@@ -70,6 +73,7 @@ class ExampleReader:
         self.name: str = hub or (path if isinstance(path, str) else ", ".join(path or ()))
         self._render = make_renderer(format, tokenizer, fields, prompt, answer, choices, labels)
         self._encoder = TextEncoder(tokenizer)
+        self.closings: set[str] = set()
         self._max_length, self._too_long = max_length, too_long
         self._source: dict[str, Any] = {
             "path": path,
@@ -91,7 +95,9 @@ class ExampleReader:
         """
         encoder = RowEncoder(self._encoder, self._max_length, self._too_long)
         for record in read_records(**self._source, skip=skip):
-            examples = [example for row in self._render(record) for example in encoder.encode(row)]
+            rows = self._render(record)
+            self.closings |= {closing for row in rows for closing in row.closings}
+            examples = [example for row in rows for example in encoder.encode(row)]
             yield examples, encoder.take_report(1, len(examples)) + _unused(record)
 
     def nothing_left(self, report: DatasetReport) -> DataError:
@@ -115,7 +121,7 @@ def read_dataset(reader: ExampleReader) -> Dataset:
         report += its_report
     if not examples:
         raise reader.nothing_left(report)
-    return Dataset(examples, report)
+    return Dataset(examples, report, frozenset(reader.closings))
 
 
 def _unused(record: Record) -> DatasetReport:

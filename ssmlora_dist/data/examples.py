@@ -58,10 +58,17 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The examples of one source, in its order, and the report on how they came about."""
+    """The examples of one source.
+
+    Args:
+        examples: in its order.
+        report: how they came about.
+        closings: what ends the turns of conversations in them.
+    """
 
     examples: Sequence[Example]
     report: DatasetReport
+    closings: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -3,7 +3,7 @@
 | format | fields it needs | default prompt | default answer |
 | --- | --- | --- | --- |
 | instruction | instruction, output; input is optional | Instruction, Input, `Answer:` | ` {output}` |
-| chat | messages: a list of objects with role and content | the tokenizer's chat template | |
+| chat | messages: objects with role and content; tools are optional | the tokenizer's chat template | |
 | text | text | | |
 | multiple_choice | label, and choices unless given as templates | Question, `Answer:` | the right choice |
 | long_document_qa | document, question, answer | the document, Question, `Answer:` | ` {answer}` |
@@ -22,11 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ssmlora_dist.data.chat import chat_segments
+from ssmlora_dist.data.chat import chat_rows
+from ssmlora_dist.data.chat_template import ChatTemplate
+from ssmlora_dist.data.messages import read_messages, read_tools
 from ssmlora_dist.data.rows import Row, Segment
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.multiple_choice import QUESTION_PROMPT, QuestionReader
 from ssmlora_dist.records import Paths, Record, RecordView, Template, check_fields
+from ssmlora_dist.tokenization import TextEncoder
 
 INSTRUCTION_PROMPT = Template("Instruction: {instruction}\nAnswer:", "prompt")
 INSTRUCTION_INPUT_PROMPT = Template("Instruction: {instruction}\nInput: {input}\nAnswer:", "prompt")
@@ -37,7 +40,7 @@ LONG_DOCUMENT_ANSWER = Template(" {answer}", "answer")
 # Format -> the names it looks up, and the settings it takes.
 FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "instruction": (("instruction", "input", "output"), ("prompt", "answer")),
-    "chat": (("messages",), ()),
+    "chat": (("messages", "tools"), ()),
     "text": (("text",), ()),
     "multiple_choice": (("question", "choices", "label"), ("prompt", "choices", "labels")),
     "long_document_qa": (("document", "question", "answer"), ("prompt", "answer")),
@@ -127,18 +130,16 @@ class _Instruction:
 
 class _Chat:
     def __init__(self, fields: Mapping[str, Paths], tokenizer: Any) -> None:
-        if not tokenizer.chat_template:
-            raise DataError(
-                "format 'chat': the tokenizer has no chat template; use the tokenizer of a chat model "
-                "(`model.tokenizer`) or the format 'instruction'"
-            )
         self.fields = fields
-        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
+        self.encoder = TextEncoder(tokenizer)
 
     def __call__(self, record: Record) -> list[Row]:
         view = RecordView(record, self.fields)
-        segments = chat_segments(view.value("messages"), self.tokenizer, record.place)
-        return [Row(record.place, segments, is_framed=False)]
+        messages, unread = read_messages(view.value("messages"), record.place, self.template.mentions)
+        record.unread.update(f"messages[].{key}" for key in unread)
+        tools = read_tools(view.value("tools"), record.place) if view.has("tools") else None
+        return chat_rows(messages, tools, self.template, self.encoder, record.place)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ssmlora_dist.data.accounts import DatasetReport
 from ssmlora_dist.data.examples import Example
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.long_texts import PIECE, encode_ends, encode_pieces
-from ssmlora_dist.tokenization import TextEncoder
+from ssmlora_dist.tokenization import TextEncoder, check_text
 
 Ids = list[int] | NDArray[np.int32]
 
@@ -44,12 +44,14 @@ class Row:
         segments: its text in order.
         is_framed: whether the tokenizer's beginning and end of a sequence go around it.
         may_split: whether it is a document to be cut into pieces of the longest length allowed.
+        closings: what ends the turns of its conversation, in whichever row they are.
     """
 
     place: str
     segments: tuple[Segment, ...]
     is_framed: bool = True
     may_split: bool = False
+    closings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,11 @@ class RowEncoder:
         """The examples of one row: none, one, or the pieces of a document.
 
         Raises:
-            DataError: the row is too long and that is refused, or the tokenizer has no end-of-sequence token.
+            DataError: the row is too long and that is refused, its text is not Unicode, or the tokenizer has
+                no end-of-sequence token.
         """
+        for segment in row.segments:
+            check_text(segment.text, row.place)
         if not any(segment.is_target and segment.text.strip() for segment in row.segments):
             self._counts["num_without_target"] += 1
             return []

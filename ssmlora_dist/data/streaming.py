@@ -71,7 +71,7 @@ class ExampleStream:
             DataError: as of `blocks`.
         """
         first = next(block for block in self.blocks(Position()) if block.examples)
-        return Dataset(first.examples, first.report)
+        return Dataset(first.examples, first.report, frozenset(self._reader.closings))
 
     def blocks(self, start: Position) -> Iterator[Block]:
         """The blocks from the one of `start` on.

@@ -27,8 +27,8 @@ class PromptEncoder:
     """Encodes prompts, and answers as they follow them.
 
     A prompt begins as sequences do in training: with what the tokenizer puts before a text, unless the text
-    spells it out. An empty prompt is the beginning-of-sequence token, or the end-of-sequence token where there
-    is none.
+    spells it out. An empty prompt is the beginning-of-sequence token, or the end-of-sequence token where
+    there is none.
 
     Args:
         tokenizer: a transformers tokenizer.

@@ -9,6 +9,7 @@ from ssmlora_dist.config.build import build_data, build_tokenizer, check_model, 
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset, ExampleStream
+from ssmlora_dist.tokenization import TextEncoder
 
 
 def describe(config: RunConfig, world_size: int) -> str:
@@ -18,7 +19,8 @@ def describe(config: RunConfig, world_size: int) -> str:
         SSMLoRAError: whatever would stop the run before the weights are read.
     """
     check_model(config)
-    train, validation = build_data(config, build_tokenizer(config.model))
+    tokenizer = build_tokenizer(config.model)
+    train, validation = build_data(config, tokenizer)
     model = meta_model(config)
     trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable
@@ -31,6 +33,9 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"{training.micro_batch_size} sequences",
         f"train        {_data_line(train)}",
     ]
+    closings = (train.sample() if isinstance(train, ExampleStream) else train).closings
+    if (doubt := TextEncoder(tokenizer).doubt(closings)) is not None:
+        lines.append(f"warning      {doubt}")
     if validation is not None:
         lines.append(f"validation   {_data_line(validation)}")
     return "\n".join(lines)

@@ -185,3 +185,11 @@ def test_import_brings_no_heavy_library():
     code = f"import sys, ssmlora_dist.data; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_data_set_knows_what_ends_its_turns(bpe_tokenizer, write_jsonl):
+    path = write_jsonl([RECORDS["chat"]] * 2)
+    reader = ExampleReader(
+        format="chat", tokenizer=bpe_tokenizer, max_length=99, partition="train", path=path
+    )
+    assert read_dataset(reader).closings == {"<|eos|>"}

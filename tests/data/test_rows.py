@@ -230,3 +230,8 @@ def test_special_tokens_within_a_text_stay(bpe_tokenizer):
     (example,), _ = encode_row(bpe_tokenizer, prompt_and_answer("a<|eos|>", "<|bos|>b"))
     assert example.input_ids.tolist().count(eos_id) == 2
     assert example.input_ids.tolist().count(bos_id) == 2
+
+
+def test_half_a_character_is_refused(bpe_tokenizer):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: is not valid UTF-8 \(U\+D800 at character 1\)"):
+        encode_row(bpe_tokenizer, prompt_and_answer("\ud800"))
