@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from ssmlora_dist.data.examples import Dataset, DatasetReport, Example
+from ssmlora_dist.data.accounts import DatasetReport
+from ssmlora_dist.data.examples import Dataset, Example
 from ssmlora_dist.data.formats import make_renderer
 from ssmlora_dist.data.retrieval import generate_retrieval
 from ssmlora_dist.data.rows import RowEncoder
 from ssmlora_dist.data.sources import read_records
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.records import Paths
+from ssmlora_dist.records import Paths, Record
 from ssmlora_dist.tokenization import TextEncoder
 
 Partition = Literal["train", "validation", "test"]
@@ -97,19 +98,13 @@ class ExampleReader:
             rows = self._render(record)
             self.closings |= {closing for row in rows for closing in row.closings}
             examples = [example for row in rows for example in encoder.encode(row)]
-            yield examples, encoder.take_report(1, len(examples))
+            yield examples, encoder.take_report(1, len(examples)) + _unused(record)
 
     def nothing_left(self, report: DatasetReport) -> DataError:
         """Why there are no examples, and what to do."""
-        if report.num_dropped_too_long == 0:
-            return DataError(
-                f"{self.name}: none of {report.num_rows} rows has target tokens, so there is nothing to "
-                "train on; every answer is empty: check `fields` and `answer`"
-            )
         return DataError(
-            f"{self.name}: nothing is left of {report.num_rows} rows: {report.num_dropped_too_long} are "
-            f"longer than max_length {self._max_length} tokens, {report.num_without_target} have no target "
-            "tokens; raise `data.max_length` or set `data.too_long` to 'truncate'"
+            f"{self.name}: nothing is left of {report.num_rows} rows at max_length {self._max_length}: "
+            f"{report.why()}"
         )
 
 
@@ -127,6 +122,10 @@ def read_dataset(reader: ExampleReader) -> Dataset:
     if not examples:
         raise reader.nothing_left(report)
     return Dataset(examples, report, frozenset(reader.closings))
+
+
+def _unused(record: Record) -> DatasetReport:
+    return DatasetReport(unused_fields=dict.fromkeys(record.unused(), 1))
 
 
 def generate_dataset(
