@@ -8,11 +8,17 @@ from typing import Any
 
 from ssmlora_dist.config.arguments import ArgumentParser, build_adapter_parser, run_command
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.evaluation.answering import decoding_settings, stream_answer
+from ssmlora_dist.tokenization import TextEncoder, check_text
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
 def main() -> None:
     arguments = _parser().parse_args()
+    seed = arguments.seed
+    settings = decoding_settings(arguments.max_new_tokens, arguments.temperature, arguments.top_p, seed)
+    if arguments.prompt is not None:
+        check_text(arguments.prompt, "--prompt")
     quiet_libraries()
 
     import torch
@@ -30,23 +36,27 @@ def main() -> None:
         warn=Console(enabled=True).warn,
     )
     quiet_libraries()
-    limit = arguments.max_new_tokens
+    if seed is not None:
+        torch.manual_seed(seed)
     if arguments.retrieval:
         prompt, value = _retrieval(tokenizer, arguments.retrieval)
         print(f"... {tokenizer.decode(prompt[-60:])}")
         print(f"({len(prompt)} tokens; the true value is {value})")
-        _answer(model, tokenizer, prompt, limit)
+        stream_answer(model, tokenizer, prompt, settings)
     elif arguments.chat:
-        _chat(model, tokenizer, limit)
+        _chat(model, tokenizer, settings)
     else:
-        text = arguments.prompt if arguments.prompt is not None else sys.stdin.read()
-        _answer(model, tokenizer, tokenizer(text)["input_ids"], limit)
+        text = _decoded(sys.stdin.buffer.read()) if arguments.prompt is None else arguments.prompt
+        stream_answer(model, tokenizer, TextEncoder(tokenizer).begin(text), settings)
 
 
 def _parser() -> ArgumentParser:
     parser = build_adapter_parser("Answer prompts with a trained adapter on its base model.")
     add = parser.add_argument
     add("--max-new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    add("--temperature", type=float, metavar="T", help="draw tokens, where by default the likeliest is taken")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that have this share")
+    add("--seed", type=int, metavar="N", help="of what is drawn")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", help="the prompt; by default the standard input")
     add("--chat", action="store_true", help="a conversation, in the model's own chat template")
@@ -54,47 +64,32 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _answer(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int) -> str:
-    """Streams the greedy continuation of a prompt's ids to the standard output and returns it."""
-    import torch
-    from transformers import TextStreamer
-
-    from ssmlora_dist.models import max_positions
-
-    limit = max_positions(model.config)
-    if not prompt or (limit is not None and len(prompt) + max_new_tokens > limit):
-        given = f"{len(prompt)} tokens and {max_new_tokens} new ones"
-        in_all = "" if limit is None else f", {limit} in all"
-        raise DataError(f"--prompt: {given}; allowed: at least 1{in_all}; shorten either")
-    ids = torch.tensor([prompt], device=model.device)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    return str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"standard input: is not valid UTF-8 (byte {error.start + 1} is 0x{content[error.start]:02x}); "
+            "convert it to UTF-8 (iconv does)"
+        ) from None
 
 
-def _chat(model: Any, tokenizer: Any, max_new_tokens: int) -> None:
-    if tokenizer.chat_template is None:
-        raise DataError("--chat: the model's tokenizer has no chat template; use --prompt")
+def _chat(model: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
+    from ssmlora_dist.data import ChatTemplate
+
+    template, encoder = ChatTemplate(tokenizer), TextEncoder(tokenizer)
     messages: list[dict[str, str]] = []
     print("(an empty line ends the conversation)")
     while line := _ask():
         messages.append({"role": "user", "content": line})
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        messages.append({"role": "assistant", "content": _answer(model, tokenizer, ids, max_new_tokens)})
+        prompt = template.render(messages, place="--chat", asks=True)
+        answer = stream_answer(model, tokenizer, encoder.encode(prompt), settings)
+        messages.append({"role": "assistant", "content": answer})
 
 
 def _ask() -> str:
     print("> ", end="", flush=True)
-    return sys.stdin.readline().strip()
+    return _decoded(sys.stdin.buffer.readline()).strip()
 
 
 def _retrieval(tokenizer: Any, length: int) -> tuple[list[int], str]:

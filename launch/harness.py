@@ -52,6 +52,7 @@ def main() -> None:
         raise DataError(
             f"--tasks {unknown[0]}: lm-eval has no such task{nearest}; `lm_eval ls tasks` lists them"
         )
+    console = Console(enabled=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_trained(
         Path(arguments.adapter),
@@ -59,8 +60,13 @@ def main() -> None:
         quantization=arguments.quantization,
         dtype=arguments.dtype,
         device=device,
-        warn=Console(enabled=True).warn,
+        warn=console.warn,
     )
+    if texts := model.generation_config.stop_strings:
+        # The harness has no place for them: `generate` would need the tokenizer.
+        model.generation_config.stop_strings = None
+        said = " or ".join(map(repr, texts))
+        console.warn(f"answers end with {said}, which is no token: the harness reads on")
     harness = HFLM(
         pretrained=model,
         tokenizer=tokenizer,

@@ -27,9 +27,13 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries()
 
+    from ssmlora_dist.adapters.files import read_base
     from ssmlora_dist.models.merging import merge_adapter
 
     count = merge_adapter(Path(arguments.adapter), Path(arguments.out), arguments.model)
+    if texts := read_base(Path(arguments.adapter)).get("stop_texts"):
+        said = " or ".join(map(repr, texts))
+        print(f"its answers end with {said}, which is no token: tell it those who generate (`stop_strings`)")
     print(f"{arguments.out}: {count} weights merged; load it with AutoModelForCausalLM.from_pretrained")
 
 

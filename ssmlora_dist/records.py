@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ssmlora_dist.errors import DataError
 
 MISSING = object()
+SHOWN_FIELDS = 12
 
 Paths = str | Sequence[str]
 
@@ -22,12 +23,25 @@ class Record:
     Args:
         values: field names to values, as read.
         place: file and line, or row, for messages.
-        is_document: a whole text file rather than one row of many.
+        read: names of the fields that a view has looked up.
+        unread: names of what is within a field and nobody looks up, as `messages[].id`.
     """
 
     values: Mapping[str, Any]
     place: str
-    is_document: bool = False
+    read: set[str] = field(default_factory=set, compare=False, repr=False)
+    unread: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    def derived(self, values: Mapping[str, Any], place: str | None = None) -> Record:
+        """A record made of this one, whose fields count as those of this one when they are looked up."""
+        return Record(values, place or self.place, self.read, self.unread)
+
+    def unused(self) -> list[str]:
+        """Fields that nobody has looked up, or a part of them, but for those that hold nothing."""
+        unused = [
+            name for name, value in self.values.items() if name not in self.read and not _is_empty(value)
+        ]
+        return [*unused, *sorted(self.unread)]
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
@@ -64,12 +78,13 @@ class RecordView:
 
     def __init__(self, record: Record, fields: Mapping[str, Paths]) -> None:
         self.place = record.place
-        self._values = record.values
+        self._record = record
         self._fields = fields
 
     def has(self, name: str) -> bool:
         """Whether the record has the field, and not null."""
-        return all(resolve_path(self._values, path) not in (MISSING, None) for path in self._paths(name))
+        values = [self._resolve(path) for path in self._paths(name)]
+        return not any(value is MISSING or value is None for value in values)
 
     def value(self, name: str) -> Any:
         """The value of a field.
@@ -106,17 +121,26 @@ class RecordView:
             f"map `fields.{name}` to a text inside it, such as 'outer.inner'"
         )
 
+    def path(self, name: str) -> Paths:
+        """Where a field is in the record, for messages."""
+        return self._fields.get(name, name)
+
     def _paths(self, name: str) -> Sequence[str]:
-        paths = self._fields.get(name, name)
+        paths = self.path(name)
         return [paths] if isinstance(paths, str) else paths
 
+    def _resolve(self, path: str) -> Any:
+        values = self._record.values
+        self._record.read.add(path if path in values else path.partition(".")[0])
+        return resolve_path(values, path)
+
     def _value_at(self, name: str, path: str) -> Any:
-        value = resolve_path(self._values, path)
+        value, values = self._resolve(path), self._record.values
         purpose = "" if name == path else f" for {name!r}"
         if value is MISSING:
-            present = ", ".join(map(str, self._values)) or "none"
+            present = ", ".join(map(str, values)) or "none"
             raise DataError(
-                f"{self.place}: the record has no field {path!r}{purpose}{nearest_name(path, self._values)}; "
+                f"{self.place}: the record has no field {path!r}{purpose}{nearest_name(path, values)}; "
                 f"it has: {present}; mend the record, or name the right field in `fields`"
             )
         if value is None:
@@ -166,8 +190,40 @@ class Template:
         return _render(self._parts[:at], view) + literal, _render(self._parts[at + 1 :], view)
 
 
+def check_fields(
+    fields: Mapping[str, Paths], used: Iterable[str], templates: Iterable[Template], user: str = "task"
+) -> None:
+    """Finds names in `fields` that neither their user nor a template looks up.
+
+    Raises:
+        DataError: there is one.
+    """
+    used = sorted({*used, *(name for template in templates for name in template.names)})
+    for name in fields:
+        if name not in used:
+            raise DataError(
+                f"fields.{name}: neither the {user} nor a template uses this name{nearest_name(name, used)}; "
+                f"used are: {', '.join(used)}"
+            )
+
+
+def unused_fields_text(counts: Mapping[str, int], num_records: int) -> str:
+    """Fields that nobody has looked up and in how many of the records they are, the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [
+        name if count == num_records else f"{name} (in {count} of {num_records} records)"
+        for name, count in ordered[:SHOWN_FIELDS]
+    ]
+    more = len(ordered) - len(shown)
+    return "fields not used: " + ", ".join([*shown, f"and {more} more"] if more else shown)
+
+
 def _render(parts: Iterable[tuple[str, str | None]], view: RecordView) -> str:
     return "".join(literal + ("" if name is None else view.text(name)) for literal, name in parts)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | Mapping) and not value)
 
 
 def _kind(value: Any) -> str:

@@ -63,8 +63,9 @@ class SavedAdapter:
     Attributes:
         config: where the adapters sit and how the state runs.
         tensors: parameters by full name in the model.
-        base: how to load the base model: keywords of `models.load_model`, and `tokenizer`; PEFT records
-            the `path` alone.
+        base: how to load the base model: keywords of `models.load_model`, and `tokenizer`; beside them what
+            ends the answers that were trained, `end_token_ids` and `stop_texts`, where it is known. PEFT
+            records the `path` alone.
         base_fingerprint: of the base model, if recorded.
     """
 
@@ -88,7 +89,7 @@ def write_adapter(
         directory: made if it does not exist.
         config: of the adapters.
         tensors: every adapter parameter by full name.
-        base: how to load the base model, in JSON types: keywords of `models.load_model`, and `tokenizer`.
+        base: see `SavedAdapter`; in JSON types.
         base_fingerprint: of the base model; loading compares it.
 
     Raises:

@@ -34,6 +34,10 @@ from ssmlora_dist.models import (
 )
 from ssmlora_dist.models.location import locate_base
 from ssmlora_dist.models.stage import StageLayers
+from ssmlora_dist.tokenization import end_token_ids
+
+ENDINGS = ("end_token_ids", "stop_texts")
+"""What is recorded with an adapter beside how to load its base model, see `TextEncoder.endings`."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -153,6 +157,7 @@ def load_trained(
         ModelError: the base model cannot be found or read.
     """
     base = read_base(directory)
+    endings = {key: base.pop(key, None) for key in ENDINGS}
     tokenizer = base.pop("tokenizer", None)
     located = locate_base(directory, base, path, weights=base.get("init") != "random")
     if located is not None:
@@ -170,6 +175,7 @@ def load_trained(
     fingerprint = _fingerprint(base)
     model = load_model(**{**base, "compute_dtype": getattr(torch, base["compute_dtype"])}, device=device)
     load_adapter(model, directory, base_fingerprint=fingerprint)
+    set_endings(model, vocabulary, endings)
     return model, vocabulary
 
 
@@ -199,6 +205,33 @@ def _precision(
         "--quantization and --dtype"
     )
     return full
+
+
+def set_endings(model: PreTrainedModel, tokenizer: Any, endings: Mapping[str, Any]) -> None:
+    """Has a model answer greedily, unless asked otherwise, and end where its answers end.
+
+    What else its generation configuration holds (penalties, temperatures, beams) is set aside.
+
+    Args:
+        model: with an adapter.
+        tokenizer: of the model.
+        endings: recorded with the adapter, see `TextEncoder.endings`.
+    """
+    from transformers import GenerationConfig
+
+    configured = model.generation_config
+    own_texts = configured.stop_strings or []
+    stop_texts = {
+        *([own_texts] if isinstance(own_texts, str) else own_texts),
+        *(endings.get("stop_texts") or []),
+    }
+    ends = end_token_ids(tokenizer.eos_token_id, configured.eos_token_id, endings.get("end_token_ids"))
+    model.generation_config = GenerationConfig(
+        bos_token_id=configured.bos_token_id,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=sorted(stop_texts) or None,
+    )
 
 
 def _fingerprint(base: Mapping[str, Any]) -> str:

@@ -19,9 +19,9 @@ from ssmlora_dist.errors import DataError
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of every supported decoder family that can carry an adapter."""
 
-# What a generated source has no use for.
-_RECORD_KEYS = ("path", "hub", "subset", "split", "fields", "prompt", "answer", "choices", "streaming")
 _TEMPLATES = ("prompt", "answer", "choices")
+# What a generated source has no use for.
+_RECORD_KEYS = ("path", "hub", "subset", "split", "fields", *_TEMPLATES, "labels", "streaming")
 
 
 def rule_problems(
@@ -158,8 +158,11 @@ def _source(place: str, source: SourceSection, doubtful: Doubtful) -> Iterator[s
     if source.format == "retrieval":
         return
     yield from _format_settings(place, source)
-    if not malformed and doubtful.clear_of(*(f"{place}.{key}" for key in _TEMPLATES)):
-        yield from _field_names(place, source, template_names)
+    if not malformed and doubtful.clear_of(*(f"{place}.{key}" for key in (*_TEMPLATES, "labels"))):
+        if source.format == "multiple_choice":
+            yield from _question(place, source)
+        else:
+            yield from _field_names(place, source, template_names)
     if not doubtful.clear_of(f"{place}.path", f"{place}.hub"):
         return
     if (source.path is None) == (source.hub is None):
@@ -200,18 +203,29 @@ def _streaming(place: str, source: SourceSection, config: RunConfig, doubtful: D
 
 
 def _format_settings(place: str, source: SourceSection) -> Iterator[str]:
-    """Templates that the format has no use for."""
+    """Templates and labels that the format has no use for."""
     from ssmlora_dist.data.formats import FORMATS
 
     _, settings = FORMATS[source.format]
     takes = f"only {' and '.join(settings)}" if settings else "no templates"
-    for key in _TEMPLATES:
+    for key in (*_TEMPLATES, "labels"):
         given = getattr(source, key)
         if given is not None and key not in settings:
             yield (
                 f'{place}.{key}: {shown(given)} given; allowed: format "{source.format}" takes {takes}; '
                 f"remove it or set {place}.format"
             )
+
+
+def _question(place: str, source: SourceSection) -> Iterator[str]:
+    """What cannot be in the settings of multiple-choice questions."""
+    from ssmlora_dist.multiple_choice import QUESTION_PROMPT, QuestionReader
+
+    prompt = QUESTION_PROMPT if source.prompt is None else source.prompt
+    try:
+        QuestionReader(prompt, source.choices, source.fields, source.labels)
+    except DataError as error:
+        yield f"{place}.{error}"
 
 
 def _field_names(place: str, source: SourceSection, template_names: set[str]) -> Iterator[str]:

@@ -110,6 +110,8 @@ class SourceSection(Section):
     """Template of the answer over the record's fields; by default the format's."""
     choices: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     """Templates of the answers to choose from, in the order that the label counts."""
+    labels: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    """What labels mean as positions of choices from 0, where they are neither these nor letters nor texts."""
     limit: int | None = Field(default=None, ge=1)
     """Number of records read at most; by default all."""
     streaming: bool = False

@@ -26,7 +26,6 @@ from ssmlora_dist.evaluation.tasks.frequent_words import frequent_words
 from ssmlora_dist.evaluation.tasks.needles import NEEDLE_VARIANTS, needles
 from ssmlora_dist.evaluation.tasks.passkey import passkey
 from ssmlora_dist.evaluation.tasks.records import (
-    QUESTION_PROMPT,
     ChoiceFormat,
     GenerationFormat,
     ItemFormat,
@@ -34,6 +33,7 @@ from ssmlora_dist.evaluation.tasks.records import (
 )
 from ssmlora_dist.evaluation.tasks.standard import STANDARD, StandardTask, items_of
 from ssmlora_dist.evaluation.tasks.variable_tracking import variable_tracking
+from ssmlora_dist.multiple_choice import QUESTION_PROMPT
 from ssmlora_dist.records import RecordView, nearest_name
 
 DEFAULT_LENGTHS = (1024,)

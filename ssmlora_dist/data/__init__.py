@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ssmlora_dist.data.accounts import DatasetReport
 from ssmlora_dist.data.building import ExampleReader, Partition, generate_dataset, read_dataset
+from ssmlora_dist.data.chat_template import ChatTemplate
 from ssmlora_dist.data.collation import collate
-from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, DatasetReport, Example
+from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, Example
 from ssmlora_dist.data.formats import FORMATS
 from ssmlora_dist.data.loader import BatchShape, EvaluationBatch, GlobalBatches, evaluation_batches
 from ssmlora_dist.data.retrieval import generate_retrieval
@@ -14,6 +16,7 @@ __all__ = [
     "FORMATS",
     "IGNORE_INDEX",
     "BatchShape",
+    "ChatTemplate",
     "Dataset",
     "DatasetReport",
     "EvaluationBatch",

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from ssmlora_dist.data.examples import Dataset, DatasetReport, Example
+from ssmlora_dist.data.accounts import DatasetReport
+from ssmlora_dist.data.examples import Dataset, Example
 from ssmlora_dist.data.formats import make_renderer
 from ssmlora_dist.data.retrieval import generate_retrieval
 from ssmlora_dist.data.rows import RowEncoder
 from ssmlora_dist.data.sources import read_records
-from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.records import Paths
+from ssmlora_dist.records import Paths, Record
+from ssmlora_dist.tokenization import TextEncoder
 
 Partition = Literal["train", "validation", "test"]
 
@@ -35,7 +36,11 @@ class ExampleReader:
         prompt: template of the prompt.
         answer: template of the answer.
         choices: templates of the choices.
+        labels: what labels mean, as positions of the choices.
         limit: the most records to read.
+
+    Attributes:
+        closings: what ends the turns of the conversations read so far.
 
     Raises:
         DataError: neither files nor a hub name or both, or settings that do not fit the format.
@@ -58,6 +63,7 @@ class ExampleReader:
         prompt: str | None = None,
         answer: str | None = None,
         choices: Sequence[str] | None = None,
+        labels: Mapping[str, int] | None = None,
         limit: int | None = None,
     ) -> None:
         if (path is None) == (hub is None):
@@ -65,8 +71,9 @@ class ExampleReader:
                 f"{partition} data: the format {format!r} needs either `path` (files) or `hub` (a name)"
             )
         self.name: str = hub or (path if isinstance(path, str) else ", ".join(path or ()))
-        self._render = make_renderer(format, tokenizer, fields, prompt, answer, choices)
+        self._render = make_renderer(format, tokenizer, fields, prompt, answer, choices, labels)
         self._encoder = TextEncoder(tokenizer)
+        self.closings: set[str] = set()
         self._max_length, self._too_long = max_length, too_long
         self._source: dict[str, Any] = {
             "path": path,
@@ -88,20 +95,16 @@ class ExampleReader:
         """
         encoder = RowEncoder(self._encoder, self._max_length, self._too_long)
         for record in read_records(**self._source, skip=skip):
-            examples = [example for row in self._render(record) for example in encoder.encode(row)]
-            yield examples, encoder.take_report(1, len(examples))
+            rows = self._render(record)
+            self.closings |= {closing for row in rows for closing in row.closings}
+            examples = [example for row in rows for example in encoder.encode(row)]
+            yield examples, encoder.take_report(1, len(examples)) + _unused(record)
 
     def nothing_left(self, report: DatasetReport) -> DataError:
         """Why there are no examples, and what to do."""
-        if report.num_dropped_too_long == 0:
-            return DataError(
-                f"{self.name}: none of {report.num_rows} rows has target tokens, so there is nothing to "
-                "train on; every answer is empty: check `fields` and `answer`"
-            )
         return DataError(
-            f"{self.name}: nothing is left of {report.num_rows} rows: {report.num_dropped_too_long} are "
-            f"longer than max_length {self._max_length} tokens, {report.num_without_target} have no target "
-            "tokens; raise `data.max_length` or set `data.too_long` to 'truncate'"
+            f"{self.name}: nothing is left of {report.num_rows} rows at max_length {self._max_length}: "
+            f"{report.why()}"
         )
 
 
@@ -118,7 +121,11 @@ def read_dataset(reader: ExampleReader) -> Dataset:
         report += its_report
     if not examples:
         raise reader.nothing_left(report)
-    return Dataset(examples, report)
+    return Dataset(examples, report, frozenset(reader.closings))
+
+
+def _unused(record: Record) -> DatasetReport:
+    return DatasetReport(unused_fields=dict.fromkeys(record.unused(), 1))
 
 
 def generate_dataset(

@@ -1,13 +1,15 @@
-"""What training and evaluation see of data: token ids with labels, and what became of every row."""
+"""What training and evaluation see of data: token ids with labels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ssmlora_dist.data.accounts import DatasetReport
 
 IGNORE_INDEX = -100
 
@@ -54,35 +56,19 @@ class Example:
         return int(np.count_nonzero(self.labels != IGNORE_INDEX))
 
 
-@dataclass(frozen=True)
-class DatasetReport:
-    """What became of the rows of one source.
-
-    Args:
-        num_rows: records read (or generated).
-        num_examples: examples made of them; a record may give several (the queries of one meeting, the
-            pieces of a text file), so this is not always rows minus dropped.
-        num_dropped_too_long: examples left out because they exceed the longest length allowed.
-        num_truncated: examples that were shortened to it.
-        num_without_target: examples left out because no token of them would be trained.
-    """
-
-    num_rows: int = 0
-    num_examples: int = 0
-    num_dropped_too_long: int = 0
-    num_truncated: int = 0
-    num_without_target: int = 0
-
-    def __add__(self, other: DatasetReport) -> DatasetReport:
-        return DatasetReport(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The examples of one source, in its order, and the report on how they came about."""
+    """The examples of one source.
+
+    Args:
+        examples: in its order.
+        report: how they came about.
+        closings: what ends the turns of conversations in them.
+    """
 
     examples: Sequence[Example]
     report: DatasetReport
+    closings: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -3,7 +3,7 @@
 | format | fields it needs | default prompt | default answer |
 | --- | --- | --- | --- |
 | instruction | instruction, output; input is optional | Instruction, Input, `Answer:` | ` {output}` |
-| chat | messages: a list of objects with role and content | the tokenizer's chat template | |
+| chat | messages: objects with role and content; tools are optional | the tokenizer's chat template | |
 | text | text | | |
 | multiple_choice | label, and choices unless given as templates | Question, `Answer:` | the right choice |
 | long_document_qa | document, question, answer | the document, Question, `Answer:` | ` {answer}` |
@@ -22,24 +22,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ssmlora_dist.data.chat import chat_segments
+from ssmlora_dist.data.chat import chat_rows
+from ssmlora_dist.data.chat_template import ChatTemplate
+from ssmlora_dist.data.messages import read_messages, read_tools
 from ssmlora_dist.data.rows import Row, Segment
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.records import Paths, Record, RecordView, Template, nearest_name
+from ssmlora_dist.multiple_choice import QUESTION_PROMPT, QuestionReader
+from ssmlora_dist.records import Paths, Record, RecordView, Template, check_fields
+from ssmlora_dist.tokenization import TextEncoder
 
 INSTRUCTION_PROMPT = Template("Instruction: {instruction}\nAnswer:", "prompt")
 INSTRUCTION_INPUT_PROMPT = Template("Instruction: {instruction}\nInput: {input}\nAnswer:", "prompt")
 INSTRUCTION_ANSWER = Template(" {output}", "answer")
-MULTIPLE_CHOICE_PROMPT = Template("Question: {question}\nAnswer:", "prompt")
 LONG_DOCUMENT_PROMPT = Template("{document}\n\nQuestion: {question}\nAnswer:", "prompt")
 LONG_DOCUMENT_ANSWER = Template(" {answer}", "answer")
 
 # Format -> the names it looks up, and the settings it takes.
 FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "instruction": (("instruction", "input", "output"), ("prompt", "answer")),
-    "chat": (("messages",), ()),
+    "chat": (("messages", "tools"), ()),
     "text": (("text",), ()),
-    "multiple_choice": (("question", "choices", "label"), ("prompt", "choices")),
+    "multiple_choice": (("question", "choices", "label"), ("prompt", "choices", "labels")),
     "long_document_qa": (("document", "question", "answer"), ("prompt", "answer")),
 }
 
@@ -53,6 +56,7 @@ def make_renderer(
     prompt: str | None = None,
     answer: str | None = None,
     choices: Sequence[str] | None = None,
+    labels: Mapping[str, int] | None = None,
 ) -> Renderer:
     """Gives the function that turns a record into rows.
 
@@ -64,6 +68,7 @@ def make_renderer(
         prompt: template of the prompt.
         answer: template of the answer.
         choices: templates of the answers of multiple_choice, in the order that `label` counts.
+        labels: what the labels of multiple_choice mean, as positions of choices from 0.
 
     Raises:
         DataError: a setting does not belong to the format, a template is malformed, `fields` maps a name that
@@ -71,41 +76,29 @@ def make_renderer(
             that does not fit.
     """
     fields = fields or {}
-    templates = {
-        "prompt": prompt,
-        "answer": answer,
-        **{f"choices[{i}]": c for i, c in enumerate(choices or ())},
-    }
-    parsed = {name: Template(text, name) for name, text in templates.items() if text is not None}
-    _check_settings(format, fields, parsed)
-    prompt_template, answer_template = parsed.get("prompt"), parsed.get("answer")
+    names, takes = FORMATS[format]
+    settings = {"prompt": prompt, "answer": answer, "choices": choices, "labels": labels}
+    for setting, value in settings.items():
+        if value is not None and setting not in takes:
+            allowed = f"it takes {' and '.join(takes)}" if takes else "it takes no templates"
+            raise DataError(f"{setting}: does not belong to the format {format!r}; {allowed}; remove it")
+    if format == "multiple_choice":
+        return _MultipleChoice(
+            QuestionReader(QUESTION_PROMPT if prompt is None else prompt, choices, fields, labels)
+        )
+    prompt_template = None if prompt is None else Template(prompt, "prompt")
+    answer_template = None if answer is None else Template(answer, "answer")
+    templates = [template for template in (prompt_template, answer_template) if template is not None]
+    check_fields(fields, names, templates, f"format {format!r}")
     if format == "instruction":
         return _Instruction(fields, prompt_template, answer_template or INSTRUCTION_ANSWER)
     if format == "chat":
         return _Chat(fields, tokenizer)
     if format == "text":
         return _Text(fields)
-    if format == "multiple_choice":
-        choice_templates = [parsed[f"choices[{i}]"] for i in range(len(choices or ()))]
-        return _MultipleChoice(fields, prompt_template or MULTIPLE_CHOICE_PROMPT, choice_templates)
     return _LongDocument(
         fields, prompt_template or LONG_DOCUMENT_PROMPT, answer_template or LONG_DOCUMENT_ANSWER
     )
-
-
-def _check_settings(format: str, fields: Mapping[str, Paths], templates: Mapping[str, Template]) -> None:
-    names, settings = FORMATS[format]
-    for setting in templates:
-        if setting.partition("[")[0] not in settings:
-            allowed = f"it takes {' and '.join(settings)}" if settings else "it takes no templates"
-            raise DataError(f"{setting}: does not belong to the format {format!r}; {allowed}; remove it")
-    used = {*names, *(name for template in templates.values() for name in template.names)}
-    for name in fields:
-        if name not in used:
-            raise DataError(
-                f"fields.{name}: neither the format {format!r} nor a template uses this name"
-                f"{nearest_name(name, used)}; used are: {', '.join(sorted(used))}"
-            )
 
 
 def _with_answer(context: Sequence[Segment], answer: str) -> tuple[Segment, ...]:
@@ -126,9 +119,7 @@ class _Instruction:
         view = RecordView(record, self.fields)
         prompt = self._prompt(view).render(view)
         answer = self.answer.render(view)
-        # Of prompt and answer the longer one gives way: a long passage as well as a long essay survive.
-        context = Segment(prompt, may_shrink=len(prompt) >= len(answer))
-        return [Row(record.place, _with_answer([context], answer))]
+        return [Row(record.place, _with_answer([Segment(prompt)], answer))]
 
     def _prompt(self, view: RecordView) -> Template:
         if self.prompt is not None:
@@ -139,18 +130,16 @@ class _Instruction:
 
 class _Chat:
     def __init__(self, fields: Mapping[str, Paths], tokenizer: Any) -> None:
-        if not tokenizer.chat_template:
-            raise DataError(
-                "format 'chat': the tokenizer has no chat template; use the tokenizer of a chat model "
-                "(`model.tokenizer`) or the format 'instruction'"
-            )
         self.fields = fields
-        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
+        self.encoder = TextEncoder(tokenizer)
 
     def __call__(self, record: Record) -> list[Row]:
         view = RecordView(record, self.fields)
-        segments = chat_segments(view.value("messages"), self.tokenizer, record.place)
-        return [Row(record.place, segments, is_framed=False)]
+        messages, unread = read_messages(view.value("messages"), record.place, self.template.mentions)
+        record.unread.update(f"messages[].{key}" for key in unread)
+        tools = read_tools(view.value("tools"), record.place) if view.has("tools") else None
+        return chat_rows(messages, tools, self.template, self.encoder, record.place)
 
 
 @dataclass(frozen=True)
@@ -159,57 +148,17 @@ class _Text:
 
     def __call__(self, record: Record) -> list[Row]:
         text = RecordView(record, self.fields).text("text")
-        return [Row(record.place, (Segment(text, is_target=True),), may_split=record.is_document)]
+        return [Row(record.place, (Segment(text, is_target=True),), may_split=True)]
 
 
 @dataclass(frozen=True)
 class _MultipleChoice:
-    fields: Mapping[str, Paths]
-    prompt: Template
-    choices: Sequence[Template]
+    read: QuestionReader
 
     def __call__(self, record: Record) -> list[Row]:
-        view = RecordView(record, self.fields)
-        label = _label(view)
-        num_choices = len(self.choices) or len(self._listed(view))
-        if not 0 <= label < num_choices:
-            raise DataError(
-                f"{record.place}: label {label} is out of range: with {num_choices} choices it must be from "
-                f"0 to {num_choices - 1}; mend the record or `choices`"
-            )
-        if self.choices:
-            answer = self.choices[label].render(view)
-        else:
-            answer = " " + view.as_text(self._listed(view)[label], "choices")
-        context = Segment(self.prompt.render(view), may_shrink=True)
-        return [Row(record.place, _with_answer([context], answer))]
-
-    @staticmethod
-    def _listed(view: RecordView) -> list[Any]:
-        listed = view.value("choices")
-        if not isinstance(listed, list) or not listed:
-            raise DataError(
-                f"{view.place}: field 'choices' must be a list of answers; mend the record, or set `choices` "
-                "to templates of them"
-            )
-        return listed
-
-
-def _label(view: RecordView) -> int:
-    value = view.value("label")
-    if isinstance(value, str):
-        words = {"false": 0, "true": 1}
-        word = value.strip().lower()
-        if word in words:
-            return words[word]
-        if word.isascii() and word.removeprefix("-").isdigit():
-            return int(word)
-    elif isinstance(value, int):
-        return int(value)
-    raise DataError(
-        f"{view.place}: label {value!r} is neither the number of a choice (counted from 0) nor true or "
-        "false; mend the record, or map `fields.label` to the right field"
-    )
+        question = self.read(record)
+        answer = question.choices[question.position]
+        return [Row(record.place, (Segment(question.prompt), Segment(answer, is_target=True)))]
 
 
 @dataclass(frozen=True)
@@ -243,7 +192,7 @@ class _LongDocument:
         questions, answers = values.get("question"), values.get("answer")
         if not isinstance(questions, list):
             asked = {name: _first_reference(view, value) for name, value in values.items()}
-            yield Record({**record.values, **asked}, record.place)
+            yield record.derived({**record.values, **asked})
             return
         if not isinstance(answers, list) or len(answers) != len(questions):
             num_answers = len(answers) if isinstance(answers, list) else 1
@@ -253,7 +202,7 @@ class _LongDocument:
             )
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True), start=1):
             asked = {"question": question, "answer": _first_reference(view, answer)}
-            yield Record({**record.values, **asked}, f"{record.place}, question {number}")
+            yield record.derived({**record.values, **asked}, f"{record.place}, question {number}")
 
 
 def _document_text(view: RecordView) -> str:

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ssmlora_dist.data.accounts import DatasetReport
 from ssmlora_dist.data.collation import collate
-from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, DatasetReport, Example
+from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, Example
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssmlora_dist.data.examples import Example
-from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.prose import KEYS, sentences, split_of
+from ssmlora_dist.tokenization import TextEncoder
 
 FACT = " The access code for {key} is {value}."
 QUESTION = "\nWhat is the access code for {key}?\nAnswer:"

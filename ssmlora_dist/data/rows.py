@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ssmlora_dist.data.examples import DatasetReport, Example
-from ssmlora_dist.data.tokenization import TextEncoder
+import numpy as np
+from numpy.typing import NDArray
+
+from ssmlora_dist.data.accounts import DatasetReport
+from ssmlora_dist.data.examples import Example
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.long_texts import PIECE, encode_ends, encode_pieces
+from ssmlora_dist.tokenization import TextEncoder, check_text
+
+Ids = list[int] | NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class Segment:
     Args:
         text: the text.
         is_target: whether it is trained.
-        may_shrink: whether its middle may be cut out of a row that is too long.
+        may_shrink: whether it alone may be cut in a row that is too long, rather than all before the answer.
     """
 
     text: str
@@ -36,19 +44,21 @@ class Row:
         segments: its text in order.
         is_framed: whether the tokenizer's beginning and end of a sequence go around it.
         may_split: whether it is a document to be cut into pieces of the longest length allowed.
+        closings: what ends the turns of its conversation, in whichever row they are.
     """
 
     place: str
     segments: tuple[Segment, ...]
     is_framed: bool = True
     may_split: bool = False
+    closings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Part:
     """Token ids that are all trained or all not."""
 
-    ids: list[int]
+    ids: Ids
     is_target: bool
 
 
@@ -62,9 +72,9 @@ class RowEncoder:
     Args:
         encoder: the tokenizer.
         max_length: the most tokens of an example.
-        too_long: what happens to a row that is longer. `drop`: left out. `truncate`: the middle of what may
-            shrink is cut out, or without such a part the end is cut off; a row that still does not fit is
-            left out. `refuse`: an error.
+        too_long: what happens to a row that is longer and no document. `drop`: left out. `truncate`: the
+            middle of what may shrink is cut out, or without such a part that of all before the last answer;
+            a row that still does not fit is left out, so no answer is cut. `refuse`: an error.
     """
 
     def __init__(self, encoder: TextEncoder, max_length: int, too_long: str) -> None:
@@ -73,41 +83,41 @@ class RowEncoder:
         self._encode_again = functools.lru_cache(maxsize=1)(self._encode_text)
         self._max_length = max_length
         self._too_long = too_long
-        self._num_dropped_too_long = 0
-        self._num_truncated = 0
-        self._num_without_target = 0
+        self._counts: Counter[str] = Counter()
 
     def take_report(self, num_rows: int, num_examples: int) -> DatasetReport:
         """What became of the rows since it was last asked for."""
-        report = DatasetReport(
-            num_rows, num_examples, self._num_dropped_too_long, self._num_truncated, self._num_without_target
-        )
-        self._num_dropped_too_long = self._num_truncated = self._num_without_target = 0
+        report = DatasetReport(num_rows, num_examples, **self._counts)
+        self._counts.clear()
         return report
 
     def encode(self, row: Row) -> list[Example]:
         """The examples of one row: none, one, or the pieces of a document.
 
         Raises:
-            DataError: the row is too long and that is refused, or the tokenizer has no end-of-sequence token.
+            DataError: the row is too long and that is refused, its text is not Unicode, or the tokenizer has
+                no end-of-sequence token.
         """
+        for segment in row.segments:
+            check_text(segment.text, row.place)
         if not any(segment.is_target and segment.text.strip() for segment in row.segments):
-            self._num_without_target += 1
+            self._counts["num_without_target"] += 1
             return []
+        if row.may_split:
+            return self._split(row)
         parts = self._encode_parts(row.segments, row.is_framed)
         is_too_long = _num_tokens(parts) > self._max_length
-        if is_too_long and row.may_split:
-            return self._split(parts)
         parts = self._shorten(row, parts) if is_too_long else self._join(row, parts)
         if not parts:
-            self._num_dropped_too_long += 1
+            is_cut = self._too_long == "truncate"
+            self._counts["num_answers_too_long" if is_cut else "num_dropped_too_long"] += 1
             return []
         has_answer = row.is_framed and not row.segments[0].is_target
         example = _make_example(parts, num_scored=len(parts[-2].ids) if has_answer else None)
         if example.num_targets == 0:
-            self._num_without_target += 1
+            self._counts["num_without_target"] += 1
             return []
-        self._num_truncated += is_too_long
+        self._counts["num_truncated"] += is_too_long
         return [example]
 
     def _encode_parts(self, segments: Iterable[Segment], is_framed: bool) -> list[Part]:
@@ -115,14 +125,24 @@ class RowEncoder:
         parts: list[Part] = []
         for segment in segments:
             encode = self._encode_again if segment.may_shrink else self._encode_text
-            follows = any(part.ids for part in parts)
+            follows = any(len(part.ids) for part in parts)
             parts.append(Part(encode(segment.text, follows), segment.is_target))
-        if is_framed:
-            return [Part(self._encoder.bos_ids, False), *parts, Part([self._encoder.eos_id], True)]
-        return parts
+        return self._frame(parts) if is_framed else parts
+
+    def _frame(self, parts: list[Part]) -> list[Part]:
+        """Puts beginning and end of a sequence around it, each once where the text spells it too."""
+        begin, end = self._encoder.bos_ids, [self._encoder.eos_id]
+        filled = [index for index, part in enumerate(parts) if len(part.ids)]
+        if filled and list(parts[filled[0]].ids[: len(begin)]) == begin:
+            first = parts[filled[0]]
+            parts[filled[0]] = Part(first.ids[len(begin) :], first.is_target)
+        if filled and parts[filled[-1]].is_target and list(parts[filled[-1]].ids[-1:]) == end:
+            parts[filled[-1]] = Part(parts[filled[-1]].ids[:-1], True)
+        return [Part(begin, False), *parts, Part(end, True)]
 
     def _encode_text(self, text: str, follows: bool) -> list[int]:
-        return self._encoder.encode_continuation(text) if follows else self._encoder.encode(text)
+        # What a row has beyond its longest length is not looked at, but for the ends that may be kept.
+        return encode_ends(self._encoder, text, follows, self._max_length)
 
     def _join(self, row: Row, parts: list[Part]) -> list[Part]:
         """Encodes neighbours of one kind together, as a prompt is encoded at generation."""
@@ -137,46 +157,58 @@ class RowEncoder:
     def _shorten(self, row: Row, parts: list[Part]) -> list[Part]:
         """Applies the policy to a row that is too long; nothing is left of one that is dropped."""
         if self._too_long == "refuse":
+            at_least = "at least " if any(len(segment.text) > PIECE for segment in row.segments) else ""
             raise DataError(
-                f"{row.place}: {_num_tokens(parts)} tokens are more than max_length {self._max_length}; "
-                "shorten the row, raise `data.max_length`, or set `data.too_long` to 'drop' or 'truncate'"
+                f"{row.place}: {at_least}{_num_tokens(parts)} tokens are more than max_length "
+                f"{self._max_length}; shorten the row, raise `data.max_length`, or set `data.too_long` to "
+                "'drop' or 'truncate'"
             )
-        if self._too_long == "drop":
-            return []
-        shrinking = next((i for i, segment in enumerate(row.segments) if segment.may_shrink), None)
-        if shrinking is None:
-            return _cut_end(parts, self._max_length)
-        index = shrinking + row.is_framed
-        ids = parts[index].ids
-        room = self._max_length - (_num_tokens(parts) - len(ids))
+        return [] if self._too_long == "drop" else self._cut_middle(row, parts)
+
+    def _cut_middle(self, row: Row, parts: list[Part]) -> list[Part]:
+        """Cuts the middle out of what may shrink; nothing is left of a row that does not fit without it."""
+        shrinking = [index for index, segment in enumerate(row.segments) if segment.may_shrink]
+        answer = max(index for index, segment in enumerate(row.segments) if segment.is_target)
+        first, last = (shrinking[0], shrinking[0] + 1) if shrinking else (0, answer)
+        num_framing = int(row.is_framed)
+        before, after = parts[: num_framing + first], parts[num_framing + last :]
+        middle = parts[num_framing + first : num_framing + last]
+        room = self._max_length - _num_tokens([*before, *after])
         if room < 1:
             return []
-        tail = room // 2
-        shrunk = Part(ids[: room - tail] + ids[len(ids) - tail :], parts[index].is_target)
-        return [*parts[:index], shrunk, *parts[index + 1 :]]
+        begin, end = room - room // 2, _num_tokens(middle) - room // 2
+        shrunk: list[Part] = []
+        at = 0
+        for part in middle:
+            ids = [*part.ids[: max(0, begin - at)], *part.ids[max(0, end - at) :]]
+            # Of an earlier answer that is cut nothing is trained.
+            shrunk.append(Part(ids, part.is_target and len(ids) == len(part.ids)))
+            at += len(part.ids)
+        return [*before, *shrunk, *after]
 
-    def _split(self, parts: list[Part]) -> list[Example]:
-        """Cuts a document into pieces, each beginning as a sequence does."""
-        begin, *body = parts
-        ids = [token for part in body for token in part.ids]
+    def _split(self, row: Row) -> list[Example]:
+        """A document, cut where it is longer than allowed into pieces that each begin as a sequence does."""
+        text = "".join(segment.text for segment in row.segments)
+        pieces = [np.asarray(ids, dtype=np.int32) for ids in encode_pieces(self._encoder, text, False)]
+        begin, body, end = self._frame([Part(np.concatenate(pieces), True)])
+        ids = np.concatenate([body.ids, np.asarray(end.ids, dtype=np.int32)])
         step = self._max_length - len(begin.ids)
-        pieces = [[begin, Part(ids[k : k + step], True)] for k in range(0, len(ids), step)]
-        examples = [_make_example(piece) for piece in pieces]
-        # The last piece can be a single token, which nothing precedes if sequences begin without a token.
+        cuts = [*range(0, len(ids), step), len(ids)]
+        if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:
+            # A single token, which nothing might precede, takes the one before it along.
+            cuts[-2] -= 1
+        if len(cuts) > 2:
+            self._counts["num_split"] += 1
+            self._counts["num_pieces"] += len(cuts) - 1
+        examples = [_make_example([begin, Part(ids[a:b], True)]) for a, b in itertools.pairwise(cuts)]
+        # Of a text that is nothing but the end of a sequence.
         kept = [example for example in examples if example.num_targets]
-        self._num_without_target += len(examples) - len(kept)
+        self._counts["num_without_target"] += len(examples) - len(kept)
         return kept
 
 
 def _num_tokens(parts: Sequence[Part]) -> int:
     return sum(len(part.ids) for part in parts)
-
-
-def _cut_end(parts: Sequence[Part], max_length: int) -> list[Part]:
-    kept: list[Part] = []
-    for part in parts:
-        kept.append(Part(part.ids[: max_length - _num_tokens(kept)], part.is_target))
-    return kept
 
 
 def _make_example(parts: Sequence[Part], num_scored: int | None = None) -> Example:

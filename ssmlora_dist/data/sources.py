@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ def read_records(
 ) -> Iterator[Record]:
     """Reads the records of files or of a hub data set, one at a time and in order.
 
+    Numbers that are not finite are missing values: tables of floats have no other, and JSON has none of them.
+
     Args:
         path: a file, a glob or a list of these; the suffix says what it holds. `.jsonl`: an object per line;
             `.parquet`: a record per row; `.txt`: one document, in the field `text`.
@@ -44,7 +48,8 @@ def read_records(
     else:
         files = find_files([path] if isinstance(path, str) else list(path or ()))
         records = itertools.chain.from_iterable(map(_read_file, files))
-    return itertools.islice(records, skip, limit)
+    finite = (Record(_finite(record.values), record.place) for record in records)
+    return itertools.islice(finite, skip, limit)
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -75,6 +80,15 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return files
 
 
+def _finite(value: Any) -> Any:
+    """The value with None for every number in it that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list) else value
+
+
 def _read_file(file: Path) -> Iterator[Record]:
     is_empty = True
     try:
@@ -89,12 +103,24 @@ def _read_file(file: Path) -> Iterator[Record]:
         raise DataError(f"{file}: holds no records; fill it or take it out of the list")
 
 
+# How a file begins that is one JSON document: an array of objects, or a first line that opens and no more.
+JSON_DOCUMENT = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*(\{|\]|$)|\{\s*$)")
+
+
 def _read_jsonl(file: Path) -> Iterator[Record]:
+    is_first = True
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{file}:{number}"
+            if is_first and JSON_DOCUMENT.match(line):
+                raise DataError(
+                    f"{place}: begins as one JSON document, such as an array, but a .jsonl file has a JSON "
+                    'object on each line; write it anew, for example with python -c "import json, sys; '
+                    '[print(json.dumps(row)) for row in json.load(sys.stdin)]" < OLD > NEW.jsonl'
+                )
+            is_first = False
             try:
                 values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 # JSON can name half of a surrogate pair, which is no text that a tokenizer takes.
@@ -133,7 +159,7 @@ def _read_text(file: Path) -> Iterator[Record]:
         line = file.read_bytes()[: getattr(error, "start", 0)].count(b"\n") + 1
         raise DataError(f"{file}:{line}: is not valid UTF-8 text; convert the file to UTF-8") from None
     if text.strip():
-        yield Record({"text": text}, str(file), is_document=True)
+        yield Record({"text": text}, str(file))
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {

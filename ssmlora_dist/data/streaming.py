@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmlora_dist.data.accounts import DatasetReport
 from ssmlora_dist.data.building import ExampleReader
-from ssmlora_dist.data.examples import Dataset, DatasetReport, Example
+from ssmlora_dist.data.examples import Dataset, Example
 from ssmlora_dist.data.loader import BatchShape, permutation
 from ssmlora_dist.errors import DataError
 
@@ -29,7 +30,7 @@ class Position:
     epoch: int = 0
     num_records: int = 0
     offset: int = 0
-    report: Mapping[str, int] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class ExampleStream:
             DataError: as of `blocks`.
         """
         first = next(block for block in self.blocks(Position()) if block.examples)
-        return Dataset(first.examples, first.report)
+        return Dataset(first.examples, first.report, frozenset(self._reader.closings))
 
     def blocks(self, start: Position) -> Iterator[Block]:
         """The blocks from the one of `start` on.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.tokenization import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class EncodedChoices:
 class PromptEncoder:
     """Encodes prompts, and answers as they follow them.
 
-    Special tokens are those that the tokenizer itself adds, unless the text spells out the first of them. An
-    empty prompt is the beginning-of-sequence token, or the end-of-sequence token where there is none.
+    A prompt begins as sequences do in training: with what the tokenizer puts before a text, unless the text
+    spells it out. An empty prompt is the beginning-of-sequence token, or the end-of-sequence token where
+    there is none.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -38,7 +40,7 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Any, max_length: int | None, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer)
         self._max_length, self._vocab_size = max_length, vocab_size
         prefix_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if prefix_id is None:
@@ -47,7 +49,6 @@ class PromptEncoder:
                 "empty prompt cannot be encoded; set `eos_token` in its tokenizer_config.json"
             )
         self._prefix_id = int(prefix_id)
-        self._prefix_text = str(tokenizer.decode([self._prefix_id]))
 
     def choices(self, prompt: str, choices: Sequence[str]) -> EncodedChoices:
         """The ids of a prompt and of every choice.
@@ -62,11 +63,11 @@ class PromptEncoder:
         stem = prompt.rstrip()
         space = prompt[len(stem) :]
         if stem:
-            first, *whole = self._encode([stem, *(prompt + choice for choice in choices)])
-            added = [ids[len(first) :] for ids in whole]
+            first = self._encoder.begin(stem)
+            added = [self._encoder.begin(prompt + choice)[len(first) :] for choice in choices]
         else:
             first = []
-            added = self._encode([space + choice for choice in choices], special=False)
+            added = [self._encoder.encode(space + choice) for choice in choices]
             # Not said twice by a choice that spells it out itself.
             added = [ids[1:] if ids[:1] == [self._prefix_id] else ids for ids in added]
         encoded = EncodedChoices(first or [self._prefix_id], tuple(added))
@@ -84,19 +85,10 @@ class PromptEncoder:
         Raises:
             DataError: the model does not take as many and the new ones.
         """
-        ids = self._encode([prompt])[0] if prompt else []
-        ids = ids or [self._prefix_id]
+        ids = (self._encoder.begin(prompt) if prompt else []) or [self._prefix_id]
         given = f"the prompt is {len(ids)} tokens, and {max_new_tokens} are to follow"
         self._check(len(ids) + max_new_tokens, given, ids)
         return ids
-
-    def _encode(self, texts: Sequence[str], special: bool | None = None) -> list[list[int]]:
-        """Ids of texts that begin alike."""
-        if special is None:
-            special = not texts[0].startswith(self._prefix_text)
-        # verbose=False: what is too long is refused below.
-        encoded = self._tokenizer(list(texts), add_special_tokens=special, verbose=False)
-        return [list(ids) for ids in encoded["input_ids"]]
 
     def _check(self, length: int, given: str, *encoded: list[int]) -> None:
         if self._max_length is not None and length > self._max_length:

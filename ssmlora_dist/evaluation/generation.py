@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ssmlora_dist.evaluation.batching import left_padded
+from ssmlora_dist.tokenization import end_token_ids
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def generate(model: Any, tokenizer: Any, items: Sequence[EncodedPrompt]) -> list
     """What the model answers to each prompt: the likeliest token, again and again.
 
     A row ends with an end-of-sequence token, a stop text or its number of tokens, the batch with its last
-    row.
-    Penalties and temperatures of the model's generation configuration do not apply.
+    row. The model's generation configuration adds such tokens and texts; its penalties and temperatures do
+    not apply.
 
     Args:
         model: a causal language model of transformers in evaluation mode.
@@ -42,7 +43,12 @@ def generate(model: Any, tokenizer: Any, items: Sequence[EncodedPrompt]) -> list
     Returns:
         Texts without special tokens, cut before the first stop text; None where a logit was not a number.
     """
-    ends = end_token_ids(model, tokenizer)
+    configured = model.generation_config
+    ends = end_token_ids(tokenizer.eos_token_id, configured.eos_token_id)
+    stop_texts = configured.stop_strings or ()
+    if isinstance(stop_texts, str):
+        stop_texts = [stop_texts]
+    items = [replace(item, stop=(*item.stop, *stop_texts)) for item in items]
     input_ids, mask, position_ids = left_padded([item.prompt for item in items], model.device)
     lengths = mask.sum(1, keepdim=True)
     cache = None
@@ -73,15 +79,8 @@ def generate(model: Any, tokenizer: Any, items: Sequence[EncodedPrompt]) -> list
     return texts
 
 
-def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a text: the tokenizer's, and those of the model's generation configuration."""
-    configured = model.generation_config.eos_token_id
-    several = configured if isinstance(configured, list | tuple) else [configured]
-    return frozenset(end for end in (tokenizer.eos_token_id, *several) if end is not None)
-
-
 def _finished(
-    tokenizer: Any, item: EncodedPrompt, answer: list[int], token: int, ends: frozenset[int]
+    tokenizer: Any, item: EncodedPrompt, answer: list[int], token: int, ends: Sequence[int]
 ) -> str | None:
     """Adds `token` to `answer`; its text if that ends it."""
     done = token in ends

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,13 @@ from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.models.configuration import load_config
 from ssmlora_dist.models.families import Family, projection_path, require_supported
 from ssmlora_dist.models.fingerprint import base_fingerprint
+from ssmlora_dist.models.loading import GENERATION_CONFIG_FILE
 from ssmlora_dist.models.location import METADATA_PATTERNS, locate_base
 from ssmlora_dist.models.weights import SafetensorsWeights, is_finite
+from ssmlora_dist.tokenization import end_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 LoRA = tuple[Tensor, Tensor]
 """`lora_A` [R,D] and `lora_B` [O,R] of one linear layer."""
@@ -41,8 +47,9 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Te
 def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
     """Writes the base model of a plain LoRA with the adapter merged in, for transformers to load as it is.
 
-    The files are the base model's own, in its dtype and its shards; only the adapted weights differ. No more
-    than one weight is held in memory at a time.
+    The files are the base model's own, in its dtype and its shards; only the adapted weights differ, and the
+    generation configuration has the tokens that end the adapter's answers too. No more than one weight is
+    held in memory at a time.
 
     Args:
         directory: an adapter directory, ours or PEFT's.
@@ -91,7 +98,8 @@ def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
                 f"{directory}: its adapter of {name} is {list(lora_A.shape)} and {list(lora_B.shape)}, where "
                 f"the model needs rank {rank} for {num_in} -> {num_out}; name its own base model with --model"
             )
-    _write(weights, adapters, saved.config.scaling, out)
+    ends = _generation_settings(weights.directory, model_config, base.get("end_token_ids") or [])
+    _write(weights, adapters, saved.config.scaling, ends, out)
     return len(adapters)
 
 
@@ -116,7 +124,34 @@ def _by_weight(saved: SavedAdapter, family: Family, num_layers: int, directory: 
     }
 
 
-def _write(weights: SafetensorsWeights, adapters: Mapping[str, LoRA], scaling: float, out: Path) -> None:
+def _generation_settings(
+    directory: Path, config: PreTrainedConfig, end_ids: Sequence[int]
+) -> dict[str, Any] | None:
+    """The model's own, ending answers with `end_ids` too; None where they are as they should be.
+
+    Its JSON and no object of transformers, which refuses to write what some models come with.
+    """
+    file = directory / GENERATION_CONFIG_FILE
+    if file.is_file():
+        try:
+            settings = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{file}: cannot be read as JSON ({error}); fetch the file again") from error
+    else:
+        own = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        settings = {key: value for key, value in own.items() if value is not None}
+    known = end_token_ids(settings.get("eos_token_id"))
+    ends = end_token_ids(known, end_ids)
+    return None if ends == known else {**settings, "eos_token_id": ends}
+
+
+def _write(
+    weights: SafetensorsWeights,
+    adapters: Mapping[str, LoRA],
+    scaling: float,
+    generation: Mapping[str, Any] | None,
+    out: Path,
+) -> None:
     """Copies the model, merging on the way; `out` appears when it is complete."""
     base = weights.directory
     stray = [file for file in weights.files if file.parent != base]
@@ -130,6 +165,8 @@ def _write(weights: SafetensorsWeights, adapters: Mapping[str, LoRA], scaling: f
             beside.mkdir()
             for file in (*metadata, *weights.files):
                 shutil.copyfile(file, beside / file.name)
+            if generation is not None:
+                (beside / GENERATION_CONFIG_FILE).write_text(json.dumps(generation, indent=2) + "\n")
             for name, (lora_A, lora_B) in adapters.items():
                 stored = weights.stored(name)
                 weight = merged(stored.read(), lora_A, lora_B, scaling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ssmlora_dist.data import (
     StreamedBatches,
 )
 from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.tokenization import TextEncoder
 from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.topology import Place
 
@@ -32,8 +34,10 @@ class RunData:
         group: its processes.
         place: of this rank.
         continuation: where the run goes on.
+        warn: told what of the data a run should know.
 
     Attributes:
+        endings: what ends the answers that are trained, as adapters record it.
         validation: what is evaluated on, if anything.
         sample: of the training examples: all that are in memory, or the first of a stream.
         num_steps: optimiser steps of the run.
@@ -43,7 +47,13 @@ class RunData:
     """
 
     def __init__(
-        self, config: RunConfig, tokenizer: Any, group: ProcessGroup, place: Place, continuation: Continuation
+        self,
+        config: RunConfig,
+        tokenizer: Any,
+        group: ProcessGroup,
+        place: Place,
+        continuation: Continuation,
+        warn: Callable[[str], object],
     ) -> None:
         training = config.training
         self._seed, self._rank = config.run.seed, group.rank
@@ -70,6 +80,10 @@ class RunData:
             self.sample = train
             self._batches = GlobalBatches(train, self._shape, self._seed)
             self.num_steps = training.max_steps or self._batches.num_steps(training.num_epochs or 1.0)
+        encoder = TextEncoder(tokenizer)
+        self.endings = encoder.endings(self.sample.closings)
+        if (doubt := encoder.doubt(self.sample.closings)) is not None:
+            warn(doubt)
 
     def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
         """Of `step` (from 0), collated; seeds what a backbone drops by itself, in its attention.

@@ -10,6 +10,7 @@ from ssmlora_dist.config.build import build_data, build_tokenizer, check_model, 
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset, ExampleStream
+from ssmlora_dist.tokenization import TextEncoder
 
 
 def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) -> str:
@@ -19,7 +20,8 @@ def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) 
         SSMLoRAError: whatever would stop the run before the weights are read.
     """
     check_model(config)
-    train, validation = build_data(config, build_tokenizer(config.model, warn))
+    tokenizer = build_tokenizer(config.model, warn)
+    train, validation = build_data(config, tokenizer)
     model = meta_model(config)
     trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable
@@ -32,6 +34,9 @@ def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) 
         f"{training.micro_batch_size} sequences",
         f"train        {_data_line(train)}",
     ]
+    closings = (train.sample() if isinstance(train, ExampleStream) else train).closings
+    if (doubt := TextEncoder(tokenizer).doubt(closings)) is not None:
+        lines.append(f"warning      {doubt}")
     if validation is not None:
         lines.append(f"validation   {_data_line(validation)}")
     return "\n".join(lines)

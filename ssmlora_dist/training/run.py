@@ -85,8 +85,8 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     check_model(config)
     tokenizer = build_tokenizer(config.model, console.warn)
     place = place_of(config, group)
-    data = RunData(config, tokenizer, group, place, continuation)
-    tasks = TasksInTraining(config, tokenizer, group)
+    data = RunData(config, tokenizer, group, place, continuation, console.warn)
+    tasks = TasksInTraining(config, tokenizer, group, data.endings)
     tracker = tracker_of(config, group, console, continuation)
     run = _Run(config, group, console, tracker, directory, continuation, tokenizer, place, data, tasks)
     if run.is_complete():
@@ -247,7 +247,8 @@ class _Run:
         self.engine = built.engine
         self.shape = DecoderShape.of(built.model_config)
         self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size
-        self.base = backbone_settings(self.config) | {"tokenizer": self.config.model.tokenizer}
+        self.base = backbone_settings(self.config) | self.data.endings
+        self.base["tokenizer"] = self.config.model.tokenizer
         self.fingerprint = fingerprint
         self.saver = Saver(
             self.config,

@@ -8,17 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ssmlora_dist.adapters.files import WEIGHTS_FILE, read_adapter
+from ssmlora_dist.adapters.files import WEIGHTS_FILE, read_adapter, read_base
 from ssmlora_dist.api import load_adapter
 from ssmlora_dist.config.build import (
+    ENDINGS,
     backbone_settings,
     build_backbone,
     build_fingerprint,
     build_tokenizer,
     check_model,
     meta_model,
+    set_endings,
     shapes_of,
 )
 from ssmlora_dist.config.schema import RunConfig
@@ -104,6 +106,7 @@ def run_evaluation(
         answer(BASE, "")
     if adapter is not None:
         load_adapter(model, adapter, base_fingerprint=fingerprint)
+        set_endings(model, tokenizer, read_base(adapter))
         answer(ADAPTER, adapted)
     group.on_main(lambda: _report(config, console, tasks, rows, directory))
 
@@ -115,12 +118,20 @@ class TasksInTraining:
         config: of the run.
         tokenizer: of the model.
         group: its processes, each of which holds the whole model.
+        endings: what ends the answers that are trained, see `TextEncoder.endings`.
 
     Raises:
         DataError: a task's data cannot be used.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, group: ProcessGroup) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        group: ProcessGroup,
+        endings: Mapping[str, Any],
+    ) -> None:
+        self._endings = endings
         self._every_steps = config.evaluation.tasks_every_steps
         self._max_batch_tokens = config.evaluation.max_batch_tokens
         self._tokenizer, self._group = tokenizer, group
@@ -132,6 +143,7 @@ class TasksInTraining:
 
     def answer(self, model: PreTrainedModel) -> dict[str, float]:
         """What `report.metrics_of` has of a model called `task`; every rank calls it."""
+        set_endings(model, self._tokenizer, self._endings)
         rows = run(
             self._tasks,
             model,
@@ -198,7 +210,8 @@ def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str, warn: Cal
     if differing:
         warn(f"{adapter}: was trained on {'; '.join(differing)}: scores may differ from those in training")
     weights = hashlib.sha256((adapter / WEIGHTS_FILE).read_bytes()).hexdigest()
-    return json.dumps([weights, saved.config.model_dump(mode="json")])
+    endings = {key: saved.base[key] for key in ENDINGS if key in saved.base}
+    return json.dumps([weights, saved.config.model_dump(mode="json"), *([endings] if endings else [])])
 
 
 def _digest(config: RunConfig, fingerprint: str, adapted: str) -> str:

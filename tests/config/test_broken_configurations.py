@@ -197,6 +197,28 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
         [*RECORDS, ("data.train.prompt", "{question")],
         ("data.train.prompt:", "write {name}"),
     ),
+    "labels without choices": (
+        [*RECORDS, ("data.train.labels", {"no": 0})],
+        ("data.train.labels:", "remove it"),
+    ),
+    "a label for no choice of the training data": (
+        [
+            *RECORDS,
+            ("data.train.format", "multiple_choice"),
+            ("data.train.choices", [" a", " b"]),
+            ("data.train.labels", {"c": 2}),
+        ],
+        ("data.train.labels.c: 2 given", "from 0 to 1"),
+    ),
+    "a list of choices beside templates of them": (
+        [
+            *RECORDS,
+            ("data.train.format", "multiple_choice"),
+            ("data.train.choices", [" a", " b"]),
+            ("data.train.fields", {"choices": "options"}),
+        ],
+        ("data.train.fields.choices: neither",),
+    ),
     "template of another format": (
         [*RECORDS, ("data.train.choices", ["a", "b"])],
         ("data.train.choices:", "remove it"),

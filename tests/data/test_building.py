@@ -46,7 +46,7 @@ def test_every_format_from_jsonl_and_parquet(format, bpe_tokenizer, write_jsonl,
 def test_text_file(byte_tokenizer, tmp_path):
     (tmp_path / "book.txt").write_text("word " * 100)
     data = build(byte_tokenizer, str(tmp_path / "*.txt"), format="text", max_length=64)
-    assert data.report == DatasetReport(1, 8)
+    assert data.report == DatasetReport(1, 8, num_split=1, num_pieces=8)
     assert "".join(byte_tokenizer.decode(example.input_ids) for example in data.examples).startswith(
         "word " * 100
     )
@@ -84,12 +84,65 @@ def test_any_record_can_come_first(byte_tokenizer, write_jsonl):
 
 def test_nothing_to_train_on(byte_tokenizer, write_jsonl):
     path = write_jsonl([{"instruction": "Say hi.", "output": ""}] * 2)
-    with pytest.raises(DataError, match=r"rows\.jsonl: none of 2 rows has target tokens"):
-        build(byte_tokenizer, path)
     with pytest.raises(
-        DataError, match=r"nothing is left of 1 rows: 1 are longer than max_length 8 tokens, 0 have"
+        DataError, match=r"rows\.jsonl: nothing is left of 2 rows .*: 2 without an answer; check `fields`"
     ):
-        build(byte_tokenizer, write_jsonl([RECORDS["instruction"]]), max_length=8)
+        build(byte_tokenizer, path)
+    long = write_jsonl([RECORDS["instruction"]])
+    with pytest.raises(
+        DataError, match=r"of 1 rows at max_length 8: 1 longer than max_length; raise .* 'truncate'$"
+    ):
+        build(byte_tokenizer, long, max_length=8)
+    answers = write_jsonl([{"instruction": "Count.", "output": "one two three"}] * 3)
+    with pytest.raises(
+        DataError, match=r"of 3 rows .*: 3 with an answer that alone is longer .*; raise `data.max_length`$"
+    ):
+        build(byte_tokenizer, answers, max_length=8, too_long="truncate")
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "refuse"])
+def test_a_text_is_split_wherever_it_stands(too_long, byte_tokenizer, write_jsonl, tmp_path):
+    text = "word " * 30
+    (tmp_path / "book.txt").write_text(text)
+    parquet.write_table(pa.Table.from_pylist([{"text": text}]), tmp_path / "rows.parquet")
+    files = [str(tmp_path / "book.txt"), write_jsonl([{"text": text}]), str(tmp_path / "rows.parquet")]
+    settings = {"format": "text", "max_length": 64, "too_long": too_long}
+    book, *tables = [build(byte_tokenizer, file, **settings) for file in files]
+    assert book.report == DatasetReport(1, 3, num_split=1, num_pieces=3)
+    for table in tables:
+        assert table.report == book.report
+        pairs = zip(table.examples, book.examples, strict=True)
+        assert all(one.input_ids.tolist() == other.input_ids.tolist() for one, other in pairs)
+
+
+def test_fields_that_nobody_reads_are_counted(byte_tokenizer, write_jsonl):
+    rows = [
+        {"instruction": "Say hi.", "input": "", "output": "hi", "history": [["a", "b"]], "id": 1},
+        {"instruction": "Say hi.", "output": "hi", "history": [], "id": 2, "weight": None},
+        {"instruction": "Say hi.", "output": "", "completion": "hello", "id": 3},
+    ]
+    report = build(byte_tokenizer, write_jsonl(rows)).report
+    assert report.unused_fields == {"history": 1, "id": 3, "completion": 1}
+    assert report.lines() == [
+        "2 examples of 3 rows; left out: 1 without an answer",
+        "fields not used: id, completion (in 1 of 3 records), history (in 1 of 3 records)",
+    ]
+    given = [{**RECORDS["instruction"], "input": "x"}]
+    report = build(byte_tokenizer, write_jsonl(given), prompt="{instruction}").report
+    assert report.unused_fields == {"input": 1}
+
+
+@pytest.mark.parametrize("format", RECORDS)
+def test_fields_that_a_format_reads_are_not_named(format, bpe_tokenizer, write_jsonl):
+    path = write_jsonl([{**RECORDS[format], "extra": {"a": 1}}])
+    assert build(bpe_tokenizer, path, format=format).report.unused_fields == {"extra": 1}
+
+
+def test_mapped_fields_are_read(byte_tokenizer, write_jsonl):
+    record = {"q": {"text": "Who?", "id": 3}, "doc": ["a", "b"], "answers": {"text": ["me"]}, "title": "T"}
+    fields = {"document": "doc", "question": "q.text", "answer": "answers.text"}
+    data = build(byte_tokenizer, write_jsonl([record]), format="long_document_qa", fields=fields)
+    assert data.report.unused_fields == {"title": 1}
 
 
 def test_a_source_must_be_named(byte_tokenizer):
@@ -132,3 +185,11 @@ def test_import_brings_no_heavy_library():
     code = f"import sys, ssmlora_dist.data; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_data_set_knows_what_ends_its_turns(bpe_tokenizer, write_jsonl):
+    path = write_jsonl([RECORDS["chat"]] * 2)
+    reader = ExampleReader(
+        format="chat", tokenizer=bpe_tokenizer, max_length=99, partition="train", path=path
+    )
+    assert read_dataset(reader).closings == {"<|eos|>"}

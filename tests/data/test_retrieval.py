@@ -8,9 +8,9 @@ import pytest
 
 from ssmlora_dist.data.examples import IGNORE_INDEX
 from ssmlora_dist.data.retrieval import generate_retrieval
-from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.prose import KEYS, split_of
+from ssmlora_dist.tokenization import TextEncoder
 
 SPLITS = ("train", "validation", "test")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ssmlora_dist.data.examples import IGNORE_INDEX, DatasetReport
+from ssmlora_dist.data.accounts import DatasetReport
+from ssmlora_dist.data.examples import IGNORE_INDEX
 from ssmlora_dist.data.rows import Row, RowEncoder, Segment
-from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.tokenization import TextEncoder
 
 
 def encode_row(tokenizer, row, max_length=1000, too_long="drop"):
@@ -17,8 +18,8 @@ def encode_row(tokenizer, row, max_length=1000, too_long="drop"):
     return examples, encoder.take_report(1, len(examples))
 
 
-def prompt_and_answer(prompt="aaaa", answer="bb", may_shrink=True):
-    return Row("rows.jsonl:1", (Segment(prompt, may_shrink=may_shrink), Segment(answer, is_target=True)))
+def prompt_and_answer(prompt="aaaa", answer="bb"):
+    return Row("rows.jsonl:1", (Segment(prompt), Segment(answer, is_target=True)))
 
 
 def document_row(before="[", document="dddddd", after="]q", answer=" b"):
@@ -118,6 +119,7 @@ def test_refuse(byte_tokenizer):
     [
         (prompt_and_answer("abcdef", "xy"), 8, "abcefxy"),
         (prompt_and_answer("abcdef", "xy"), 4, "axy"),
+        (prompt_and_answer("ab", "uvwxyz"), 8, "auvwxyz"),
         (document_row(document="abcdef"), 10, "[abef]q b"),
         (document_row(document="abcdef"), 9, "[abf]q b"),
         (document_row(document="abcdef"), 7, "[a]q b"),
@@ -138,24 +140,37 @@ def test_truncate_takes_the_middle(byte_tokenizer, row, max_length, expected):
 def test_truncate_never_takes_question_or_answer(byte_tokenizer, row, max_length):
     examples, report = encode_row(byte_tokenizer, row, max_length, "truncate")
     assert examples == []
-    assert report == DatasetReport(1, 0, num_dropped_too_long=1)
+    assert report == DatasetReport(1, 0, num_answers_too_long=1)
 
 
-def test_truncate_cuts_the_end_where_nothing_may_shrink(byte_tokenizer):
-    (example,), report = encode_row(
-        byte_tokenizer, prompt_and_answer("ab", "xyz", may_shrink=False), 4, "truncate"
-    )
-    assert byte_tokenizer.decode(example.input_ids) == "abxy"
-    assert example.num_scored == example.num_targets == 2
-    assert report == DatasetReport(1, 1, num_truncated=1)
+def talk(*turns):
+    """Context and answers in turn, as of a conversation."""
+    segments = tuple(Segment(text, is_target=bool(index % 2)) for index, text in enumerate(turns))
+    return Row("rows.jsonl:1", segments, is_framed=False)
 
 
-def test_truncate_that_leaves_no_target(byte_tokenizer):
-    examples, report = encode_row(
-        byte_tokenizer, prompt_and_answer("abcd", "xyz", may_shrink=False), 4, "truncate"
-    )
-    assert examples == []
-    assert report == DatasetReport(1, 0, num_without_target=1)
+@pytest.mark.parametrize(
+    ("max_length", "kept", "trained"),
+    [
+        (16, "abcdWXYZefghPQRS", "WXYZPQRS"),
+        # Of an answer that is cut nothing is trained.
+        (15, "abcdWXZefghPQRS", "PQRS"),
+        (12, "abcdefghPQRS", "PQRS"),
+        (9, "abcghPQRS", "PQRS"),
+        (5, "aPQRS", "PQRS"),
+        (4, None, None),
+    ],
+)
+def test_truncate_keeps_the_last_answer_of_a_conversation(byte_tokenizer, max_length, kept, trained):
+    row = talk("abcd", "WXYZ", "efgh", "PQRS")
+    examples, report = encode_row(byte_tokenizer, row, max_length, "truncate")
+    if kept is None:
+        assert (examples, report) == ([], DatasetReport(1, 0, num_answers_too_long=1))
+        return
+    (example,) = examples
+    assert byte_tokenizer.decode(example.input_ids) == kept
+    assert byte_tokenizer.decode(example.labels[example.labels != IGNORE_INDEX]) == trained
+    assert report == DatasetReport(1, 1, num_truncated=int(max_length < 16))
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate", "refuse"])
@@ -169,14 +184,20 @@ def test_a_document_is_split(byte_tokenizer, bpe_tokenizer, too_long):
         assert all(example.labels[1:].tolist() == example.input_ids[1:].tolist() for example in examples)
         body = [token for example in examples for token in example.input_ids[num_bos:].tolist()]
         assert body == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        assert report == DatasetReport(1, len(examples))
+        num = len(examples)
+        assert report == DatasetReport(1, num, num_split=1, num_pieces=num)
 
 
-def test_a_last_piece_of_one_token_has_no_target(byte_tokenizer):
-    row = Row("book.txt", (Segment("a" * 16, is_target=True),), may_split=True)
+def test_a_last_piece_of_one_token_takes_another_along(byte_tokenizer):
+    """Alone it would have no target where sequences begin without a token."""
+    row = Row("book.txt", (Segment("a" * 15 + "b", is_target=True),), may_split=True)
     examples, report = encode_row(byte_tokenizer, row, 8)
-    assert [example.num_tokens for example in examples] == [8, 8]
-    assert report.num_without_target == 1
+    assert [byte_tokenizer.decode(example.input_ids) for example in examples] == [
+        "a" * 8,
+        "a" * 7,
+        "b<|eos|>",
+    ]
+    assert report == DatasetReport(1, 3, num_split=1, num_pieces=3)
 
 
 @pytest.mark.parametrize(("num_tokens", "bucket"), [(2, 2), (63, 64), (64, 64), (65, 128)])
@@ -184,3 +205,33 @@ def test_length_buckets_are_powers_of_two(byte_tokenizer, num_tokens, bucket):
     (example,), _ = encode_row(byte_tokenizer, prompt_and_answer("a" * (num_tokens - 2), "b"))
     assert example.num_tokens == num_tokens
     assert example.metadata["length"] == bucket
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_beginning_and_end_that_a_text_spells_are_there_once(bpe_tokenizer, is_long):
+    bos, eos = bpe_tokenizer.bos_token, bpe_tokenizer.eos_token
+    spelled = prompt_and_answer(f"{bos}the set", f" of it{eos}")
+    plain = prompt_and_answer("the set", " of it")
+    (example,), (wanted,) = encode_row(bpe_tokenizer, spelled)[0], encode_row(bpe_tokenizer, plain)[0]
+    assert example.input_ids.tolist() == wanted.input_ids.tolist()
+    assert example.labels.tolist() == wanted.labels.tolist()
+    assert example.num_scored == wanted.num_scored
+    text = "the set of it " * 9
+    rows = [
+        Row("x", (Segment(words, is_target=True),), may_split=is_long)
+        for words in (f"{bos}{text}{eos}", text)
+    ]
+    pieces, wanted_pieces = (encode_row(bpe_tokenizer, row, 16 if is_long else 999)[0] for row in rows)
+    assert [e.input_ids.tolist() for e in pieces] == [e.input_ids.tolist() for e in wanted_pieces]
+
+
+def test_special_tokens_within_a_text_stay(bpe_tokenizer):
+    bos_id, eos_id = bpe_tokenizer.bos_token_id, bpe_tokenizer.eos_token_id
+    (example,), _ = encode_row(bpe_tokenizer, prompt_and_answer("a<|eos|>", "<|bos|>b"))
+    assert example.input_ids.tolist().count(eos_id) == 2
+    assert example.input_ids.tolist().count(bos_id) == 2
+
+
+def test_half_a_character_is_refused(bpe_tokenizer):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: is not valid UTF-8 \(U\+D800 at character 1\)"):
+        encode_row(bpe_tokenizer, prompt_and_answer("\ud800"))

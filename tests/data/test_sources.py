@@ -39,7 +39,6 @@ def test_a_text_file_is_one_document(tmp_path):
     file.write_text("Line one.\n\nLine two.\n")
     (record,) = read_records(path=str(file))
     assert record.values == {"text": "Line one.\n\nLine two.\n"}
-    assert record.is_document
 
 
 def test_globs_lists_and_limit(tmp_path):
@@ -59,6 +58,12 @@ def test_globs_lists_and_limit(tmp_path):
         (b'{"a": 1}\n{"a": "\xff"}\n', r"rows\.jsonl:2: is not valid UTF-8"),
         (b'{"a": "\\ud83d"}\n', r"rows\.jsonl:1: is not valid UTF-8"),
         (b"[" * 100_000, r"rows\.jsonl:1: is not valid JSON"),
+        (b'[{"a": 1}, {"a": 2}]', r"rows\.jsonl:1: begins as one JSON document, .* JSON object on each line"),
+        (b'\xef\xbb\xbf[\n  {"a": 1}\n]', r"rows\.jsonl:1: begins as one JSON document"),
+        (b'\n [ \n{"a": 1},\n{"a": 2}]', r"rows\.jsonl:2: begins as one JSON document"),
+        (b'{\n  "a": 1\n}\n', r"rows\.jsonl:1: begins as one JSON document"),
+        (b"[]", r"rows\.jsonl:1: begins as one JSON document"),
+        (b'{"a": 1}\n[{"a": 1}]', r"rows\.jsonl:2: holds a list"),
         (b"\n \n", r"rows\.jsonl: holds no records"),
         (b"", r"rows\.jsonl: holds no records"),
     ],
@@ -67,6 +72,22 @@ def test_broken_jsonl(tmp_path, content, message):
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read(path=str(tmp_path / "rows.jsonl"))
+
+
+def test_numbers_that_are_not_finite_are_missing(tmp_path, monkeypatch):
+    lines = [
+        '{"a": NaN, "b": [1.5, -Infinity], "c": {"d": 1e400, "e": 3.0}, "f": "NaN", "g": ' + "9" * 400 + "}"
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    expected = {"a": None, "b": [1.5, None], "c": {"d": None, "e": 3.0}, "f": "NaN", "g": int("9" * 400)}
+    assert read(path=str(tmp_path / "rows.jsonl"))[0][0] == expected
+    nan, inf = float("nan"), float("inf")
+    row = {"a": nan, "b": [1.5, inf], "c": {"d": -inf, "e": 3.0}, "f": "NaN"}
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    del expected["g"]
+    assert read(path=str(tmp_path / "rows.parquet"))[0][0] == expected
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [row])
+    assert read(hub="some/set")[0][0] == expected
 
 
 def test_a_whole_surrogate_pair_is_text(tmp_path):

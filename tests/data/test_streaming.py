@@ -228,7 +228,7 @@ def test_a_bad_record_shows_when_its_block_is_needed(byte_tokenizer, write_jsonl
 
 def test_a_source_of_which_nothing_is_left(byte_tokenizer, write_jsonl):
     path = write_jsonl([{"p": "x" * 99, "a": "1"}] * 3)
-    with pytest.raises(DataError, match="nothing is left of 3 rows: 3 are longer"):
+    with pytest.raises(DataError, match="nothing is left of 3 rows at max_length 20: 3 longer"):
         stream(byte_tokenizer, path).sample()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ssmlora_dist.data.tokenization import TextEncoder
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.tokenization import TextEncoder, check_text, end_token_ids
 
 
 def test_begins_a_sequence_as_the_tokenizer_does(byte_tokenizer, bpe_tokenizer):
@@ -34,3 +34,30 @@ def test_no_end_of_sequence_token(byte_tokenizer):
     byte_tokenizer = byte_tokenizer.__class__(tokenizer_object=byte_tokenizer.backend_tokenizer)
     with pytest.raises(DataError, match=r"model\.tokenizer.*eos_token"):
         _ = TextEncoder(byte_tokenizer).eos_id
+
+
+def test_a_prompt_begins_once(byte_tokenizer, bpe_tokenizer):
+    assert TextEncoder(bpe_tokenizer).begin("set") == bpe_tokenizer("set")["input_ids"]
+    assert TextEncoder(bpe_tokenizer).begin("<|bos|>set") == bpe_tokenizer("set")["input_ids"]
+    assert TextEncoder(byte_tokenizer).begin("ab") == byte_tokenizer("ab")["input_ids"]
+
+
+def test_what_ends_an_answer_is_a_token_of_its_own_or_a_text(bpe_tokenizer):
+    encoder, eos_id = TextEncoder(bpe_tokenizer), bpe_tokenizer.eos_token_id
+    assert encoder.endings([]) == {"end_token_ids": [eos_id], "stop_texts": []}
+    closings = ["<|bos|>", "[end]", "\n\n", "", "e"]
+    assert encoder.endings(closings) == {
+        "end_token_ids": sorted([bpe_tokenizer.bos_token_id, eos_id]),
+        "stop_texts": ["[end]", "e"],
+    }
+
+
+def test_ends_are_united():
+    assert end_token_ids(None, 7, [3, 7], ()) == [3, 7]
+    assert end_token_ids(None) == []
+
+
+def test_half_a_character_is_no_text():
+    check_text("\U0001f600 \u00e9", "x")
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: is not valid UTF-8 \(U\+D83D at character 2\)"):
+        check_text("a\ud83d", "rows.jsonl:3")

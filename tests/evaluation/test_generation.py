@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssmlora_dist.evaluation.generation import EncodedPrompt, end_token_ids, generate
+from ssmlora_dist.evaluation.generation import EncodedPrompt, generate
 from ssmlora_dist.models.tokenizer import load_tokenizer
 from tests.tiny import FAMILY_NAMES, SEED, adapted_model, tiny_model
 
@@ -63,8 +63,8 @@ def scripted(model: Any, tokenizer: Any, *answers: str | list[int]) -> Iterator[
 def test_alone_in_a_batch_and_shuffled_the_text_is_the_same(model_type: str, tokenizer: Any) -> None:
     model = adapted_model(model_type, vocab_size=VOCAB_SIZE)
     items = make_prompts(8)
-    ends = end_token_ids(model, tokenizer)
-    answers = [plain_answer(model, item, list(ends)) for item in items]
+    ends = [tokenizer.eos_token_id]
+    answers = [plain_answer(model, item, ends) for item in items]
     wanted = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     assert [generate(model, tokenizer, [item])[0] for item in items] == wanted
     assert generate(model, tokenizer, items) == wanted
@@ -109,12 +109,28 @@ def test_rows_end_each_at_its_own_number_of_tokens(tokenizer: Any) -> None:
 def test_every_end_of_sequence_token_ends_a_row(tokenizer: Any) -> None:
     model = tiny_model(vocab_size=VOCAB_SIZE)
     model.generation_config.eos_token_id = [7, 8]
-    assert end_token_ids(model, tokenizer) == {7, 8, tokenizer.eos_token_id}
     items = [EncodedPrompt([97], 9)] * 3
     answers = [[97, 98, 7, 97], [97, tokenizer.eos_token_id, 97], [97, 98, 99, 8]]
     with scripted(model, tokenizer, *answers) as passes:
         assert generate(model, tokenizer, items) == ["ab", "a", "abc"]
     assert len(passes) == 4
+
+
+@pytest.mark.parametrize("stop_strings", ["END", ["END", "x"]])
+def test_stop_texts_of_the_model_end_a_row_too(tokenizer: Any, stop_strings: str | list[str]) -> None:
+    model = tiny_model(vocab_size=VOCAB_SIZE)
+    model.generation_config.stop_strings = stop_strings
+    items = [EncodedPrompt([97], 9), EncodedPrompt([97], 9, ("c",))]
+    with scripted(model, tokenizer, "abENDcde", "abcdENDe") as passes:
+        assert generate(model, tokenizer, items) == ["ab", "ab"]
+    assert len(passes) == 5
+
+
+def test_other_settings_of_the_model_do_not_apply(tokenizer: Any) -> None:
+    model = adapted_model(vocab_size=VOCAB_SIZE)
+    wanted = generate(model, tokenizer, make_prompts(3))
+    model.generation_config.update(repetition_penalty=9.0, num_beams=3, do_sample=True, temperature=5.0)
+    assert generate(model, tokenizer, make_prompts(3)) == wanted
 
 
 def test_special_tokens_are_not_text(tokenizer: Any) -> None:

@@ -180,10 +180,12 @@ BAD: dict[str, Case] = {
     "label-out-of-range": training_on(
         "choices.jsonl",
         form="multiple_choice",
-        says=("choices.jsonl:2: label 2 is out of range", "from 0 to 1"),
+        says=("choices.jsonl:2: field 'label' holds 2, which is none of its 2 choices", "from 0 to 1"),
     ),
     "label-no-number": training_on(
-        "no_label.jsonl", form="multiple_choice", says=("no_label.jsonl:1: label 'maybe'", "mend the record")
+        "no_label.jsonl",
+        form="multiple_choice",
+        says=("no_label.jsonl:1: field 'label' holds 'maybe'", "mend the record", "set `labels`"),
     ),
     "message-without-role": training_on(
         "no_role.jsonl", form="chat", says=("no_role.jsonl:2: messages[0]", "'role'", "mend the record")

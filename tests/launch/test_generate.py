@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+from .cases import ADAPTER
 from .conftest import Outcomes
 
 
@@ -13,3 +16,10 @@ def test_a_prompt_is_answered_on_the_standard_output(outcomes: Outcomes) -> None
     assert finished.stdout.endswith("\n")
     assert len(finished.stdout.encode()) > 1
     assert "Say hi" not in finished.stdout
+
+
+def test_a_run_records_what_ends_its_answers(outcomes: Outcomes) -> None:
+    [checkpoint] = (outcomes.directory / ADAPTER).parent.glob("checkpoints/step-*")
+    for directory in (outcomes.directory / ADAPTER, checkpoint):
+        base = json.loads((directory / "ssmlora.json").read_text())["base"]
+        assert (base["end_token_ids"], base["stop_texts"]) == ([257], [])

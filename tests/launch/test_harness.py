@@ -129,3 +129,30 @@ def test_bad_arguments_are_refused_before_the_work(
     assert harness(monkeypatch, "--adapter", "adapter", "--tasks", "boolq", *arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert f": {message}" in line
+
+
+def test_generation_ends_where_answers_end(
+    adapter: Path,
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The harness generates with the model's own configuration; of texts that end answers it is warned."""
+    from lm_eval.models.huggingface import HFLM
+
+    settings = json.loads((adapter / "ssmlora.json").read_text())
+    base = {**settings["base"], "end_token_ids": [33], "stop_texts": ["[end]"]}
+    (adapter / "ssmlora.json").write_text(json.dumps({**settings, "base": base}))
+    held: list[Any] = []
+    construct = HFLM.__init__
+
+    def hold(self: Any, *arguments: Any, **settings: Any) -> None:
+        held.append(settings["pretrained"].generation_config)
+        construct(self, *arguments, **settings)
+
+    monkeypatch.setattr(HFLM, "__init__", hold)
+    common = ("--adapter", str(adapter), "--include-path", str(tasks))
+    assert harness(monkeypatch, *common, "--tasks", "parity_of_numbers", "--limit", "1") == 0
+    assert (held[0].eos_token_id, held[0].stop_strings) == ([33, 257], None)
+    assert "warning: answers end with '[end]', which is no token" in capsys.readouterr().err

@@ -315,3 +315,57 @@ def test_a_merged_weight_beyond_the_range_of_its_dtype(tmp_path: Path) -> None:
     ):
         merge_adapter(tmp_path / "adapter", tmp_path / "out", str(base))
     assert not (tmp_path / "out").exists()
+
+
+def record_ends(adapter: Path, token_ids: list[int]) -> None:
+    file = adapter / "ssmlora.json"
+    settings = json.loads(file.read_text())
+    settings["base"] |= {"end_token_ids": token_ids, "stop_texts": []}
+    file.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("own", "recorded", "wanted"),
+    [
+        ({"eos_token_id": 2, "temperature": 0.6, "top_k": 9}, [2, 5], [2, 5]),
+        ({"eos_token_id": [3, 2], "repetition_penalty": 1.1}, [5], [2, 3, 5]),
+        ({"max_length": 9}, [5], [5]),
+        ({"eos_token_id": [3, 2], "num_beams": 4}, [3], [3, 2]),
+        ({"eos_token_id": 2}, None, 2),
+    ],
+)
+def test_answers_of_the_merged_model_end_where_the_adapter_was_trained_to_end_them(
+    own: dict[str, Any],
+    recorded: list[int] | None,
+    wanted: Any,
+    adapter: Path,
+    base: Path,
+    tmp_path: Path,
+) -> None:
+    (base / "generation_config.json").write_text(json.dumps(own))
+    if recorded is not None:
+        record_ends(adapter, recorded)
+    merge_adapter(adapter, tmp_path / "merged")
+    settings = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert settings == {**own, "eos_token_id": wanted}
+    if recorded is not None:
+        ends = loaded(tmp_path / "merged").generation_config.eos_token_id
+        assert set(recorded) <= set(ends)
+
+
+def test_a_model_without_generation_settings_gets_its_own_ends_and_the_adapters(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    (base / "generation_config.json").unlink()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
+    record_ends(adapter, [5])
+    merge_adapter(adapter, tmp_path / "merged")
+    assert loaded(tmp_path / "merged").generation_config.eos_token_id == [2, 5]
+
+
+def test_generation_settings_that_are_damaged_are_named(adapter: Path, base: Path, tmp_path: Path) -> None:
+    record_ends(adapter, [5])
+    (base / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json: cannot be read as JSON"):
+        merge_adapter(adapter, tmp_path / "merged")

@@ -124,6 +124,7 @@ def test_a_broken_line_of_a_task_ends_a_run_before_it_begins(runs: Runs) -> None
 
 MODEL = tiny_config(num_layers=2, vocab_size=259, max_position_embeddings=320, bos_token_id=256)
 ADAPTER = AdapterConfig(rank=2, alpha=4)
+ENDINGS = {"end_token_ids": [ord("!")], "stop_texts": ["?"]}
 
 
 class Group(ProcessGroup):
@@ -167,14 +168,14 @@ def saved_adapter(
 
 
 def test_when_tasks_are_due() -> None:
-    tasks = TasksInTraining(config(3), load_tokenizer("bytes"), Group())
+    tasks = TasksInTraining(config(3), load_tokenizer("bytes"), Group(), ENDINGS)
     assert [step for step in range(9) if tasks.is_due(step, 8)] == [0, 3, 6, 8]
-    none = TasksInTraining(config(), load_tokenizer("bytes"), Group())
+    none = TasksInTraining(config(), load_tokenizer("bytes"), Group(), ENDINGS)
     assert not any(none.is_due(step, 8) for step in range(9))
 
 
 def test_items_are_made_once_for_all_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = TasksInTraining(config(3), load_tokenizer("bytes"), Group())
+    tasks = TasksInTraining(config(3), load_tokenizer("bytes"), Group(), ENDINGS)
     monkeypatch.setitem(DEEP, "passkey", lambda *_, **__: pytest.fail("made again"))  # type: ignore[index]
     model = adapted_model(num_layers=2, vocab_size=259, max_position_embeddings=320).train()
     first, second = tasks.answer(model), tasks.answer(model)
@@ -185,9 +186,9 @@ def test_items_are_made_once_for_all_of_the_training(monkeypatch: pytest.MonkeyP
 
 def test_no_tasks_are_looked_for_where_none_are_answered(tmp_path: Path) -> None:
     missing = {"task": "boolq", "path": str(tmp_path / "gone.jsonl")}
-    TasksInTraining(config(None, missing), load_tokenizer("bytes"), Group())
+    TasksInTraining(config(None, missing), load_tokenizer("bytes"), Group(), ENDINGS)
     with pytest.raises(DataError, match=r"gone.jsonl: no such file"):
-        TasksInTraining(config(2, missing), load_tokenizer("bytes"), Group())
+        TasksInTraining(config(2, missing), load_tokenizer("bytes"), Group(), ENDINGS)
 
 
 @pytest.mark.parametrize(
@@ -289,3 +290,27 @@ def test_another_precision_than_that_of_training_is_said(tmp_path: Path) -> None
         f"{plain}: was trained on quantization that is not recorded, here none; compute_dtype that is not "
         "recorded, here float32: scores may differ from those in training",
     ]
+
+
+def test_answers_end_where_the_adapter_was_trained_to_end_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training and in an evaluation of the adapter; the base model knows nothing of it."""
+    seen: list[tuple[Any, Any]] = []
+
+    def fake_run(_: Any, model: Any, *__: Any, **___: Any) -> list[Any]:
+        seen.append((model.generation_config.eos_token_id, model.generation_config.stop_strings))
+        return []
+
+    monkeypatch.setattr(task_evaluation, "run", fake_run)
+    monkeypatch.setattr(task_evaluation, "_report", lambda *_: None)
+    monkeypatch.setattr(task_evaluation, "metrics_of", lambda _: {})
+    monkeypatch.setattr(task_evaluation, "build_reports", lambda *_, **__: [])
+    model = adapted_model(num_layers=2, vocab_size=259)
+    TasksInTraining(config(3), load_tokenizer("bytes"), Group(), ENDINGS).answer(model)
+    adapter = saved_adapter(tmp_path / "adapter")
+    settings = json.loads((adapter / "ssmlora.json").read_text())
+    (adapter / "ssmlora.json").write_text(json.dumps({**settings, "base": ENDINGS}))
+    run_evaluation(config(), Group(), Console(enabled=False), adapter=adapter, out=tmp_path / "out")
+    trained = ([ord("!"), 257], ["?"])
+    assert seen == [trained, (None, None), trained]

@@ -266,7 +266,7 @@ def hidden_fact_items(
         for puzzle in puzzles
     ]
     (filler_cost,) = counter.costs([filler]).tolist()
-    bases = [count - filler_cost for count in counter.counts(bare)]
+    bases = [count - filler_cost for count in map(counter.count, bare)]
     sampling.require(max(bases) + max_new_tokens, "the facts and the question")
 
     def build(number: int, length: int, room: int) -> str:

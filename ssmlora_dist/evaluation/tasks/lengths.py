@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.prose import SPLITS
+from ssmlora_dist.tokenization import TextEncoder
 
 # What a piece of text is put behind to see what it costs where it goes on: mostly a sentence ends there.
 ANCHOR = "."
@@ -28,23 +29,16 @@ class TokenCounter:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer)
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt as a model gets it: with the special tokens that the tokenizer itself adds."""
-        return self.counts([prompt])[0]
-
-    def counts(self, prompts: Sequence[str], special: bool = True) -> list[int]:
-        """Tokens of every prompt."""
-        if not prompts:
-            return []
-        # verbose=False: how long a prompt may be is not the tokenizer's to say.
-        encoded = self._tokenizer(list(prompts), add_special_tokens=special, verbose=False)
-        return [len(ids) for ids in encoded["input_ids"]]
+        """Tokens of a prompt as a model gets it."""
+        return len(self._encoder.begin(prompt))
 
     def costs(self, pieces: Sequence[str]) -> NDArray[np.int64]:
         """Tokens that every piece adds where a text goes on with it; nearly so where tokens merge."""
-        anchor, *counts = self.counts([ANCHOR, *(ANCHOR + piece for piece in pieces)], special=False)
+        anchor = len(self._encoder.encode(ANCHOR))
+        counts = [len(self._encoder.encode(ANCHOR + piece)) for piece in pieces]
         return np.maximum(np.asarray(counts, dtype=np.int64) - anchor, 0)
 
 

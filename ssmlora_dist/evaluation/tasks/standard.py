@@ -36,6 +36,7 @@ from ssmlora_dist.evaluation.tasks.records import (
     Preparation,
     items_of_records,
 )
+from ssmlora_dist.multiple_choice import label_position
 from ssmlora_dist.records import Record, RecordView
 
 NO_YES = (" no", " yes")
@@ -101,13 +102,13 @@ def _copa(record: Record) -> Iterator[Record]:
     choices = {name: view.text(name) for name in ("choice1", "choice2")}
     prepared = {name: text[:1].lower() + text[1:] for name, text in choices.items()}
     premise = f"{view.text('premise').strip()[:-1]} {COPA_CONNECTORS[asked]}"
-    yield Record({**prepared, "premise": premise, "label": view.value("label")}, record.place)
+    yield record.derived({**prepared, "premise": premise, "label": view.value("label")})
 
 
 def _wic(record: Record) -> Iterator[Record]:
     view = RecordView(record, {})
     start, end = (_whole_number(view, name) for name in ("start1", "end1"))
-    yield Record({**record.values, "word": view.text("sentence1")[start:end]}, record.place)
+    yield record.derived({**record.values, "word": view.text("sentence1")[start:end]})
 
 
 def _wsc(record: Record) -> Iterator[Record]:
@@ -140,7 +141,7 @@ def _race_harness(record: Record) -> Iterator[Record]:
     problems = record.values.get("problems")
     if isinstance(problems, str):
         try:
-            record = Record({**record.values, "problems": ast.literal_eval(problems)}, record.place)
+            record = record.derived({**record.values, "problems": ast.literal_eval(problems)})
         except (ValueError, SyntaxError):
             raise DataError(f"{record.place}: field 'problems' is not the text of a list; mend it") from None
     *answered, asked = _objects(RecordView(record, {}), "problems", "question")
@@ -156,14 +157,10 @@ def _race_harness(record: Record) -> Iterator[Record]:
 
 
 def _race_answer(problem: RecordView) -> str:
-    options, letter = problem.value("options"), problem.text("answer")
-    position = "ABCD".find(letter) if len(letter) == 1 else -1
-    if not isinstance(options, list) or not 0 <= position < len(options):
-        raise DataError(
-            f"{problem.place}: field 'answer' holds {letter!r}; needed: a letter from A to D and as many "
-            "'options'; mend the record"
-        )
-    return problem.as_text(options[position], "options")
+    options = problem.value("options")
+    texts = [problem.as_text(option, "options") for option in (options if isinstance(options, list) else [])]
+    answer = problem.value("answer")
+    return texts[label_position(answer, [text.strip() for text in texts], problem, name="answer")]
 
 
 def _narrativeqa(document: str) -> Preparation:
@@ -198,7 +195,7 @@ def _quality(record: Record) -> Iterator[Record]:
     view = RecordView(record, {})
     document = view.text("article")
     if "questions" not in record.values:
-        yield Record({**record.values, "document": document}, record.place)
+        yield record.derived({**record.values, "document": document})
         return
     for question in _objects(view, "questions", "question"):
         # Counted from 1 in these files.

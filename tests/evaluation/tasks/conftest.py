@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from ...data.conftest import bpe_tokenizer, byte_tokenizer, sentencepiece_tokenizer
@@ -12,17 +10,13 @@ __all__ = ["bpe_tokenizer", "byte_tokenizer", "sentencepiece_tokenizer"]
 
 
 class WordTokenizer:
-    """A token for every word, one more for each `e`, digit, stop and so on in it; its ids say nothing."""
+    """A token for every word, one more for each `e`, digit, stop and so on in it, and one before a text."""
 
     def __call__(
-        self, texts: Sequence[str], add_special_tokens: bool = True, verbose: bool = True
-    ) -> dict[str, list[range]]:
-        return {
-            "input_ids": [
-                range(len(text.split()) + sum(map(text.count, "e0123456789.-\n")) + add_special_tokens)
-                for text in texts
-            ]
-        }
+        self, text: str, add_special_tokens: bool = True, verbose: bool = True
+    ) -> dict[str, list[int]]:
+        num_tokens = len(text.split()) + sum(map(text.count, "e0123456789.-\n"))
+        return {"input_ids": [1] * add_special_tokens + [0] * num_tokens}
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def make(name: str, tokenizer: Any, lengths: Sequence[int], num_examples: int, *
 
 
 def num_tokens(tokenizer: Any, prompt: str) -> int:
-    return len(tokenizer([prompt])["input_ids"][0])
+    return len(tokenizer(prompt)["input_ids"])
 
 
 PLACES = ("kitchen", "garden", "office", "bathroom", "hallway", "bedroom")

@@ -58,28 +58,6 @@ def test_asked_as_trained(prompt, choices):
 
 
 @pytest.mark.parametrize(
-    ("choices", "label", "expected"),
-    [
-        (["x", "y", "z"], 2, 2),
-        (["x", "y", "z"], "C", 2),
-        (["x", "y", "z"], "b", 1),
-        (["x", "y", "z"], " y ", 1),
-        (["A", "B"], "B", 1),
-        (["b", "a"], "A", 0),
-        (["1", "2"], "2", 1),
-        (["false", "true"], "true", 1),
-        (["x", "y"], True, 1),
-        (["x", "y"], False, 0),
-        (["no", "yes"], True, 1),
-        (["Yes", "No"], True, 0),
-        (["True", "False"], False, 1),
-    ],
-)
-def test_labels(choices, label, expected):
-    assert choose(choices=choices, label=label).label == expected
-
-
-@pytest.mark.parametrize(
     ("choices", "label", "message"),
     [
         (["no", "yes"], "true", r"holds 'true', which is none of its 2 choices; .*true or false, the text"),
@@ -96,7 +74,17 @@ def test_labels(choices, label, expected):
         (["x", "y"], [1], r"holds \[1\]"),
         (["x", "x"], "x", r"holds 'x', which may mean several of its 2 choices"),
         # The first choice by its letter, the second by its text.
-        (["b", "a"], "a", r"may mean several"),
+        (
+            ["b", "a"],
+            "a",
+            r"may mean several of its 2 choices; position 0, 'b', by its letter; position 1, 'a', by its "
+            r"text; mend .*`labels`",
+        ),
+        (
+            ["1", "2", "3"],
+            2,
+            r"may mean .*; position 2, '3', by its number; position 1, '2', by its text",
+        ),
         (["x", "y"], "", r"holds ''"),
         (["x", "y"], None, r"is null"),
     ],

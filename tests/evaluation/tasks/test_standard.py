@@ -298,7 +298,7 @@ def test_quality_of_files_and_of_the_hub():
             "race_harness",
             None,
             {"problems": [{**RACE, "answer": "AB"}, RACE]},
-            r"rows.jsonl:2, question 1: field 'answer' holds 'AB'; needed: a letter",
+            r"rows.jsonl:2, question 1: field 'answer' holds 'AB', which is none of its 4 choices",
         ),
         ("qmsum", MEETING, {"meeting_transcripts": []}, r"rows.jsonl:2: field 'meeting_transcripts' must"),
         ("qmsum", MEETING, {"general_query_list": ["why"]}, r"rows.jsonl:2: field 'queries' must be"),
