@@ -124,7 +124,8 @@ def test_progress_is_shown_once_and_nobody_chatters(runs: Runs) -> None:
 
 
 def test_the_end_shows_a_table_and_where_everything_is(runs: Runs) -> None:
-    heading, rule, *table = own_lines(runs.finished["debug_tiny"].stdout)
+    train, validation, heading, rule, *table = own_lines(runs.finished["debug_tiny"].stdout)
+    assert (train.split()[0], validation.split()[0]) == ("train", "validation")
     assert heading.split()[:2] == ["length", "examples"]
     assert set(rule) == {"-"}
     rows, where = [line.split() for line in table[:3]], [line.split() for line in table[3:]]
