@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ssmlora_dist.data.accounts import DatasetReport
+from ssmlora_dist.data.accounts import COUNTS, DatasetReport
 from ssmlora_dist.data.examples import Example
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.long_texts import PIECE, encode_ends, encode_pieces
@@ -87,7 +87,8 @@ class RowEncoder:
 
     def take_report(self, num_rows: int, num_examples: int) -> DatasetReport:
         """What became of the rows since it was last asked for."""
-        report = DatasetReport(num_rows, num_examples, **self._counts)
+        counts = (self._counts[name] for name in COUNTS[2:])
+        report = DatasetReport(num_rows, num_examples, *counts)
         self._counts.clear()
         return report
 
