@@ -6,12 +6,12 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssmlora_dist.data.accounts import COUNTS, DatasetReport
+from ssmlora_dist.data.accounts import DatasetReport
 from ssmlora_dist.data.examples import Example
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.long_texts import PIECE, encode_ends, encode_pieces
@@ -87,8 +87,7 @@ class RowEncoder:
 
     def take_report(self, num_rows: int, num_examples: int) -> DatasetReport:
         """What became of the rows since it was last asked for."""
-        counts = (self._counts[name] for name in COUNTS[2:])
-        report = DatasetReport(num_rows, num_examples, *counts)
+        report = replace(DatasetReport(num_rows, num_examples), **self._counts)
         self._counts.clear()
         return report
 

@@ -95,8 +95,8 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
             "to train on"
         )
         return
-    console.message("\n".join([*data.accounts(), *tasks.notes]))
     run.build()
+    console.message("\n".join([*data.accounts(), *tasks.notes]))
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
     if not continuation.in_place:
         group.on_main(directory.claim)
