@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import string
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -205,6 +206,22 @@ def check_fields(
                 f"fields.{name}: neither the {user} nor a template uses this name{nearest_name(name, used)}; "
                 f"used are: {', '.join(used)}"
             )
+
+
+@dataclass
+class UnusedFields:
+    """Counts fields that nobody has looked up, over records that have been used."""
+
+    num_records: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, record: Record) -> None:
+        self.num_records += 1
+        self.counts.update(record.unused())
+
+    def text(self) -> str | None:
+        """Names and counts, if there are any."""
+        return unused_fields_text(self.counts, self.num_records) if self.counts else None
 
 
 def unused_fields_text(counts: Mapping[str, int], num_records: int) -> str:

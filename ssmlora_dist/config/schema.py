@@ -132,7 +132,7 @@ class DataSection(Section):
     max_length: int = Field(default=2048, ge=8)
     """Longest row in tokens, prompt and answer together."""
     too_long: Literal["drop", "truncate", "refuse"] = "drop"
-    """What happens to longer rows: left out, cut in the prompt, or an error; counted in the summary."""
+    """What happens to longer rows: left out, cut in the prompt, or an error; `text` is always split."""
 
 
 class TrainingSection(Section):

@@ -34,7 +34,7 @@ from ssmlora_dist.evaluation.tasks.records import (
 from ssmlora_dist.evaluation.tasks.standard import STANDARD, StandardTask, items_of
 from ssmlora_dist.evaluation.tasks.variable_tracking import variable_tracking
 from ssmlora_dist.multiple_choice import QUESTION_PROMPT
-from ssmlora_dist.records import RecordView, nearest_name
+from ssmlora_dist.records import RecordView, UnusedFields, nearest_name
 
 DEFAULT_LENGTHS = (1024,)
 DEFAULT_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -150,14 +150,15 @@ def build_task(section: TaskSection, tokenizer: Any, seed: int, lengths: Sequenc
         if kind in BABILONG:
             return Task(name, items, babilong_match(BABILONG_LABELS[_babi(kind)]), "babilong")
         return Task(name, items, string_match_all, "string_match_all")
+    unused = UnusedFields()
     if kind in STANDARD:
         task = STANDARD[kind]
-        return Task(name, partial(_standard, section, task), task.score, task.metric)
-    items = partial(_own, section, name, own_format(section))
+        return Task(name, partial(_standard, section, task, unused), task.score, task.metric, unused)
+    items = partial(_own, section, name, own_format(section), unused)
     if kind == "multiple_choice":
-        return Task(name, items, choice_accuracy, "acc")
+        return Task(name, items, choice_accuracy, "acc", unused)
     metrics = section.metrics or DEFAULT_METRICS
-    return Task(name, items, all_scores(*(SCORERS[metric] for metric in metrics)), metrics[0])
+    return Task(name, items, all_scores(*(SCORERS[metric] for metric in metrics)), metrics[0], unused)
 
 
 def output_directory(config: RunConfig, adapter: Path | None) -> Path:
@@ -232,13 +233,16 @@ def _drawn(
     return DEEP[kind](tokenizer, split=SPLIT, depths=section.depths or DEFAULT_DEPTHS, **settings)
 
 
-def _standard(section: TaskSection, task: StandardTask) -> Iterator[Item | FailedItem]:
-    return items_of(task, _records(section, task.hub, task.subset, task.split), section.num_examples)
+def _standard(section: TaskSection, task: StandardTask, unused: UnusedFields) -> Iterator[Item | FailedItem]:
+    records = _records(section, task.hub, task.subset, task.split)
+    return items_of(task, records, section.num_examples, unused)
 
 
-def _own(section: TaskSection, name: str, format: ItemFormat) -> Iterator[Item | FailedItem]:
+def _own(
+    section: TaskSection, name: str, format: ItemFormat, unused: UnusedFields
+) -> Iterator[Item | FailedItem]:
     records = _records(section, None, None, "validation")
-    return items_of_records(records, format, name, limit=section.num_examples)
+    return items_of_records(records, format, name, limit=section.num_examples, unused=unused)
 
 
 def _records(section: TaskSection, hub: str | None, subset: str | None, split: str) -> Iterator[Any]:

@@ -93,3 +93,4 @@ class DatasetReport:
 
 
 COUNTS = tuple(each.name for each in fields(DatasetReport) if each.name != "unused_fields")
+"""The numbers of a report, in order."""

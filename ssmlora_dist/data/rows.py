@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +88,8 @@ class RowEncoder:
 
     def take_report(self, num_rows: int, num_examples: int) -> DatasetReport:
         """What became of the rows since it was last asked for."""
-        report = DatasetReport(num_rows, num_examples, **self._counts)
+        counts: dict[str, Any] = dict(self._counts)
+        report = DatasetReport(num_rows, num_examples, **counts)
         self._counts.clear()
         return report
 

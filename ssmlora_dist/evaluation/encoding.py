@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.long_texts import PIECE, encode_ends
 from ssmlora_dist.tokenization import TextEncoder
 
 
@@ -60,6 +61,7 @@ class PromptEncoder:
         Raises:
             DataError: a choice adds no token, or the model does not take as many.
         """
+        self._check_size(prompt)
         stem = prompt.rstrip()
         space = prompt[len(stem) :]
         if stem:
@@ -85,10 +87,17 @@ class PromptEncoder:
         Raises:
             DataError: the model does not take as many and the new ones.
         """
+        self._check_size(prompt)
         ids = (self._encoder.begin(prompt) if prompt else []) or [self._prefix_id]
         given = f"the prompt is {len(ids)} tokens, and {max_new_tokens} are to follow"
         self._check(len(ids) + max_new_tokens, given, ids)
         return ids
+
+    def _check_size(self, prompt: str) -> None:
+        """Refuses a prompt that is far too long by its beginning and its end."""
+        if len(prompt) > PIECE:
+            num_tokens = len(encode_ends(self._encoder, prompt, False, self._max_length))
+            self._check(num_tokens, f"the prompt is at least {num_tokens} tokens")
 
     def _check(self, length: int, given: str, *encoded: list[int]) -> None:
         if self._max_length is not None and length > self._max_length:
@@ -96,7 +105,7 @@ class PromptEncoder:
                 f"{given}; the model takes {self._max_length}: shorten the item or "
                 "choose a model that takes more"
             )
-        largest = max(map(max, encoded))
+        largest = max(map(max, encoded), default=0)
         if largest >= self._vocab_size:
             raise DataError(
                 f"the tokenizer gives the id {largest}, and the model's vocabulary has {self._vocab_size}: "

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssmlora_dist.records import UnusedFields
+
 
 @dataclass(frozen=True)
 class ChoiceItem:
@@ -93,9 +95,11 @@ class Task:
             `FailedItem`.
         score: of one answer.
         metric: the name of the score that stands for the task in tables.
+        unused: filled while items are made: the fields of its records that nobody reads.
     """
 
     name: str
     items: Callable[[], Iterator[Item | FailedItem]]
     score: Scorer
     metric: str
+    unused: UnusedFields = field(default_factory=UnusedFields)

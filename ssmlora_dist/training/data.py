@@ -68,6 +68,7 @@ class RunData:
         train, self.validation = build_data(config, tokenizer)
         self.sample: Dataset
         self._batches: GlobalBatches | StreamedBatches
+        self._is_streamed = isinstance(train, ExampleStream)
         if isinstance(train, ExampleStream):
             assert training.max_steps, "refused by config.rules"
             self.num_steps = training.max_steps
@@ -84,6 +85,10 @@ class RunData:
         self.endings = encoder.endings(self.sample.closings)
         if (doubt := encoder.doubt(self.sample.closings)) is not None:
             warn(doubt)
+        self._warn, self._warned = warn, False
+        self._warn_of_rows_left_out()
+        if self.validation is not None and (warning := self.validation.report.warning()) is not None:
+            warn(f"data.validation: {warning}")
 
     def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
         """Of `step` (from 0), collated; seeds what a backbone drops by itself, in its attention.
@@ -94,10 +99,36 @@ class RunData:
         seed = np.random.SeedSequence([self._seed, step, self._rank])
         torch.manual_seed(int(seed.generate_state(1)[0]))
         batches = self._batches.micro_batches(step)
+        self._warn_of_rows_left_out()
         if not self._drops:
             return batches
         rows = self._shape.dropout_seeds(step, self._seed)
         return [{**batch, "dropout_seeds": seeds} for batch, seeds in zip(batches, rows, strict=True)]
+
+    def accounts(self) -> list[str]:
+        """Lines about what became of the records, of a stream the first ones."""
+        lines = account_lines("train", self.sample.report, is_streamed=self._is_streamed)
+        if self.validation is not None:
+            lines += account_lines("validation", self.validation.report)
+        return lines
+
+    def metrics(self) -> dict[str, float]:
+        """What became of the records read so far, in numbers, for a tracker; on rank 0."""
+        reports = {"train": self.report}
+        if self.validation is not None:
+            reports["validation"] = self.validation.report
+        return {
+            f"data/{name}_{key}": float(count)
+            for name, report in reports.items()
+            for key, count in report.counts().items()
+        }
+
+    def _warn_of_rows_left_out(self) -> None:
+        """Once; of a stream as soon as what has been read shows it."""
+        read = self.report if self.report.num_rows else self.sample.report
+        if not self._warned and (warning := read.warning()) is not None:
+            self._warned = True
+            self._warn(f"data.train: {'of what is read so far, ' if self._is_streamed else ''}{warning}")
 
     @property
     def report(self) -> DatasetReport:
@@ -111,3 +142,11 @@ class RunData:
     def close(self) -> None:
         """Ends the reading."""
         self._batches.close()
+
+
+def account_lines(name: str, report: DatasetReport, is_streamed: bool = False) -> list[str]:
+    """Lines about what became of the records of a source."""
+    first, *others = report.lines()
+    headings = [f"{name:<13}", *[" " * 13] * len(others)]
+    lines = [f"streamed; of the first rows: {first}" if is_streamed else first, *others]
+    return [heading + line for heading, line in zip(headings, lines, strict=True)]

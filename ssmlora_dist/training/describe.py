@@ -11,6 +11,7 @@ from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset, ExampleStream
 from ssmlora_dist.tokenization import TextEncoder
+from ssmlora_dist.training.data import account_lines
 
 
 def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) -> str:
@@ -32,21 +33,18 @@ def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) 
         f"parameters   {trainable:,} trained, {frozen:,} frozen",
         f"batch        {training.global_batch_size} = {world_size} ranks x {accumulation} micro-batches x "
         f"{training.micro_batch_size} sequences",
-        f"train        {_data_line(train)}",
     ]
-    closings = (train.sample() if isinstance(train, ExampleStream) else train).closings
-    if (doubt := TextEncoder(tokenizer).doubt(closings)) is not None:
+    is_streamed = isinstance(train, ExampleStream)
+    sample = train.sample() if isinstance(train, ExampleStream) else train
+    lines += _source_lines("train", sample, is_streamed)
+    if (doubt := TextEncoder(tokenizer).doubt(sample.closings)) is not None:
         lines.append(f"warning      {doubt}")
     if validation is not None:
-        lines.append(f"validation   {_data_line(validation)}")
+        lines += _source_lines("validation", validation)
     return "\n".join(lines)
 
 
-def _data_line(dataset: Dataset | ExampleStream) -> str:
-    if isinstance(dataset, ExampleStream):
-        return f"streamed; of the first rows: {_data_line(dataset.sample())}"
-    report = dataset.report
-    return (
-        f"{report.num_examples} examples of {report.num_rows} rows; {report.num_dropped_too_long} dropped as "
-        f"too long, {report.num_truncated} truncated, {report.num_without_target} without target"
-    )
+def _source_lines(name: str, dataset: Dataset, is_streamed: bool = False) -> list[str]:
+    warning = dataset.report.warning()
+    warnings = [] if warning is None else [f"warning      data.{name}: {warning}"]
+    return account_lines(name, dataset.report, is_streamed) + warnings

@@ -96,6 +96,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
         )
         return
     run.build()
+    console.message("\n".join([*data.accounts(), *tasks.notes]))
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
     if not continuation.in_place:
         group.on_main(directory.claim)
@@ -173,6 +174,7 @@ class _Run:
         if self.group.is_main:
             tags = environment_tags(environment_record()) | self.config.tracking.tags
             self.tracker.start(self.config.run.name, flat_parameters(resolved), tags)
+            self.tracker.log_metrics(self.data.metrics(), self.continuation.step)
 
     def execute(self, interrupts: Interrupts) -> None:
         """Evaluate, train, save, evaluate, summarise.
@@ -232,6 +234,7 @@ class _Run:
             "environment": environment_record(),
         }
         if self.group.is_main:
+            self.tracker.log_metrics(self.data.metrics(), self.num_steps)
             self._finish(summary, before, after)
 
     def build(self) -> None:

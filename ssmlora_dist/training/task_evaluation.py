@@ -80,6 +80,8 @@ def run_evaluation(
     check_model(config, for_training=False)
     tokenizer = build_tokenizer(config.model, console.warn)
     tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
+    for line in unused_field_lines(tasks):
+        console.message(line)
     directory = out or output_directory(config, adapter)
     fingerprint: str = group.on_main(lambda: build_fingerprint(config))
     # What is wrong with it shows before the base model has answered everything.
@@ -137,6 +139,11 @@ class TasksInTraining:
         self._tokenizer, self._group = tokenizer, group
         self._tasks = _with_items(build_tasks(config, tokenizer)) if self._every_steps else []
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the tasks' records is to be known."""
+        return unused_field_lines(self._tasks)
+
     def is_due(self, step: int, num_steps: int) -> bool:
         """Whether to answer after `step` steps: before training, every so many steps, and at the end."""
         return self._every_steps is not None and (step % self._every_steps == 0 or step == num_steps)
@@ -179,7 +186,13 @@ def describe_tasks(
         failed = [item for item in items if isinstance(item, FailedItem)]
         lines.append(f"{task.name}: {len(items) - len(failed)} items, {len(failed)} that cannot be used")
         lines += [f"  {item.id}: {item.error}" for item in failed[:SHOWN_FAILURES]]
+        lines += unused_field_lines([task])
     return "\n".join(lines)
+
+
+def unused_field_lines(tasks: Sequence[Task]) -> list[str]:
+    """For each task whose items are made, the fields of its records that nobody reads, if there are any."""
+    return [f"{task.name}: {text}" for task in tasks if (text := task.unused.text()) is not None]
 
 
 def _with_items(tasks: Sequence[Task]) -> list[Task]:

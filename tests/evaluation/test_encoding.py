@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.evaluation.encoding import PromptEncoder
+from ssmlora_dist.long_texts import PIECE
 from ssmlora_dist.models.tokenizer import load_tokenizer
+from ssmlora_dist.tokenization import TextEncoder
 from tests.tiny import tiny_model
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -159,3 +161,19 @@ def test_long_texts_raise_no_warning_of_the_tokenizer(caplog: pytest.LogCaptureF
     tokenizer.model_max_length = 4
     encoder_of(tokenizer).prompt("12345678", 1)
     assert not caplog.records
+
+
+def test_a_prompt_that_is_far_too_long_is_not_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    encode = TextEncoder.encode
+
+    def counted(self: TextEncoder, text: str) -> list[int]:
+        given.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(TextEncoder, "encode", counted)
+    encoder = PromptEncoder(merging_tokenizer(adds_bos=True), 100, VOCAB_SIZE)
+    for ask in (lambda text: encoder.prompt(text, 4), lambda text: encoder.choices(text, [" a", " b"])):
+        with pytest.raises(DataError, match=r"^the prompt is at least \d+ tokens; the model takes 100"):
+            ask("a the " * 200_000)
+    assert sum(given) < 6 * PIECE

@@ -197,7 +197,7 @@ BAD: dict[str, Case] = {
         says=("the tokenizer has no chat template", "or the format 'instruction'"),
     ),
     "no-targets": training_on(
-        "no_targets.jsonl", says=("no_targets.jsonl: none of 2 rows has target tokens", "check `fields`")
+        "no_targets.jsonl", says=("no_targets.jsonl: nothing is left of 2 rows", "check `fields`")
     ),
     "all-too-long": training_on(
         "all_long.jsonl", says=("all_long.jsonl: nothing is left of 3 rows", "raise `data.max_length`")

@@ -26,15 +26,20 @@ def test_a_dry_run_shows_the_resolved_configuration_and_what_follows(outcomes: O
     # q_proj in layer 0 and v_proj in layer 1: 4 x (16 + 16) + 2 x 16, and 4 x (16 + 8) + 2 x 16.
     assert lines[1].startswith("parameters   288 trained, ")
     assert lines[2] == "batch        2 = 1 ranks x 2 micro-batches x 1 sequences"
-    assert lines[3].startswith("train        4 examples of 4 rows; 0 dropped as too long")
+    assert lines[3].startswith("train        4 examples of 4 rows")
 
 
 def test_a_dry_run_counts_the_rows(outcomes: Outcomes) -> None:
     finished = outcomes.dry_run_counts
     assert finished.exit_code == 0, finished.stderr
-    train, validation = finished.stdout.splitlines()[-2:]
-    assert train.endswith("1 examples of 2 rows; 1 dropped as too long, 0 truncated, 0 without target")
-    assert validation.endswith("2 examples of 3 rows; 0 dropped as too long, 0 truncated, 1 without target")
+    assert finished.stdout.splitlines()[-4:] == [
+        "train        1 examples of 2 rows; left out: 1 longer than max_length",
+        "warning      data.train: 1 of 2 rows are left out: 1 longer than max_length; raise "
+        "`data.max_length` or set `data.too_long` to 'truncate'",
+        "validation   2 examples of 3 rows; left out: 1 without an answer",
+        "warning      data.validation: 1 of 3 rows are left out: 1 without an answer; check `fields` and "
+        "`answer`",
+    ]
 
 
 def test_help_names_the_arguments(outcomes: Outcomes) -> None:

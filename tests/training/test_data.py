@@ -1,81 +1,76 @@
-"""What a run knows of its data: what ends the answers that it trains."""
+"""What a run says of its records: at the start, once more as a stream goes on, and in numbers."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.process_group import ProcessGroup
-from ssmlora_dist.models import load_tokenizer
+from ssmlora_dist.config.loading import load_config
+from ssmlora_dist.models.tokenizer import load_tokenizer
 from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.data import RunData
-from ssmlora_dist.training.topology import Place
+
+CONFIG = Path(__file__).parents[2] / "configs" / "debug_tiny.json"
+LONG = {"instruction": "x" * 500, "output": "y", "id": 1}
+SHORT = {"instruction": "x", "output": "y"}
+UNVALIDATED = ("data.validation=null", "evaluation.every_steps=null")
 
 
-class Group(ProcessGroup):
-    """A process alone."""
+def run_data(directory: Path, records: list[Any], *overrides: str) -> tuple[RunData, list[str]]:
+    file = directory / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    source = json.dumps({"format": "instruction", "path": str(file), "shuffle_buffer_size": 4})
+    settings = [f"data.train={source}", "data.max_length=64", "training.global_batch_size=2", *overrides]
+    config = load_config(CONFIG, settings, world_size=1)
+    group: Any = SimpleNamespace(rank=0, on_main=lambda action: action())
+    place: Any = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1)
+    said: list[str] = []
+    continuation = Continuation(None, None, False)
+    return RunData(config, load_tokenizer("bytes"), group, place, continuation, said.append), said
 
-    def __init__(self) -> None:
-        super().__init__(0, 1, 0, torch.device("cpu"))
 
-    def on_main(self, action: Any) -> Any:
-        return action()
-
-
-def data_of(
-    directory: Path, closing: str, added: list[str], format: str = "chat"
-) -> tuple[RunData, list[str]]:
-    """The data of a run, and what it was warned of."""
-    tokenizer = load_tokenizer("bytes")
-    tokenizer.add_tokens(added, special_tokens=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}:{{ m.content }}" + closing + "{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
+def test_much_that_is_left_out_is_a_warning(tmp_path: Path) -> None:
+    data, said = run_data(
+        tmp_path, [SHORT, LONG, LONG], "data.validation=null", "evaluation.every_steps=null"
     )
-    row = {
-        "messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "hi"}],
-        "text": "hi",
-    }
-    (directory / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    config = RunConfig.model_validate(
-        {
-            "run": {"name": "run"},
-            "model": {"path": "model"},
-            "data": {"train": {"format": format, "path": str(directory / "rows.jsonl")}, "max_length": 99},
-            "training": {"max_steps": 1, "global_batch_size": 1},
-        }
+    assert said == [
+        "data.train: 2 of 3 rows are left out: 2 longer than max_length; raise `data.max_length` or set "
+        "`data.too_long` to 'truncate'"
+    ]
+    assert data.accounts() == [
+        "train        1 examples of 3 rows; left out: 2 longer than max_length",
+        "             fields not used: id (in 2 of 3 records)",
+    ]
+    assert data.metrics()["data/train_num_dropped_too_long"] == 2.0
+    data.micro_batches(0)
+    assert len(said) == 1
+
+
+def test_validation_is_warned_of_too(tmp_path: Path) -> None:
+    (tmp_path / "validation.jsonl").write_text(json.dumps(SHORT) + "\n" + json.dumps({**SHORT, "output": ""}))
+    source = json.dumps({"format": "instruction", "path": str(tmp_path / "validation.jsonl")})
+    data, said = run_data(tmp_path, [SHORT], f"data.validation={source}")
+    assert said == [
+        "data.validation: 1 of 2 rows are left out: 1 without an answer; check `fields` and `answer`"
+    ]
+    assert data.accounts()[1] == "validation   1 examples of 2 rows; left out: 1 without an answer"
+    assert data.metrics()["data/validation_num_without_target"] == 1.0
+
+
+@pytest.mark.parametrize("first_bad", [0, 8])
+def test_a_stream_warns_once_as_soon_as_it_shows(tmp_path: Path, first_bad: int) -> None:
+    records = [SHORT] * first_bad + [SHORT, LONG] * 8
+    data, said = run_data(
+        tmp_path, records, "data.train.streaming=true", "training.max_steps=9", *UNVALIDATED
     )
-    warnings: list[str] = []
-    data = RunData(config, tokenizer, Group(), Place(0, 1, 0, 1), Continuation(), warnings.append)
-    return data, warnings
-
-
-@pytest.mark.parametrize(
-    ("closing", "added", "endings", "warning"),
-    [
-        ("<|im_end|>\n", ["<|im_end|>"], {"end_token_ids": [257, 259], "stop_texts": []}, None),
-        ("<|eos|>", [], {"end_token_ids": [257], "stop_texts": []}, None),
-        ("[end]\n", [], {"end_token_ids": [257], "stop_texts": ["[end]"]}, r"with '\[end\]', which is no"),
-        ("\n\n", [], {"end_token_ids": [257], "stop_texts": []}, "ends turns with white space or nothing"),
-        ("", [], {"end_token_ids": [257], "stop_texts": []}, "ends turns with white space or nothing"),
-    ],
-)
-def test_what_ends_answers_is_taken_from_the_turns(
-    tmp_path: Path, closing: str, added: list[str], endings: dict[str, Any], warning: str | None
-) -> None:
-    data, warnings = data_of(tmp_path, closing, added)
-    assert data.endings == endings
-    assert len(warnings) == (warning is not None)
-    assert re.search(warning or "", "".join(warnings))
-
-
-def test_other_formats_end_with_a_sequence(tmp_path: Path) -> None:
-    data, warnings = data_of(tmp_path, "<|im_end|>", ["<|im_end|>"], format="text")
-    assert not warnings
-    assert data.endings == {"end_token_ids": [257], "stop_texts": []}
+    assert data.accounts()[0].startswith("train        streamed; of the first rows: 4 examples of ")
+    assert len(said) == int(first_bad == 0)
+    for step in range(8):
+        data.micro_batches(step)
+    data.close()
+    (warning,) = said
+    assert warning.startswith("data.train: of what is read so far, ")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.evaluation.items import ChoiceItem, FailedItem, GenerationItem, Item
 from ssmlora_dist.multiple_choice import QUESTION_PROMPT, QuestionReader
-from ssmlora_dist.records import Paths, Record, RecordView, Template, check_fields
+from ssmlora_dist.records import Paths, Record, RecordView, Template, UnusedFields, check_fields
 
 ItemFormat = Callable[[Record, str], Item]
 """Of a record and the id of its item. Raises DataError for a record that does not fit."""
@@ -88,6 +88,7 @@ def items_of_records(
     name: str,
     prepare: Preparation | None = None,
     limit: int | None = None,
+    unused: UnusedFields | None = None,
 ) -> Iterator[Item | FailedItem]:
     """The items of records, in order; one that cannot be used comes as a `FailedItem` with its place.
 
@@ -100,6 +101,7 @@ def items_of_records(
         name: the task's, for messages.
         prepare: makes of a record one for each of its items; without it a record is one item.
         limit: the most items, failed ones included.
+        unused: told the records whose items can be used.
 
     Raises:
         DataError: there is not one usable record; one message, with the reason of the first. Up to the first
@@ -107,7 +109,7 @@ def items_of_records(
     """
     held: list[FailedItem] = []
     has_usable = False
-    for item in itertools.islice(_attempts(records, format, prepare), limit):
+    for item in itertools.islice(_attempts(records, format, prepare, unused), limit):
         if isinstance(item, FailedItem) and not has_usable:
             held.append(item)
             continue
@@ -121,9 +123,13 @@ def items_of_records(
 
 
 def _attempts(
-    records: Iterable[Record], format: ItemFormat, prepare: Preparation | None
+    records: Iterable[Record],
+    format: ItemFormat,
+    prepare: Preparation | None,
+    unused: UnusedFields | None,
 ) -> Iterator[Item | FailedItem]:
     for number, record in enumerate(records):
+        made: list[Item | FailedItem] = []
         try:
             parts = [record] if prepare is None else list(prepare(record))
         except DataError as error:
@@ -132,6 +138,10 @@ def _attempts(
         for part_number, part in enumerate(parts):
             id = str(number) if len(parts) == 1 else f"{number}-{part_number}"
             try:
-                yield format(part, id)
+                made.append(format(part, id))
             except DataError as error:
-                yield FailedItem(id, str(error))
+                made.append(FailedItem(id, str(error)))
+        # What is wrong with an item kept its other fields from being read.
+        if unused is not None and not any(isinstance(item, FailedItem) for item in made):
+            unused.add(record)
+        yield from made

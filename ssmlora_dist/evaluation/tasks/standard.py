@@ -37,7 +37,7 @@ from ssmlora_dist.evaluation.tasks.records import (
     items_of_records,
 )
 from ssmlora_dist.multiple_choice import label_position
-from ssmlora_dist.records import Record, RecordView
+from ssmlora_dist.records import Record, RecordView, UnusedFields
 
 NO_YES = (" no", " yes")
 ENTAILMENT = {"entailment": 0, "not_entailment": 1, "0": 0, "1": 1}
@@ -75,7 +75,10 @@ class StandardTask:
 
 
 def items_of(
-    task: StandardTask, records: Iterable[Record], limit: int | None = None
+    task: StandardTask,
+    records: Iterable[Record],
+    limit: int | None = None,
+    unused: UnusedFields | None = None,
 ) -> Iterator[Item | FailedItem]:
     """The items of a standard task; see `items_of_records`.
 
@@ -83,11 +86,12 @@ def items_of(
         task: one of `STANDARD`.
         records: of its data set.
         limit: the most items, failed ones included.
+        unused: told the records whose items can be used.
 
     Raises:
         DataError: not one of the records can be used.
     """
-    return items_of_records(records, task.format, task.name, task.prepare, limit)
+    return items_of_records(records, task.format, task.name, task.prepare, limit, unused)
 
 
 def _copa(record: Record) -> Iterator[Record]:

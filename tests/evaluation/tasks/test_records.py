@@ -8,7 +8,7 @@ from ssmlora_dist.data.formats import make_renderer
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.evaluation.items import ChoiceItem, FailedItem, GenerationItem
 from ssmlora_dist.evaluation.tasks.records import ChoiceFormat, GenerationFormat, items_of_records
-from ssmlora_dist.records import Record
+from ssmlora_dist.records import Record, UnusedFields
 
 PLACE = "rows.jsonl:3"
 
@@ -196,6 +196,14 @@ def test_bad_records_fail_alone():
     assert [item.id for item in items] == ["0", "1", "2", "3"]
     assert items[0].error.startswith("rows.jsonl:1: field 'label' holds 'true'")
     assert items[2].error.startswith("rows.jsonl:3: field 'label' holds 'maybe'")
+
+
+def test_fields_that_nobody_reads_are_counted():
+    unused = UnusedFields()
+    hints = zip(rows(0, "?", 1), ("a", "b", ""), strict=True)
+    records = [Record({**row.values, "id": 7, "hint": hint}, row.place) for row, hint in hints]
+    list(items_of_records(records, ChoiceFormat("{q}"), "mine", unused=unused))
+    assert unused.text() == "fields not used: id, hint (in 1 of 2 records)"
 
 
 def test_limit_counts_items_and_reads_no_further():
