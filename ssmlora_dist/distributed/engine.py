@@ -100,12 +100,14 @@ class DataParallelEngine:
         num_targets, num_tokens = (int(count) for count in self.group.sum(counts))
         # DeepSpeed averages gradients over the ranks; the mean wanted is over the tokens of all of them.
         scale = self.group.world_size / num_targets
+        # All of them now: each copy to a device waits for what the device is at.
+        on_device = [to_device(batch, self.group.device) for batch in micro_batches]
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.group.device)
         self.module.train()
-        for index, batch in enumerate(micro_batches):
+        for index, batch in enumerate(on_device):
             check()
-            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self.engine(**{name: tensor.to(self.group.device) for name, tensor in batch.items()})
+            self.engine.set_gradient_accumulation_boundary(index == len(on_device) - 1)
+            loss = self.engine(**batch)
             # 0 x infinity: a loss that is not finite makes the gradients so, and every stage skips the step.
             self.engine.backward(loss * (scale + 0.0 * loss.detach()), scale_wrt_gas=False)
             loss_sum += loss.detach()
@@ -127,10 +129,7 @@ class DataParallelEngine:
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """What the module returns for each of this rank's batches, in evaluation mode."""
         self.module.eval()
-        return [
-            self.module(**{name: tensor.to(self.group.device) for name, tensor in batch.items()})
-            for batch in batches
-        ]
+        return [self.module(**to_device(batch, self.group.device)) for batch in batches]
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU; every rank must call it."""
@@ -147,6 +146,11 @@ class DataParallelEngine:
     def restore(self, moments: Moments) -> None:
         """Goes on with an optimiser's moments, before the first step; every rank must call it."""
         restore_moments(self.engine.optimizer, self.parameters, self.zero_stage, moments)
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch with its tensors on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def count_targets(batch: Batch) -> int:

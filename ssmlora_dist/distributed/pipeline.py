@@ -31,6 +31,7 @@ from ssmlora_dist.distributed.engine import (
     no_check,
     scale_gradients,
     squared_norms,
+    to_device,
 )
 from ssmlora_dist.distributed.moments import Moments, gather_moments, restore_moments
 from ssmlora_dist.distributed.process_group import ProcessGroup
@@ -106,7 +107,7 @@ class PipelineParallelEngine:
         # Every stage counts the same micro-batches.
         num_targets, num_tokens = (int(count) // self.num_stages for count in self.group.sum(counts))
         self.stage.train()
-        on_device = [_to(batch, self.group.device) for batch in micro_batches]
+        on_device = [to_device(batch, self.group.device) for batch in micro_batches]
         outcome = self.engine.run_step(on_device, self.group.world_size / self.num_stages / num_targets)
         loss_mean = self.group.sum([float(outcome.loss_sum)])[0] / num_targets
         return StepResult(loss_mean, outcome.grad_norm, num_tokens, num_targets, outcome.skipped)
@@ -117,7 +118,7 @@ class PipelineParallelEngine:
         results = []
         with torch.no_grad():
             for batch in batches:
-                tensors = _to(batch, self.group.device)
+                tensors = to_device(batch, self.group.device)
                 output = self.stage(self.engine.receive_activations(tensors), **tensors)
                 if self.engine.is_last_stage():
                     # Off the device: another rank would find its own in their place.
@@ -290,10 +291,6 @@ class _Begun:
     tensor_BSW: Tensor | None
     rng_state: tuple[Tensor, Tensor | None]
     again_BSW: Tensor | None = None
-
-
-def _to(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

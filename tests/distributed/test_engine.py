@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
-from ssmlora_dist.distributed.engine import clip_gradients, count_targets
+from ssmlora_dist.distributed.engine import DataParallelEngine, clip_gradients, count_targets
+from ssmlora_dist.distributed.process_group import ProcessGroup
 
 from .conftest import WORLD_SIZES, Results
 from .jobs import STAGES
@@ -112,3 +115,48 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(
         assert kept == first
         assert [first, last] == without["weight"]
         assert first != last
+
+
+class Device(torch.Tensor):
+    """Stands for a tensor on a GPU: it writes down what makes the host wait for the device."""
+
+    waits: ClassVar[list[str]] = []
+    _WAITING = ("to", "cpu", "item", "tolist", "__float__", "__int__", "__bool__", "nonzero", "numpy")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in cls._WAITING:
+            cls.waits.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_nothing_waits_for_the_device_between_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host runs ahead of the device: batches are copied there before the first, the loss read after all."""
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    class DeepSpeed(SimpleNamespace):
+        def __call__(self, labels: torch.Tensor) -> torch.Tensor:
+            return (labels.float().sum() * weight).sum().as_subclass(Device)
+
+    deepspeed = DeepSpeed(
+        optimizer=SimpleNamespace(param_groups=[{}]),
+        module=torch.nn.Linear(1, 1),
+        set_gradient_accumulation_boundary=lambda last: None,
+        backward=lambda loss, scale_wrt_gas: loss.backward(),
+        step=lambda: None,
+        zero_grad=lambda: None,
+    )
+    monkeypatch.setattr("deepspeed.initialize", lambda **_: (deepspeed, None, None, None))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values, **_: None)
+    group = ProcessGroup(0, 1, 0, torch.device("cpu"))
+    config = {"zero_optimization": {"stage": 0}}
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    engine = DataParallelEngine(deepspeed.module, {"weight": weight}, optimizer, config, group, 1.0)
+    waits_at_check: list[int] = []
+    batches = [{"labels": torch.tensor([[7, value]]).as_subclass(Device)} for value in (1, 2, 3)]
+    Device.waits.clear()
+    result = engine.train_step(batches, 0.1, lambda: waits_at_check.append(len(Device.waits)))
+    assert Device.waits.count("to") == len(batches)
+    # The last entry is of after the step, where the loss is read.
+    assert waits_at_check == [waits_at_check[0]] * len(batches), Device.waits
+    assert result.num_target_tokens == 3
