@@ -37,6 +37,7 @@ from ssmlora_dist.tracking import (
     plot_curves,
     store_uri,
 )
+from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 from ssmlora_dist.training.continuation import NEVER, Continuation, check_continuation, find_continuation
 from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
@@ -82,6 +83,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
     continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
+    config = settle_compute_dtype(config, group, console, kept=continuation.compute_dtype)
     check_model(config)
     tokenizer = build_tokenizer(config.model)
     place = place_of(config, group)
@@ -220,6 +222,7 @@ class _Run:
         self.saver.finish()
         summary = {
             **self.totals.summary(self.group.world_size),
+            "compute_dtype": self.config.model.compute_dtype,
             "training_seconds": self.totals.step_seconds,
             "wall_seconds": self._wall_seconds(),
             "peak_memory_gib": peak_memory_gib(self.group),

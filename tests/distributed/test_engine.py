@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ssmlora_dist.distributed.engine import DataParallelEngine, clip_gradients, count_targets
+from ssmlora_dist.distributed.loss_scale import INITIAL
 from ssmlora_dist.distributed.process_group import ProcessGroup
 
 from .conftest import WORLD_SIZES, Results
@@ -115,6 +116,36 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(
         assert kept == first
         assert [first, last] == without["weight"]
         assert first != last
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_a_scaled_loss_changes_no_bit_and_an_overflow_halves_the_scale(
+    results: Results, num_ranks: int, stage: int
+) -> None:
+    """Norms are of the gradients of the loss itself, and so is what they are clipped to."""
+    for found in results.found(num_ranks, "skipping"):
+        unscaled, scaled = found[f"zero {stage}, no poison"], found[f"zero {stage}, overflow"]
+        assert scaled["skipped"] == scaled["halved"] == [False, True, False]
+        assert scaled["loss_scale"] == [INITIAL, INITIAL, INITIAL / 2]
+        assert unscaled["loss_scale"] == [None, None]
+        first, kept, last = scaled["weight"]
+        assert kept == first
+        assert [first, last] == unscaled["weight"]
+        assert [scaled["grad_norm"][0], scaled["grad_norm"][2]] == unscaled["grad_norm"]
+        assert scaled["grad_norm"][0] > 1.0
+
+
+def test_gradients_are_unscaled_before_they_are_clipped() -> None:
+    parameters = {"a": with_gradient([3.0 * 1024, 0.0]), "b": with_gradient([4.0 * 1024])}
+    expected = {"a": with_gradient([3.0, 0.0]), "b": with_gradient([4.0])}
+    for max_norm in (1.0, 5.0, None):
+        for name, values in {"a": [3.0, 0.0], "b": [4.0]}.items():
+            parameters[name].grad = torch.tensor(values) * 1024
+            expected[name].grad = torch.tensor(values)
+        assert clip_gradients(parameters, max_norm, loss_scale=1024.0) == 5.0
+        clip_gradients(expected, max_norm)
+        assert gradients(parameters) == gradients(expected)
 
 
 class Device(torch.Tensor):
