@@ -51,7 +51,8 @@ def settle_compute_dtype(
     problems = topology_problems(
         settled, world_size=group.world_size, device_type=group.device.type, for_training=for_training
     )
+    chosen = f"compute dtype {settled.model.compute_dtype} (auto: {because})"
     if problems:
-        raise ConfigError([f"{problem} (it is {because})" for problem in problems])
-    console.message(f"compute dtype {settled.model.compute_dtype} (auto: {because})")
+        raise ConfigError(problems, source=chosen)
+    console.message(chosen)
     return settled

@@ -42,6 +42,9 @@ BITWISE_ONLY: dict[str, tuple[int, Overrides]] = {
         2,
         ("parallel.zero_stage=3", "parallel.offload_optimizer=true", "parallel.offload_parameters=true"),
     ),
+    # The scale that the overflow has halved is the one that goes on.
+    "float16": (1, ("model.compute_dtype=float16",)),
+    "pp2float16": (2, ("model.compute_dtype=float16", "parallel.pipeline_stages=2")),
     "pp2zero1": (2, ("parallel.pipeline_stages=2", "parallel.zero_stage=1")),
 }
 # Continued on each other.
