@@ -49,8 +49,8 @@ def machine_dtype(device_type: str) -> DTypeName:
 
 
 def common_dtype(names: Iterable[DTypeName]) -> DTypeName:
-    """What machines compute in together of which each would take one of `names` alone."""
-    return max(names, key=_WIDENING.index)
+    """What machines compute in together of which each would take one of `names` alone; none restricts nothing."""
+    return max(names, key=_WIDENING.index, default="bfloat16")
 
 
 def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:

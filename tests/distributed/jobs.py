@@ -127,6 +127,7 @@ JOBS: dict[str, Overrides] = {
     **MICRO_BATCHES,
     **TIED,
     **HALF,
+    "auto": ("model.compute_dtype=auto",),
 }
 
 

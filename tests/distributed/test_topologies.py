@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+from ssmlora_dist.precision import machine_dtype
+
 from .conftest import WORLD_SIZES, Results
 from .jobs import DROPOUT, DROPPING, EVALUATED, HALF, MICRO_BATCHES, QUANTIZED, REFERENCE, TIED, TOPOLOGIES, fits
 
@@ -129,6 +131,14 @@ def test_float16_trains_the_same(results: Results, num_ranks: int, job: str) -> 
     # Norms of an unscaled loss, near those of the float32 backbone.
     for row, wanted in zip(rows, results.rows(f"micro-batch 1, {REFERENCE}", 1), strict=True):
         assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.05)
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_what_auto_stood_for_is_recorded(results: Results, num_ranks: int) -> None:
+    expected = machine_dtype("cpu")
+    assert results.summary("auto", num_ranks)["compute_dtype"] == expected
+    assert results.config("auto", num_ranks)["model"]["compute_dtype"] == expected
+    assert results.base("auto", num_ranks)["compute_dtype"] == expected
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
