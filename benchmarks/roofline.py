@@ -15,6 +15,7 @@ from ssmlora_dist.distributed.cost_model import DecoderShape, bytes_per_weight
 from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
 from ssmlora_dist.models import load_config
 from ssmlora_dist.models.shapes import SHAPES
+from ssmlora_dist.precision import machine_dtype
 
 H100 = Ceilings(matmul_tflops=790.0, attention_tflops=550.0, bandwidth_gb_per_second=2800.0)
 LENGTHS = (512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)

@@ -1,8 +1,8 @@
 """Dynamic loss scaling, for float16.
 
-Gradients of activations smaller than 6e-8 are zero in float16, those above 65504 infinite. The loss is multiplied
-with a power of two, as large as leaves the gradients finite, and what is trained, in float32, has its gradients
-divided by it again before anything else looks at them: in float32 a power of two leaves every digit as it is.
+In float16 gradients of activations below 6e-8 are zero, those above 65504 infinite. The loss is multiplied with
+a power of two, as large as leaves the gradients finite, and the gradients of what is trained, in float32, are
+divided by it before anything else looks at them: there a power of two leaves every digit as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STEADY_STEPS = 500
 
 @dataclass
 class LossScale:
-    """What the loss is multiplied with, the same on all ranks: they change it alike, by what all of them know.
+    """What the loss is multiplied with, the same on all ranks: they change it by what all of them know.
 
     Attributes:
         value: the scale, a power of two.
@@ -36,7 +36,7 @@ class LossScale:
             grad_norm: of the step.
 
         Returns:
-            Whether it was halved: the step was lost to the scale, and the next one is tried with a smaller one.
+            Whether it was halved: the step was lost to the scale, and the next one has a smaller one.
         """
         if not math.isfinite(loss):
             return False

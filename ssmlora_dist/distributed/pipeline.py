@@ -183,9 +183,7 @@ class _StageEngine(PipelineEngine):
         self.ahead = recompute_ahead and not self.is_last_stage()
         self.begun: dict[int, _Begun] = {}
 
-    def run_step(
-        self, batches: Sequence[dict[str, Tensor]], scale: float, loss_scale: float
-    ) -> _StageEngine:
+    def run_step(self, batches: Sequence[dict[str, Tensor]], scale: float, loss_scale: float) -> _StageEngine:
         """Forward and backward of all micro-batches and one update; the outcome is in the attributes.
 
         The gradients are those of `scale` times the loss, and on their way through the stages `loss_scale`

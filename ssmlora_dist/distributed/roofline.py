@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from ssmlora_dist.distributed.cost_model import DecoderShape
 
+
 @dataclass(frozen=True)
 class Ceilings:
     """What a device reaches at best, as measured on it.

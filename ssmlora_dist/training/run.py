@@ -15,12 +15,7 @@ from torch import Tensor
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
-from ssmlora_dist.config.build import (
-    backbone_settings,
-    build_fingerprint,
-    build_tokenizer,
-    check_model,
-)
+from ssmlora_dist.config.build import backbone_settings, build_fingerprint, build_tokenizer, check_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup

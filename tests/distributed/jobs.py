@@ -133,7 +133,7 @@ JOBS: dict[str, Overrides] = {
 
 STAGES = (0, 1, 2, 3)
 POISONS = ("no poison", "gradients", "loss", "overflow")
-"""What makes the second of three steps of a tiny model not finite; `overflow`: the gradients, for their scale."""
+"""What makes the second of three steps of a tiny model not finite; `overflow`: the loss scale."""
 
 
 def fits(name: str, num_ranks: int) -> bool:

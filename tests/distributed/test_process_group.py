@@ -36,7 +36,7 @@ def test_every_rank_refuses_a_run_directory_that_is_taken(results: Results, num_
 
 
 def test_numbers_are_agreed_on_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank with a GPU must not wait for it between micro-batches, only to hear that nobody was told to stop."""
+    """A rank must not wait for its GPU between micro-batches to hear that nobody was told to stop."""
     found: list[torch.device] = []
     monkeypatch.setattr("torch.distributed.all_reduce", lambda values, **_: found.append(values.device))
     group = ProcessGroup(0, 2, 0, torch.device("cuda", 0))

@@ -10,7 +10,18 @@ import torch
 from ssmlora_dist.precision import machine_dtype
 
 from .conftest import WORLD_SIZES, Results
-from .jobs import DROPOUT, DROPPING, EVALUATED, HALF, MICRO_BATCHES, QUANTIZED, REFERENCE, TIED, TOPOLOGIES, fits
+from .jobs import (
+    DROPOUT,
+    DROPPING,
+    EVALUATED,
+    HALF,
+    MICRO_BATCHES,
+    QUANTIZED,
+    REFERENCE,
+    TIED,
+    TOPOLOGIES,
+    fits,
+)
 
 # Float32 sums over a few hundred tokens in another order: at most 6e-7 in the loss, 2e-7 of the norm and 4e-7
 # in the adapters were seen. A mistake of scale (ranks or micro-batches counted twice) is 100,000 times that.

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ssmlora_dist.config.loading import load_config
-from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.engine import DataParallelEngine
 from ssmlora_dist.distributed.loading import swap_rows
+from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
 from ssmlora_dist.errors import CheckpointError, SSMLoRAError
 from ssmlora_dist.models import loading

@@ -127,9 +127,7 @@ def test_scaled_rotary_embeddings(
 def test_what_is_quantised_frozen_and_placed(
     model_type: str, quantization: Any, checkpoints: dict[str, Path]
 ) -> None:
-    model = load_model(
-        str(checkpoints[model_type]), quantization=quantization, compute_dtype=torch.bfloat16
-    )
+    model = load_model(str(checkpoints[model_type]), quantization=quantization, compute_dtype=torch.bfloat16)
     projections = [
         layer.get_submodule(path)
         for layer in decoder_layers(model).values()

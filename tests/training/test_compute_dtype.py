@@ -47,7 +47,12 @@ def config(model: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
     [
         (["bfloat16"], None, "bfloat16", "bfloat16 (auto: the device multiplies it natively)"),
         (["float32"], None, "float32", "float32 (auto: this CPU does not multiply bfloat16 natively)"),
-        (["float16"], None, "float16", "float16 (auto: the device does not multiply bfloat16 natively; the loss"),
+        (
+            ["float16"],
+            None,
+            "float16",
+            "float16 (auto: the device does not multiply bfloat16 natively; the loss",
+        ),
         (["bfloat16", "float16"], None, "float16", "they would take bfloat16 or float16"),
         (["bfloat16", "float32", "bfloat16", "bfloat16"], None, "float32", "what all ranks can do"),
         (["float32"], "bfloat16", "bfloat16", "was trained in, though float32 would be faster here"),
