@@ -162,7 +162,7 @@ class Device(torch.Tensor):
 
 
 def test_nothing_waits_for_the_device_between_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host runs ahead of it: batches are copied there before the first, the loss is read after the last."""
+    """The host runs ahead of it: batches are copied before the first, the loss is read after the last."""
     weight = torch.nn.Parameter(torch.ones(1))
 
     class DeepSpeed(SimpleNamespace):
