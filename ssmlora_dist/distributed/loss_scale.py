@@ -1,6 +1,6 @@
 """Dynamic loss scaling, for float16.
 
-In float16 gradients of activations below 6e-8 are zero, those above 65504 infinite. The loss is multiplied by a
+In float16 gradients of activations below 6e-8 are zero, above 65504 infinite. The loss is multiplied by a
 power of two, as large as leaves the gradients finite, and the gradients of what is trained, in float32, are
 divided by it before anything else looks at them: there a power of two leaves every digit as it is.
 """
