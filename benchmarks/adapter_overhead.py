@@ -45,6 +45,7 @@ from ssmlora_dist.distributed.cost_model import DecoderShape, bytes_per_weight
 from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
 from ssmlora_dist.models import load_config, load_model
 from ssmlora_dist.models.shapes import SHAPES
+from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.tracking.quiet import quiet_libraries
 from ssmlora_dist.tracking.rows import append_row
 
@@ -52,7 +53,7 @@ RESULTS = Path(__file__).parent / "results" / "adapter_overhead.jsonl"
 # At which the bytes kept for the backward pass are counted: PEFT's default, and its users' habit.
 DROPOUTS = (0.0, 0.1)
 SAVED_BYTES = "saved_bytes_beyond_frozen_dropout_{:g}"
-# Of gradients in bfloat16 over a whole model: the adapters' products are rounded at other places.
+# Of gradients in 16 bits over a whole model: the adapters' products are rounded at other places.
 GRADIENT_TOLERANCE = 0.05
 LOSS_TOLERANCE = 5e-3
 
@@ -139,8 +140,14 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     config = {**SHAPES[arguments.model]}
     if arguments.layers:
         config["num_hidden_layers"] = arguments.layers
+    dtype = getattr(torch, machine_dtype(device.type))
     backbone = load_model(
-        init="random", config=config, quantization=arguments.quantization, device=device, seed=0
+        init="random",
+        config=config,
+        quantization=arguments.quantization,
+        compute_dtype=dtype,
+        device=device,
+        seed=0,
     )
     batch = _batch(config["vocab_size"], arguments.tokens, device)
     names = [name for name in VARIANTS if name != "redequantizing"]
@@ -152,14 +159,15 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         check({name: Variant(name, backbone, 0.0, True) for name in pair}, batch)
     variants = {name: Variant(name, backbone, arguments.dropout, arguments.checkpointing) for name in names}
     seconds = _timed(variants, batch, arguments.repeats)
-    ceilings = Ceilings(*arguments.ceilings) if arguments.ceilings else measured_ceilings(device)
-    limit_seconds = _limit_seconds(config, ceilings, arguments)
+    ceilings = Ceilings(*arguments.ceilings) if arguments.ceilings else measured_ceilings(device, dtype)
+    limit_seconds = _limit_seconds(config, ceilings, arguments, dtype.itemsize)
     settings = ("model", "tokens", "quantization", "checkpointing", "dropout", "device", "repeats")
     return [
         {
             "benchmark": "adapter_overhead",
             **{key: getattr(arguments, key) for key in settings},
             "layers": config["num_hidden_layers"],
+            "compute_dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "peft_version": version("peft"),
             "variant": name,
@@ -212,7 +220,9 @@ def _costs_of_keeping_all(
     return costs
 
 
-def _limit_seconds(config: dict[str, Any], ceilings: Ceilings, arguments: argparse.Namespace) -> float:
+def _limit_seconds(
+    config: dict[str, Any], ceilings: Ceilings, arguments: argparse.Namespace, compute_dtype_bytes: int
+) -> float:
     """The shortest step that the ceilings allow the frozen model, in the clock of the measured ones."""
     quantization = arguments.quantization
     limit = step_limit(
@@ -223,7 +233,10 @@ def _limit_seconds(config: dict[str, Any], ceilings: Ceilings, arguments: argpar
         checkpointing=arguments.checkpointing,
         bytes_per_linear_weight=None
         if quantization == "none"
-        else bytes_per_weight(quantization, double_quantization=True, compute_dtype_bytes=2),
+        else bytes_per_weight(
+            quantization, double_quantization=True, compute_dtype_bytes=compute_dtype_bytes
+        ),
+        compute_dtype_bytes=compute_dtype_bytes,
     )
     # Process time counts all threads, the ceilings what they do together.
     return limit.seconds * (torch.get_num_threads() if arguments.device == "cpu" else 1)

@@ -85,7 +85,9 @@ class Variant:
         return sum("lora_A" in name for name in self.trained)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=self.autocast):
+        dtype = self.model.dtype
+        enabled = self.autocast and dtype != torch.float32
+        with torch.autocast(batch["input_ids"].device.type, dtype, enabled=enabled):
             loss: Tensor = self.loss(**batch)
         return loss / batch["labels"].numel()
 

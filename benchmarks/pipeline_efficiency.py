@@ -37,6 +37,7 @@ from ssmlora_dist.distributed.engine import clip_gradients, count_targets
 from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
 from ssmlora_dist.distributed.schedule import Recompute, StageTimes, simulate
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
+from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.tracking.quiet import quiet_libraries
 from ssmlora_dist.tracking.rows import append_row
 from ssmlora_dist.training.optimizer import build_optimizer
@@ -49,6 +50,7 @@ MICRO_BATCHES = (4, 8)
 FLOOR = {"on_gradient": 0.93, "while_waiting": 1.15}
 SIMULATOR_TOLERANCE = 0.05
 LEARNING_RATE = 1e-3
+DTYPE = machine_dtype("cpu")
 MODEL = {
     "model_type": "llama",
     "vocab_size": 4096,
@@ -77,7 +79,7 @@ def run_config(ahead: str | int) -> RunConfig:
     """Of a run that needs no files."""
     sections: dict[str, Any] = {
         "run": {"name": "pipeline_efficiency"},
-        "model": {"init": "random", "config": MODEL, "tokenizer": "bytes"},
+        "model": {"init": "random", "config": MODEL, "tokenizer": "bytes", "compute_dtype": DTYPE},
         "data": {"train": {"format": "retrieval"}},
         "training": {"max_steps": 1, "global_batch_size": max(MICRO_BATCHES), "learning_rate": LEARNING_RATE},
         "parallel": {"pipeline_stages": STAGES, "recompute_ahead": ahead},
@@ -260,7 +262,7 @@ class PassClock:
 
 def _transfer_seconds(shape: tuple[int, ...], group: ProcessGroup, repeats: int = 20) -> float:
     """Of one tensor between stages, both of them ready."""
-    tensor = torch.zeros(shape, dtype=torch.bfloat16)
+    tensor = torch.zeros(shape, dtype=getattr(torch, DTYPE))
     seconds = []
     for _ in range(repeats):
         dist.barrier()
@@ -304,6 +306,7 @@ def _row(
         "stage_times": [asdict(stage) for stage in times],
         "repeats": arguments.repeats,
         "tokens": arguments.tokens,
+        "compute_dtype": DTYPE,
         "model": MODEL,
         "all_step_seconds": pipeline.seconds,
         "all_one_stage_seconds": one.seconds,

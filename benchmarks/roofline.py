@@ -15,6 +15,7 @@ from ssmlora_dist.distributed.cost_model import DecoderShape, bytes_per_weight
 from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
 from ssmlora_dist.models import load_config
 from ssmlora_dist.models.shapes import SHAPES
+from ssmlora_dist.precision import machine_dtype
 
 H100 = Ceilings(matmul_tflops=790.0, attention_tflops=550.0, bandwidth_gb_per_second=2800.0)
 LENGTHS = (512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -29,17 +30,26 @@ def main() -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(H100, name))
     arguments = parser.parse_args()
     ceilings = Ceilings(**{name: getattr(arguments, name) for name in Ceilings.__dataclass_fields__})
+    dtype = torch.bfloat16
     if arguments.measure:
-        ceilings = measured_ceilings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, machine_dtype(device.type))
+        ceilings = measured_ceilings(device, dtype)
     print(
-        f"{arguments.model}, NF4, checkpointing; {ceilings.matmul_tflops:.3g} TFLOP/s of products, "
+        f"{arguments.model}, NF4, {dtype}, checkpointing; {ceilings.matmul_tflops:.3g} TFLOP/s of products, "
         f"{ceilings.attention_tflops:.3g} of attention, {ceilings.bandwidth_gb_per_second:.4g} GB/s"
     )
     print("  tokens  products  attention  dequantise    tokens/s at most")
-    nf4 = bytes_per_weight("nf4", double_quantization=True, compute_dtype_bytes=2)
+    nf4 = bytes_per_weight("nf4", double_quantization=True, compute_dtype_bytes=dtype.itemsize)
     shape = DecoderShape.of(load_config(config=SHAPES[arguments.model]))
     for length in arguments.tokens:
-        limit = step_limit(shape, ceilings, sequence_length=length, bytes_per_linear_weight=nf4)
+        limit = step_limit(
+            shape,
+            ceilings,
+            sequence_length=length,
+            bytes_per_linear_weight=nf4,
+            compute_dtype_bytes=dtype.itemsize,
+        )
         shares = (limit.matmul_seconds, limit.attention_seconds, limit.dequantization_seconds)
         products, attention, dequantise = (f"{share / limit.seconds:.1%}" for share in shares)
         print(

@@ -17,6 +17,7 @@ from ssmlora_dist.config.rules import rule_problems
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import topology_problems
 from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.precision import machine_dtype
 
 # What stands in for a required field that is missing or wrong, so that the rest can still be judged.
 _STAND_INS: dict[tuple[str, ...], Any] = {
@@ -46,13 +47,15 @@ def load_config(
         path: the JSON file.
         overrides: `a.b=value` each; the value is JSON, or else taken as text.
         world_size: number of ranks; by default the launcher's `WORLD_SIZE`, or 1.
-        device_type: `cuda` or `cpu`, where the run will compute; None leaves the rules about it unjudged.
+        device_type: `cuda` or `cpu`, where the run will compute; None leaves the rules about it, and about a
+            compute dtype that is "auto", unjudged.
         check_files: whether the files and directories that the configuration names must exist.
         for_training: whether a training is to be possible here; otherwise the files of its data may be
             missing, and ranks may be as many as there are.
 
     Returns:
-        The configuration, with nothing left to find wrong that needs neither model nor data.
+        The configuration, with nothing left to find wrong that needs neither model nor data. A compute dtype
+        "auto" is left: what it stands for, the ranks and the checkpoint that is continued decide.
 
     Raises:
         ConfigError: with one line for every problem found.
@@ -64,7 +67,7 @@ def load_config(
     lines += schema_lines
     lines += rule_problems(config, doubtful, check_files=check_files, for_training=for_training)
     lines += topology_problems(
-        config,
+        config if device_type is None else config.with_auto_dtype(machine_dtype(device_type)),
         world_size=int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size,
         device_type=device_type,
         flash_attention_installed=importlib.util.find_spec("flash_attn") is not None,

@@ -40,7 +40,9 @@ RULES = (
     ResumeRule("model.init", False, "the adapter was trained on this base model"),
     ResumeRule("model.config", False, "the adapter was trained on this base model"),
     ResumeRule("model.tokenizer", False, "the examples are made with it"),
-    ResumeRule("model.compute_dtype", False, "the adapter was trained on numbers of this precision"),
+    ResumeRule(
+        "model.compute_dtype", False, "the adapter was trained on numbers of this precision; `auto` keeps it"
+    ),
     ResumeRule("model.attention", True, "implementations compute the same but for rounding"),
     ResumeRule("quantization.*", False, "the adapter was trained on the backbone as it is stored"),
     ResumeRule("adapter.*", False, "it says what the checkpoint's parameters are and compute"),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ssmlora_dist.adapters.config import AdapterConfig
+from ssmlora_dist.precision import DTypeName
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Names = NonEmpty | Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
@@ -59,8 +60,8 @@ class ModelSection(Section):
     """Branch, tag or commit of a hub model."""
     tokenizer: NonEmpty | None = None
     """Directory, hub name or the built-in `bytes` (one token per byte); by default that of `path`."""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of activations, of the layers that are not quantised, and of the arithmetic."""
+    compute_dtype: Literal["auto"] | DTypeName = "auto"
+    """Dtype of activations, unquantised layers and arithmetic; `auto`: the fastest that the device has."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     """Attention implementation; `auto` is flash-attention where installed and on CUDA, else sdpa."""
 
@@ -302,3 +303,9 @@ class RunConfig(Section):
     """Where metrics go besides the run directory."""
     deepspeed: dict[str, Any] = {}
     """Native DeepSpeed keys, for experts; keys that other sections decide are refused."""
+
+    def with_auto_dtype(self, name: DTypeName) -> RunConfig:
+        """This configuration, `name` being what "auto" stands for in `model.compute_dtype`."""
+        if self.model.compute_dtype != "auto":
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"compute_dtype": name})})

@@ -18,7 +18,7 @@ class Topology:
     """A configuration and where it is to run.
 
     Args:
-        config: the configuration.
+        config: the configuration; rules about a compute dtype that is "auto" are left unjudged.
         world_size: number of ranks.
         device_type: `cuda` or `cpu`; None where it is not known.
         flash_attention_installed: whether the package `flash_attn` is installed; None where not known.
@@ -105,9 +105,10 @@ def _boundary_count(topology: Topology) -> str | None:
 
 def _state_dtype_in_pipeline(topology: Topology) -> str | None:
     config = topology.config
-    wrong = config.parallel.pipeline_stages > 1 and config.adapter.state_dtype not in (
-        None,
-        config.model.compute_dtype,
+    wrong = (
+        config.parallel.pipeline_stages > 1
+        and config.model.compute_dtype != "auto"
+        and config.adapter.state_dtype not in (None, config.model.compute_dtype)
     )
     return (
         f'"{config.adapter.state_dtype}" given with compute_dtype "{config.model.compute_dtype}"'
@@ -156,7 +157,7 @@ def _flash_missing(topology: Topology) -> str | None:
 
 
 def _flash_in_float32(topology: Topology) -> str | None:
-    wrong = _wants_flash(topology) and topology.config.model.compute_dtype != "bfloat16"
+    wrong = _wants_flash(topology) and topology.config.model.compute_dtype == "float32"
     return (
         f'"flash_attention_2" given with compute_dtype "{topology.config.model.compute_dtype}"'
         if wrong
@@ -262,7 +263,7 @@ RULES = (
     ),
     TopologyRule(
         fields=("model.attention", "model.compute_dtype"),
-        condition='"flash_attention_2" only with model.compute_dtype "bfloat16"',
+        condition='"flash_attention_2" only with model.compute_dtype "bfloat16" or "float16"',
         reason="its kernels compute in 16 bits",
         remedy='set model.attention to "auto" or model.compute_dtype to "bfloat16"',
         broken=_flash_in_float32,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.moments import Moments, gather_moments, restore_moments
 from ssmlora_dist.distributed.process_group import ProcessGroup
 
@@ -32,6 +34,8 @@ class StepResult:
         num_tokens: tokens computed, padding included.
         num_target_tokens: tokens with a loss.
         skipped: whether loss or gradients were not finite, so that nothing was updated.
+        loss_scale: that the gradients were computed with; None without loss scaling.
+        scale_halved: whether the step was skipped for a loss scale that was too large and is smaller now.
     """
 
     loss: float
@@ -39,6 +43,8 @@ class StepResult:
     num_tokens: int
     num_target_tokens: int
     skipped: bool
+    loss_scale: float | None = None
+    scale_halved: bool = False
 
 
 class DataParallelEngine:
@@ -51,6 +57,7 @@ class DataParallelEngine:
         config: DeepSpeed's dictionary (`ds_config.deepspeed_config`).
         group: this run's processes.
         max_grad_norm: global norm to clip to; None leaves gradients as they are.
+        loss_scale: for float16; None scales nothing.
     """
 
     def __init__(
@@ -61,12 +68,14 @@ class DataParallelEngine:
         config: dict[str, Any],
         group: ProcessGroup,
         max_grad_norm: float | None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         import deepspeed
 
         self.group = group
         self.parameters = dict(sorted(parameters.items()))
         self.max_grad_norm = max_grad_norm
+        self.loss_scale = loss_scale
         self.zero_stage: int = config["zero_optimization"]["stage"]
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
@@ -99,25 +108,29 @@ class DataParallelEngine:
         ]
         num_targets, num_tokens = (int(count) for count in self.group.sum(counts))
         # DeepSpeed averages gradients over the ranks; the mean wanted is over the tokens of all of them.
-        scale = self.group.world_size / num_targets
+        loss_scale = self.loss_scale.value if self.loss_scale else 1.0
+        scale = loss_scale * self.group.world_size / num_targets
+        # All of them now: each copy to a device waits for what the device is at.
+        on_device = [to_device(batch, self.group.device) for batch in micro_batches]
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.group.device)
         self.module.train()
-        for index, batch in enumerate(micro_batches):
+        for index, batch in enumerate(on_device):
             check()
-            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self.engine(**{name: tensor.to(self.group.device) for name, tensor in batch.items()})
+            self.engine.set_gradient_accumulation_boundary(index == len(on_device) - 1)
+            loss = self.engine(**batch)
             # 0 x infinity: a loss that is not finite makes the gradients so, and every stage skips the step.
             self.engine.backward(loss * (scale + 0.0 * loss.detach()), scale_wrt_gas=False)
             loss_sum += loss.detach()
         loss_mean = self.group.sum([float(loss_sum)])[0] / num_targets
-        grad_norm, skipped = self._update()
-        return StepResult(loss_mean, grad_norm, num_tokens, num_targets, skipped)
+        grad_norm, skipped = self._update(loss_scale)
+        return step_result(loss_mean, grad_norm, num_tokens, num_targets, skipped, self.loss_scale)
 
-    def _update(self) -> tuple[float, bool]:
+    def _update(self, loss_scale: float) -> tuple[float, bool]:
         if self.zero_stage > 0:
-            self.engine.step()
+            with unscaled_by(self.engine.optimizer, loss_scale):
+                self.engine.step()
             return float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
-        grad_norm = clip_gradients(self.parameters, self.max_grad_norm)
+        grad_norm = clip_gradients(self.parameters, self.max_grad_norm, loss_scale)
         if not math.isfinite(grad_norm):
             self.engine.zero_grad()
             return grad_norm, True
@@ -127,10 +140,7 @@ class DataParallelEngine:
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """What the module returns for each of this rank's batches, in evaluation mode."""
         self.module.eval()
-        return [
-            self.module(**{name: tensor.to(self.group.device) for name, tensor in batch.items()})
-            for batch in batches
-        ]
+        return [self.module(**to_device(batch, self.group.device)) for batch in batches]
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU; every rank must call it."""
@@ -149,35 +159,72 @@ class DataParallelEngine:
         restore_moments(self.engine.optimizer, self.parameters, self.zero_stage, moments)
 
 
+def step_result(
+    loss: float,
+    grad_norm: float,
+    num_tokens: int,
+    num_target_tokens: int,
+    skipped: bool,
+    loss_scale: LossScale | None,
+) -> StepResult:
+    """What a step has done; the loss scale goes on to that of the next step."""
+    if loss_scale is None:
+        return StepResult(loss, grad_norm, num_tokens, num_target_tokens, skipped)
+    used = loss_scale.value
+    halved = loss_scale.update(loss, grad_norm)
+    return StepResult(loss, grad_norm, num_tokens, num_target_tokens, skipped, used, halved)
+
+
+@contextmanager
+def unscaled_by(optimizer: Any, loss_scale: float) -> Iterator[None]:
+    """Has the step of one of DeepSpeed's ZeRO optimisers divide gradients and their norm by the loss scale.
+
+    The scale is its own only here: its backward pass would multiply the loss, which is scaled already.
+    """
+    optimizer.loss_scale = loss_scale
+    yield
+    optimizer.loss_scale = 1.0
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch with its tensors on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 def count_targets(batch: Batch) -> int:
     """Target tokens of a batch: labels that are not -100, the first position of each row aside."""
     return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
 
 
-def squared_norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
-    """Squared gradient norm of each parameter that has a gradient, in float64, by name in order."""
+def squared_norms(parameters: Mapping[str, nn.Parameter], loss_scale: float = 1.0) -> dict[str, float]:
+    """Squared gradient norm of each parameter that has a gradient, in float64, by name in order; unscaled."""
     grads = {name: p.grad for name, p in sorted(parameters.items()) if p.grad is not None}
     if not grads:
         return {}
-    squares = torch.stack([grad.double().square().sum() for grad in grads.values()])
+    squares = torch.stack([(grad.double() / loss_scale).square().sum() for grad in grads.values()])
     return dict(zip(grads, squares.tolist(), strict=True))
 
 
 def clip_coefficient(norm: float, max_norm: float | None) -> float:
     """What gradients of global norm `norm` are multiplied with, so that it is at most `max_norm`."""
-    if max_norm is None or not math.isfinite(norm) or norm <= max_norm:
+    if max_norm is None or norm <= max_norm:
         return 1.0
     return max_norm / (norm + 1e-6)
 
 
-def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
+def clip_gradients(
+    parameters: Mapping[str, nn.Parameter], max_norm: float | None, loss_scale: float = 1.0
+) -> float:
     """Scales gradients in place to a global norm of at most `max_norm`; returns the norm before that.
+
+    Both are of the gradients of the loss itself: those at hand are divided by `loss_scale` on the way.
 
     The norm is summed from per-parameter norms in the order of their names, in float64, so that it does not
     depend on how parameters are spread over processes. Gradients are left alone when the norm is not finite.
     """
-    norm = math.sqrt(sum(squared_norms(parameters).values()))
-    scale_gradients(parameters, clip_coefficient(norm, max_norm))
+    norm = math.sqrt(sum(squared_norms(parameters, loss_scale).values()))
+    if math.isfinite(norm):
+        scale_gradients(parameters, clip_coefficient(norm, max_norm) / loss_scale)
     return norm
 
 

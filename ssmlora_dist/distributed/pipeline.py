@@ -31,7 +31,11 @@ from ssmlora_dist.distributed.engine import (
     no_check,
     scale_gradients,
     squared_norms,
+    step_result,
+    to_device,
+    unscaled_by,
 )
+from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.moments import Moments, gather_moments, restore_moments
 from ssmlora_dist.distributed.process_group import ProcessGroup
 
@@ -50,6 +54,7 @@ class PipelineParallelEngine:
         max_grad_norm: global norm to clip to; None leaves gradients as they are.
         recompute_ahead: run what `stage.finish` runs without keeping activations, and again while a
             micro-batch's gradient is still awaited.
+        loss_scale: for float16; None scales nothing.
     """
 
     def __init__(
@@ -63,8 +68,10 @@ class PipelineParallelEngine:
         group: ProcessGroup,
         max_grad_norm: float | None,
         recompute_ahead: bool,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.group = group
+        self.loss_scale = loss_scale
         self.stage = stage
         self.parameters = dict(sorted(parameters.items()))
         self.num_stages = num_stages
@@ -106,10 +113,15 @@ class PipelineParallelEngine:
         # Every stage counts the same micro-batches.
         num_targets, num_tokens = (int(count) // self.num_stages for count in self.group.sum(counts))
         self.stage.train()
-        on_device = [_to(batch, self.group.device) for batch in micro_batches]
-        outcome = self.engine.run_step(on_device, self.group.world_size / self.num_stages / num_targets)
+        on_device = [to_device(batch, self.group.device) for batch in micro_batches]
+        loss_scale = self.loss_scale.value if self.loss_scale else 1.0
+        outcome = self.engine.run_step(
+            on_device, self.group.world_size / self.num_stages / num_targets, loss_scale
+        )
         loss_mean = self.group.sum([float(outcome.loss_sum)])[0] / num_targets
-        return StepResult(loss_mean, outcome.grad_norm, num_tokens, num_targets, outcome.skipped)
+        return step_result(
+            loss_mean, outcome.grad_norm, num_tokens, num_targets, outcome.skipped, self.loss_scale
+        )
 
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """Scores of this replica's batches, on every stage; the stages work on different batches at once."""
@@ -117,7 +129,7 @@ class PipelineParallelEngine:
         results = []
         with torch.no_grad():
             for batch in batches:
-                tensors = _to(batch, self.group.device)
+                tensors = to_device(batch, self.group.device)
                 output = self.stage(self.engine.receive_activations(tensors), **tensors)
                 if self.engine.is_last_stage():
                     # Off the device: another rank would find its own in their place.
@@ -171,9 +183,13 @@ class _StageEngine(PipelineEngine):
         self.ahead = recompute_ahead and not self.is_last_stage()
         self.begun: dict[int, _Begun] = {}
 
-    def run_step(self, batches: Sequence[dict[str, Tensor]], scale: float) -> _StageEngine:
-        """Forward and backward of all micro-batches and one update; the outcome is in the attributes."""
-        self.batches, self.scale = batches, scale
+    def run_step(self, batches: Sequence[dict[str, Tensor]], scale: float, loss_scale: float) -> _StageEngine:
+        """Forward and backward of all micro-batches and one update; the outcome is in the attributes.
+
+        The gradients are those of `scale` times the loss, and on their way through the stages `loss_scale`
+        times as large.
+        """
+        self.batches, self.scale, self.loss_scale_now = batches, scale * loss_scale, loss_scale
         self.micro_batches = len(batches)
         self.num_forwards = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -248,7 +264,8 @@ class _StageEngine(PipelineEngine):
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         if self.zero_optimization():
             self._force_grad_boundary = True
-            self._take_model_step(lr_kwargs)
+            with unscaled_by(self.optimizer, self.loss_scale_now):
+                self._take_model_step(lr_kwargs)
             self._force_grad_boundary = False
             self.grad_norm = float(self.optimizer._global_grad_norm)
             self.skipped = bool(self.optimizer.overflow)
@@ -256,14 +273,16 @@ class _StageEngine(PipelineEngine):
         self.grad_norm = self._global_norm()
         self.skipped = not math.isfinite(self.grad_norm)
         if not self.skipped:
-            scale_gradients(self.named, clip_coefficient(self.grad_norm, self.max_grad_norm))
+            coefficient = clip_coefficient(self.grad_norm, self.max_grad_norm)
+            scale_gradients(self.named, coefficient / self.loss_scale_now)
             self.optimizer.step()
         self.zero_grad()
 
     def _global_norm(self) -> float:
         """From per-parameter norms of all stages in the order of their names: as on one device."""
         stages: list[Any] = [None] * self.num_stages
-        dist.all_gather_object(stages, squared_norms(self.named), group=self.grid.get_pipe_parallel_group())
+        mine = squared_norms(self.named, self.loss_scale_now)
+        dist.all_gather_object(stages, mine, group=self.grid.get_pipe_parallel_group())
         by_name = sorted(item for stage in stages for item in stage.items())
         return math.sqrt(sum(square for _, square in by_name))
 
@@ -290,10 +309,6 @@ class _Begun:
     tensor_BSW: Tensor | None
     rng_state: tuple[Tensor, Tensor | None]
     again_BSW: Tensor | None = None
-
-
-def _to(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

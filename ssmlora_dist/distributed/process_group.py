@@ -1,4 +1,8 @@
-"""The processes of a run: how they find each other, and small collectives over them."""
+"""The processes of a run: how they find each other, and small collectives over them.
+
+What is agreed on lies in host memory and travels from host to host: no rank waits for its device to tell the
+others a number.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,10 @@ from ssmlora_dist.errors import SSMLoRAError, TrainingError
 
 LONGEST_SILENCE_SECONDS = 60.0
 
-# As of torch's own process group, there is one in a process.
+# As of torch's own process group, there is one of each in a process. The group for host memory; None: torch's
+# own is of that kind.
 _watch: PeerWatch | None = None
+_host: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -51,15 +57,15 @@ class ProcessGroup:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums `values` over all ranks, in float64 on CPU and CUDA alike."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        """Sums `values` over all ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=_host)
         return [float(value) for value in total.tolist()]
 
     def max(self, values: Sequence[float]) -> list[float]:
         """Largest of each value over all ranks."""
-        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        largest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_host)
         return [float(value) for value in largest.tolist()]
 
     def on_main(self, action: Callable[[], Any]) -> Any:
@@ -78,13 +84,13 @@ class ProcessGroup:
     def gather(self, value: Any) -> list[Any]:
         """What `value` is on every rank, by rank, on all of them."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_host)
         return values
 
     def share(self, value: Any) -> Any:
         """What `value` is on rank 0."""
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=_host)
         return values[0]
 
     def when_a_rank_is_lost(self, action: Callable[[], object]) -> None:
@@ -123,6 +129,7 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
     """
     import deepspeed
 
+    global _host
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -132,10 +139,10 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
         torch.cuda.set_device(local_rank)
     # DeepSpeed would compile shared-memory collectives for CPUs at the first run: a minute, and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=timeout_seconds)
     try:
-        deepspeed.init_distributed(
-            "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=verbose
-        )
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=verbose)
+        _host = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"the processes of this run could not connect ({error}); check that MASTER_ADDR and MASTER_PORT "
@@ -151,10 +158,11 @@ def stop_process_group() -> None:
 
     To be called in a `finally`: an exception that is on its way out is told to the other ranks.
     """
-    global _watch
+    global _watch, _host
     if _watch is not None:
         _watch.leave(sys.exception())
         _watch = None
+    _host = None
     if dist.is_initialized():
         from deepspeed.utils import groups
 

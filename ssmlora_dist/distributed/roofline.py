@@ -18,8 +18,6 @@ import torch.nn.functional as F
 
 from ssmlora_dist.distributed.cost_model import DecoderShape
 
-WRITTEN_BYTES_PER_WEIGHT = 2  # dequantised: bfloat16
-
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -72,6 +70,7 @@ def step_limit(
     supervised_tokens: int | None = None,
     checkpointing: bool = True,
     bytes_per_linear_weight: float | None = None,
+    compute_dtype_bytes: int = 2,
 ) -> StepLimit:
     """The limit of one micro-batch, forward and backward.
 
@@ -83,6 +82,7 @@ def step_limit(
         supervised_tokens: per sequence, which the output head sees; None: all.
         checkpointing: whether layers are recomputed; the loss recomputes its logits in any case.
         bytes_per_linear_weight: `cost_model.bytes_per_weight` of quantised weights; None: not quantised.
+        compute_dtype_bytes: of a dequantised weight.
     """
     passes = 3 if checkpointing else 2
     tokens = micro_batch_size * sequence_length
@@ -97,7 +97,7 @@ def step_limit(
     attention_flops = forward * (passes - 1 + 2.5)
     moved = 0.0
     if bytes_per_linear_weight is not None:
-        moved = 2 * linear_weights * (bytes_per_linear_weight + WRITTEN_BYTES_PER_WEIGHT)
+        moved = 2 * linear_weights * (bytes_per_linear_weight + compute_dtype_bytes)
     return StepLimit(
         num_tokens=tokens,
         matmul_seconds=matmul_flops / (ceilings.matmul_tflops * 1e12),
@@ -106,8 +106,8 @@ def step_limit(
     )
 
 
-def measured_ceilings(device: torch.device, repeats: int = 10) -> Ceilings:
-    """Of this device, in bfloat16: the best of `repeats` large operations of each kind.
+def measured_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> Ceilings:
+    """Of this device, in `dtype`: the best of `repeats` large operations of each kind.
 
     On a CPU by the time that its threads computed, so that what else is running there does not count.
     """
@@ -127,8 +127,8 @@ def measured_ceilings(device: torch.device, repeats: int = 10) -> Ceilings:
             seconds.append(clock() - started)
         return min(seconds)
 
-    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    q, k, v = (torch.randn(1, heads, length, width, device=device).to(torch.bfloat16) for _ in range(3))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    q, k, v = (torch.randn(1, heads, length, width, device=device).to(dtype) for _ in range(3))
     read, written = torch.empty(2, 2**28 if cuda else 2**26, dtype=torch.uint8, device=device)
     attention_flops = 2 * heads * length * length * width
     return Ceilings(

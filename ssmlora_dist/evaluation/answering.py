@@ -46,7 +46,9 @@ def decoding_settings(
     }
 
 
-def stream_answer(model: Any, tokenizer: Any, prompt: list[int], settings: dict[str, Any]) -> str:
+def stream_answer(
+    model: Any, tokenizer: Any, prompt: list[int], settings: dict[str, Any], limit: int | None
+) -> str:
     """Writes the continuation of a prompt to the standard output, token by token.
 
     Args:
@@ -54,6 +56,7 @@ def stream_answer(model: Any, tokenizer: Any, prompt: list[int], settings: dict[
         tokenizer: its tokenizer.
         prompt: ids.
         settings: see `decoding_settings`.
+        limit: the most tokens that the model takes; None: any number.
 
     Returns:
         The answer, without what ends it.
@@ -64,10 +67,11 @@ def stream_answer(model: Any, tokenizer: Any, prompt: list[int], settings: dict[
     import torch
     from transformers import TextStreamer
 
-    limit, max_new_tokens = model.config.max_position_embeddings, settings["max_new_tokens"]
-    if not prompt or len(prompt) + max_new_tokens > limit:
+    max_new_tokens = settings["max_new_tokens"]
+    if not prompt or (limit is not None and len(prompt) + max_new_tokens > limit):
         given = f"{len(prompt)} tokens and {max_new_tokens} new ones"
-        raise DataError(f"--prompt: {given}; allowed: at least 1, {limit} in all; shorten either")
+        in_all = "" if limit is None else f", {limit} in all"
+        raise DataError(f"--prompt: {given}; allowed: at least 1{in_all}; shorten either")
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(
         ids,

@@ -30,6 +30,7 @@ from ssmlora_dist.models.weights import (
     initializer_std,
     rows_of_half,
 )
+from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.quantization import QuantizationMode, quantize_linear
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def load_model(
     revision: str | None = None,
     quantization: QuantizationMode | Literal["none"] = "nf4",
     double_quantization: bool = True,
-    compute_dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
     attention: Attention = "auto",
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -70,7 +71,8 @@ def load_model(
         revision: of the model on the hub.
         quantization: `nf4`, `fp4`, `int8` or `none`.
         double_quantization: in 4 bits, store the scales in 8 bits too.
-        compute_dtype: dtype of everything that is not quantised, and of the products of what is.
+        compute_dtype: dtype of everything that is not quantised, and of the products of what is; None takes
+            what machines with such a device compute in.
         attention: `auto` takes flash-attention where it is installed and the device is CUDA, else sdpa (eager
             for families whose capped attention logits sdpa cannot do).
         device: where the weights are quantised and stay.
@@ -92,6 +94,7 @@ def load_model(
             '`model.config`, or set `model.init` to "random"'
         )
     device = torch.device(device)
+    compute_dtype = compute_dtype or getattr(torch, machine_dtype(device.type))
     model_config = load_config(path, config=config, revision=revision)
     family = require_supported(model_config.model_type)
     directory = None

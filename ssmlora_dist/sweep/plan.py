@@ -11,6 +11,7 @@ from typing import Any
 from ssmlora_dist.config.loading import load_config, read_json
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.sweep.digest import digest_of
 from ssmlora_dist.sweep.expansion import RANKS_KEY, Point, expand
 from ssmlora_dist.sweep.schema import SweepConfig, load_sweep
@@ -114,7 +115,9 @@ def _load(sweep: SweepConfig, point: Point, directory: SweepDirectory, device_ty
     )
     uri = store_uri(sweep.output_dir, config.tracking.uri)
     tracking = config.tracking.model_copy(update={"uri": uri})
-    return config.model_copy(update={"schema_": None, "tracking": tracking})
+    config = config.model_copy(update={"schema_": None, "tracking": tracking})
+    # Here, as a point that has an outcome is not run again unless it would compute something else.
+    return config.with_auto_dtype(machine_dtype(device_type))
 
 
 def _misfits(sweep: SweepConfig, point: Point, config: RunConfig, devices: Sequence[str]) -> Iterable[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ssmlora_dist.config.resume import resume_problems
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import CheckpointError, ConfigError
+from ssmlora_dist.precision import DTypeName
 from ssmlora_dist.tracking import RunDirectory
 from ssmlora_dist.training.checkpoints import (
     Checkpoint,
@@ -38,6 +39,11 @@ class Continuation:
     def step(self) -> int:
         """Steps done."""
         return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def compute_dtype(self) -> DTypeName | None:
+        """What it was trained in so far; None at the start."""
+        return self.checkpoint.config["model"]["compute_dtype"] if self.checkpoint else None
 
 
 def find_continuation(resume: str, directory: RunDirectory, warn: Callable[[str], object]) -> Continuation:

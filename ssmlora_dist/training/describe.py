@@ -31,6 +31,7 @@ def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) 
     lines = [
         json.dumps(config.model_dump(mode="json", by_alias=True), indent=2),
         f"parameters   {trainable:,} trained, {frozen:,} frozen",
+        f"computes in  {config.model.compute_dtype}",
         f"batch        {training.global_batch_size} = {world_size} ranks x {accumulation} micro-batches x "
         f"{training.micro_batch_size} sequences",
     ]

@@ -81,12 +81,15 @@ def train(
         rate = learning_rate(step)
         result = engine.train_step(batches, rate, check)
         skipped += result.skipped
-        in_a_row = in_a_row + 1 if result.skipped else 0
+        # What a smaller loss scale may mend says nothing of the run.
+        if not result.scale_halved:
+            in_a_row = in_a_row + 1 if result.skipped else 0
         on_step(StepRecord(step + 1, rate, result, time.perf_counter() - started, data_seconds, skipped))
         if in_a_row >= max_nonfinite_steps:
+            narrow = "" if result.loss_scale is None else 'begin anew with model.compute_dtype "float32", '
             raise TrainingError(
                 f"step {step + 1}: loss or gradients were not finite in {in_a_row} steps in a row "
                 f"(loss {result.loss}, gradient norm {result.grad_norm}); nothing was updated in them. "
-                "Lower training.learning_rate, lengthen training.warmup_steps, or look for damaged data; "
-                f"{last_good()}"
+                f"Lower training.learning_rate, lengthen training.warmup_steps, {narrow}or look for damaged "
+                f"data; {last_good()}"
             )

@@ -35,6 +35,8 @@ def step_row(
         "data_seconds": record.data_seconds,
         "skipped_steps": float(record.skipped_steps),
     }
+    if result.loss_scale is not None:
+        row["loss_scale"] = result.loss_scale
     peak = peak_tflops(group.device)
     if peak is not None:
         length = result.num_tokens / global_batch_size

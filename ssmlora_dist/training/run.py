@@ -15,12 +15,7 @@ from torch import Tensor
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
-from ssmlora_dist.config.build import (
-    backbone_settings,
-    build_fingerprint,
-    build_tokenizer,
-    check_model,
-)
+from ssmlora_dist.config.build import backbone_settings, build_fingerprint, build_tokenizer, check_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup
@@ -37,6 +32,7 @@ from ssmlora_dist.tracking import (
     plot_curves,
     store_uri,
 )
+from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 from ssmlora_dist.training.continuation import NEVER, Continuation, check_continuation, find_continuation
 from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
@@ -82,6 +78,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
     continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
+    config = settle_compute_dtype(config, group, console, kept=continuation.compute_dtype)
     check_model(config)
     tokenizer = build_tokenizer(config.model, console.warn)
     place = place_of(config, group)
@@ -222,6 +219,7 @@ class _Run:
         self.saver.finish()
         summary = {
             **self.totals.summary(self.group.world_size),
+            "compute_dtype": self.config.model.compute_dtype,
             "training_seconds": self.totals.step_seconds,
             "wall_seconds": self._wall_seconds(),
             "peak_memory_gib": peak_memory_gib(self.group),

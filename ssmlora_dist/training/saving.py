@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ class Saver:
         if self.is_best(validation_loss):
             self.best_validation_loss = validation_loss
         parameters, moments = self._engine.adapter_tensors(), self._engine.moments()
+        loss_scale = self._engine.loss_scale
         self.last_step = step
         if not self._group.is_main:
             return
@@ -99,6 +101,7 @@ class Saver:
                 progress={
                     **progress,
                     "num_updates": moments.num_updates,
+                    "loss_scale": asdict(loss_scale) if loss_scale else None,
                     "samples_consumed": step * self._config.training.global_batch_size,
                     "best_validation_loss": self.best_validation_loss,
                 },

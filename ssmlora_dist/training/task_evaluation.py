@@ -39,6 +39,7 @@ from ssmlora_dist.tracking import (
     flat_parameters,
     mlflow_tracker,
 )
+from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 from ssmlora_dist.training.report import environment_tags
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def run_evaluation(
     Raises:
         SSMLoRAError: bad input, before the backbone is loaded where that is possible.
     """
+    kept = None if adapter is None else read_base(adapter).get("compute_dtype")
+    config = settle_compute_dtype(config, group, console, kept=kept, for_training=False)
     check_model(config, for_training=False)
     tokenizer = build_tokenizer(config.model, console.warn)
     tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
@@ -263,7 +266,11 @@ def _report(
         _warn_of_failures(console, task.name, rows)
     reports = build_reports(tasks, rows)
     table = markdown_table(reports)
-    summary = {"tasks": plain(reports), "environment": environment_record()}
+    summary = {
+        "tasks": plain(reports),
+        "compute_dtype": config.model.compute_dtype,
+        "environment": environment_record(),
+    }
     with explained(directory, "choose another --out"):
         write_text(directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         write_text(directory / TABLE_FILE, table + "\n")

@@ -29,6 +29,7 @@ from ssmlora_dist.distributed.cost_model import (
 from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.engine import DataParallelEngine
 from ssmlora_dist.distributed.loading import swap_rows, zero3_partitioner
+from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.moments import Moments
 from ssmlora_dist.distributed.partition import (
     check_boundaries,
@@ -56,6 +57,10 @@ class TopologyEngine(Engine, Protocol):
 
     def score(self, batches: Iterable[Mapping[str, Tensor]]) -> list[Any]:
         """`models.loss.Scores` of each of this replica's batches, on every rank that works on them."""
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """What the loss is multiplied with in float16; None in other dtypes."""
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU."""
@@ -243,13 +248,16 @@ def build_engine(
         epsilon=training.epsilon,
         weight_decay=training.weight_decay,
     )
+    loss_scale = None
+    if config.model.compute_dtype == "float16":
+        loss_scale = LossScale(**checkpoint.progress["loss_scale"]) if checkpoint else LossScale()
     num_trainable = sum(parameter.numel() for parameter in parameters.values())
     engine: TopologyEngine
     if stage is None:
         module = CausalLMLoss(model, training.loss_chunk_size)
         uses_own_logits = module.uses_own_logits
         engine = DataParallelEngine(
-            module, parameters, optimizer, engine_config, group, training.max_grad_norm
+            module, parameters, optimizer, engine_config, group, training.max_grad_norm, loss_scale
         )
     else:
         # Imported here, as it imports deepspeed.
@@ -267,6 +275,7 @@ def build_engine(
             group,
             training.max_grad_norm,
             recompute_ahead=num_ahead > 0,
+            loss_scale=loss_scale,
         )
     if checkpoint is not None:
         engine.restore(Moments(checkpoint.progress["num_updates"], checkpoint.moments))

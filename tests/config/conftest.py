@@ -21,7 +21,12 @@ REMOVED = object()
 
 WORKING: dict[str, Any] = {
     "run": {"name": "test"},
-    "model": {"init": "random", "config": {"model_type": "llama"}, "tokenizer": "bytes"},
+    "model": {
+        "init": "random",
+        "config": {"model_type": "llama"},
+        "tokenizer": "bytes",
+        "compute_dtype": "bfloat16",
+    },
     "data": {
         "train": {"format": "retrieval", "retrieval": {"lengths": [512]}},
         "validation": {"format": "retrieval", "retrieval": {"lengths": [512, 1024]}},

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from ssmlora_dist.config import loading
 from ssmlora_dist.config.loading import load_config
+from ssmlora_dist.errors import ConfigError
 
-from .conftest import Load, Problems, changed
+from .conftest import Change, Load, Problems, changed
 
 
 def test_sections_that_are_left_out_take_their_defaults(load: Load) -> None:
@@ -116,3 +118,24 @@ def test_a_name_in_an_existing_directory_is_a_path(
     lines = problems(("model", {"path": "models/SmolLN"}))
     assert len(lines) == 1
     assert "did you mean models/SmolLM?" in lines[0]
+
+
+@pytest.mark.parametrize(("native", "fits"), [("bfloat16", True), ("float32", False)])
+def test_what_the_machine_computes_in_is_judged_where_auto_is_given(
+    load: Load, native: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "machine_dtype", lambda device_type: native)
+    changes: list[Change] = [
+        ("model.compute_dtype", "auto"),
+        ("adapter.state_dtype", "bfloat16"),
+        ("parallel.pipeline_stages", 2),
+    ]
+    # Nothing is known of where it is to run.
+    assert load(*changes, world_size=2).model.compute_dtype == "auto"
+    if fits:
+        # The ranks and a checkpoint have a say in it.
+        assert load(*changes, world_size=2, device_type="cpu").model.compute_dtype == "auto"
+        return
+    with pytest.raises(ConfigError) as refused:
+        load(*changes, world_size=2, device_type="cpu")
+    assert 'adapter.state_dtype: "bfloat16" given with compute_dtype "float32"' in str(refused.value)

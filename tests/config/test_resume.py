@@ -104,8 +104,8 @@ def test_what_may_not_change(field: str, value: Any, values: str) -> None:
 
 
 def test_a_moved_model_is_left_to_its_fingerprint() -> None:
-    here: list[Change] = [("model", {"path": "here", "revision": "main"})]
-    assert problems(here, [("model", {"path": "there"})]) == []
+    here: list[Change] = [("model", {"path": "here", "revision": "main", "compute_dtype": "bfloat16"})]
+    assert problems(here, [("model", {"path": "there", "compute_dtype": "bfloat16"})]) == []
     random = {line.partition(":")[0] for line in problems(here, [])}
     assert random == {"model.init", "model.config", "model.tokenizer"}
 

@@ -84,6 +84,17 @@ CASES: list[tuple[list[Change], dict[str, Any], str | None]] = [
         CUDA,
         "model.attention",
     ),
+    ([("model.attention", "flash_attention_2"), ("model.compute_dtype", "float16")], CUDA, None),
+    ([("model.attention", "flash_attention_2"), ("model.compute_dtype", "auto")], CUDA, None),
+    (
+        [
+            ("parallel.pipeline_stages", 2),
+            ("adapter.state_dtype", "float16"),
+            ("model.compute_dtype", "auto"),
+        ],
+        {"world_size": 2},
+        None,
+    ),
 ]
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssmlora_dist.adapters.files import read_base
+
 from ..launch.processes import finish, free_port
 from .jobs import ROWS, ROWS_FILE, result_file, run_name
 
@@ -42,6 +44,15 @@ class Results:
         """A job's summary."""
         summary: dict[str, Any] = json.loads((self._run(job, num_ranks) / "summary.json").read_text())
         return summary
+
+    def config(self, job: str, num_ranks: int) -> dict[str, Any]:
+        """A job's configuration, as resolved."""
+        config: dict[str, Any] = json.loads((self._run(job, num_ranks) / "config.json").read_text())
+        return config
+
+    def base(self, job: str, num_ranks: int) -> dict[str, Any]:
+        """What the adapter that a job ended with records of its base model."""
+        return read_base(self._run(job, num_ranks) / "adapter")
 
     def adapter(self, job: str, num_ranks: int) -> dict[str, torch.Tensor]:
         """The adapter that a job ended with."""

@@ -115,12 +115,25 @@ TIED: dict[str, Overrides] = {
     for name in (REFERENCE, "zero 3", "zero 3, nothing persistent")
 }
 
-JOBS: dict[str, Overrides] = {**_WITHOUT_EVALUATION, **EVALUATED, **QUANTIZED, **MICRO_BATCHES, **TIED}
+HALF: dict[str, Overrides] = {
+    f"float16, {name}": (*TOPOLOGIES[name], "model.compute_dtype=float16", "quantization.mode=none")
+    for name in (REFERENCE, "zero 1", "zero 2", "zero 3", "zero 2, optimizer offloaded")
+}
+
+JOBS: dict[str, Overrides] = {
+    **_WITHOUT_EVALUATION,
+    **EVALUATED,
+    **QUANTIZED,
+    **MICRO_BATCHES,
+    **TIED,
+    **HALF,
+    "auto": ("model.compute_dtype=auto",),
+}
 
 
 STAGES = (0, 1, 2, 3)
-POISONS = ("no poison", "gradients", "loss")
-"""What makes the second of three steps of a tiny model not finite."""
+POISONS = ("no poison", "gradients", "loss", "overflow")
+"""What makes the second of three steps of a tiny model not finite; `overflow`: the loss scale."""
 
 
 def fits(name: str, num_ranks: int) -> bool:

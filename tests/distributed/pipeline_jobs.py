@@ -67,6 +67,7 @@ def _split(boundaries: tuple[int, ...], ahead: int | str = "auto") -> Overrides:
 PLAIN: dict[str, tuple[int, Overrides]] = {
     **{name: (1, overrides) for name, overrides in VARIANTS.items()},
     "nf4": (1, ("quantization.mode=nf4", "model.compute_dtype=bfloat16", *EVALUATION)),
+    "float16": (1, ("model.compute_dtype=float16", *EVALUATION)),
     "lora": (1, ("adapter.method=lora",)),
     "tied from a file": (1, (_TIED,)),
     "dropout": (1, _DROPOUT),
@@ -86,6 +87,7 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
     )
 } | {
     "nf4 in stages": (2, (*PLAIN["nf4"][1], *_split((0, 2))), "nf4"),
+    "float16 in stages": (2, (*PLAIN["float16"][1], *_split((0, 2))), "float16"),
     "lora in stages": (3, (*PLAIN["lora"][1], *_split((0, 2, 3))), "lora"),
     "tied from a file in two": (2, (_TIED, *_split((0, 3))), "tied from a file"),
     "tied from a file in three": (3, (_TIED, *_split((0, 2, 4))), "tied from a file"),
@@ -102,6 +104,7 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
 # Within a tolerance: other sums.
 NEAR: dict[str, tuple[int, Overrides, str]] = {
     "zero 1": (2, (*VARIANTS[_NAMES[0]], *_split((0, 3)), "parallel.zero_stage=1"), _NAMES[0]),
+    "float16, zero 1": (2, (*PLAIN["float16"][1], *_split((0, 3)), "parallel.zero_stage=1"), "float16"),
     "two stages on two ranks each": (4, (*VARIANTS[_NAMES[0]], *_split((0, 3))), "two ranks"),
     "dropout in two stages on two ranks each": (4, (*_DROPOUT, *_split((0, 3))), "dropout"),
     "zero 1 on two ranks each": (

@@ -25,6 +25,8 @@ COMMON: Overrides = (
     "evaluation.every_steps=null",
     "tracking.tracker=none",
 )
+# So few that the loss scale of float16 changes before the middle and behind it.
+STEADY_STEPS = 3
 # Name -> ranks, overrides. Those with stages come last: a process that had one makes no other engine.
 TOPOLOGIES: dict[str, tuple[int, Overrides]] = {
     "dp1": (1, ()),
@@ -42,6 +44,8 @@ BITWISE_ONLY: dict[str, tuple[int, Overrides]] = {
         2,
         ("parallel.zero_stage=3", "parallel.offload_optimizer=true", "parallel.offload_parameters=true"),
     ),
+    "float16": (1, ("model.compute_dtype=float16",)),
+    "pp2float16": (2, ("model.compute_dtype=float16", "parallel.pipeline_stages=2")),
     "pp2zero1": (2, ("parallel.pipeline_stages=2", "parallel.zero_stage=1")),
 }
 # Continued on each other.

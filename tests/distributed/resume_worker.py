@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from ssmlora_dist.config.loading import load_config
+from ssmlora_dist.distributed import loss_scale
 from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
 from ssmlora_dist.tracking import Console, quiet_libraries
 from ssmlora_dist.training.run import run_training
 
 from ..launch.processes import DEBUG_TINY
-from .resume_jobs import COMMON, MIDDLE, PAIRS, RUNS, continued
+from .resume_jobs import COMMON, MIDDLE, PAIRS, RUNS, STEADY_STEPS, continued
 
 TIMEOUT_SECONDS = 120
 
@@ -20,6 +21,7 @@ def main() -> None:
     quiet_libraries()
     # As if it were not installed: nobody looks at the plots, which take as long as some of the runs.
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
+    loss_scale.STEADY_STEPS = STEADY_STEPS
     group = start_process_group(TIMEOUT_SECONDS)
     try:
         for name, (num_ranks, _) in RUNS.items():

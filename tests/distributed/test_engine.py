@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
-from ssmlora_dist.distributed.engine import clip_gradients, count_targets
+from ssmlora_dist.distributed.engine import DataParallelEngine, clip_gradients, count_targets
+from ssmlora_dist.distributed.loss_scale import INITIAL
+from ssmlora_dist.distributed.process_group import ProcessGroup
 
 from .conftest import WORLD_SIZES, Results
 from .jobs import STAGES
@@ -112,3 +116,78 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(
         assert kept == first
         assert [first, last] == without["weight"]
         assert first != last
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_a_scaled_loss_changes_no_bit_and_an_overflow_halves_the_scale(
+    results: Results, num_ranks: int, stage: int
+) -> None:
+    """Norms are of the gradients of the loss itself, and so is what they are clipped to."""
+    for found in results.found(num_ranks, "skipping"):
+        unscaled, scaled = found[f"zero {stage}, no poison"], found[f"zero {stage}, overflow"]
+        assert scaled["skipped"] == scaled["halved"] == [False, True, False]
+        assert scaled["loss_scale"] == [INITIAL, INITIAL, INITIAL / 2]
+        assert unscaled["loss_scale"] == [None, None]
+        first, kept, last = scaled["weight"]
+        assert kept == first
+        assert [first, last] == unscaled["weight"]
+        assert [scaled["grad_norm"][0], scaled["grad_norm"][2]] == unscaled["grad_norm"]
+        assert scaled["grad_norm"][0] > 1.0
+
+
+def test_gradients_are_unscaled_before_they_are_clipped() -> None:
+    parameters = {"a": with_gradient([3.0 * 1024, 0.0]), "b": with_gradient([4.0 * 1024])}
+    expected = {"a": with_gradient([3.0, 0.0]), "b": with_gradient([4.0])}
+    for max_norm in (1.0, 5.0, None):
+        for name, values in {"a": [3.0, 0.0], "b": [4.0]}.items():
+            parameters[name].grad = torch.tensor(values) * 1024
+            expected[name].grad = torch.tensor(values)
+        assert clip_gradients(parameters, max_norm, loss_scale=1024.0) == 5.0
+        clip_gradients(expected, max_norm)
+        assert gradients(parameters) == gradients(expected)
+
+
+class Device(torch.Tensor):
+    """Stands for a tensor on a GPU: it writes down what makes the host wait for the device."""
+
+    waits: ClassVar[list[str]] = []
+    _WAITING = ("to", "cpu", "item", "tolist", "__float__", "__int__", "__bool__", "nonzero", "numpy")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in cls._WAITING:
+            cls.waits.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_nothing_waits_for_the_device_between_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host runs ahead of it: batches are copied before the first, the loss is read after the last."""
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    class DeepSpeed(SimpleNamespace):
+        def __call__(self, labels: torch.Tensor) -> torch.Tensor:
+            return (labels.float().sum() * weight).sum().as_subclass(Device)
+
+    deepspeed = DeepSpeed(
+        optimizer=SimpleNamespace(param_groups=[{}]),
+        module=torch.nn.Linear(1, 1),
+        set_gradient_accumulation_boundary=lambda last: None,
+        backward=lambda loss, scale_wrt_gas: loss.backward(),
+        step=lambda: None,
+        zero_grad=lambda: None,
+    )
+    monkeypatch.setattr("deepspeed.initialize", lambda **_: (deepspeed, None, None, None))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values, **_: None)
+    group = ProcessGroup(0, 1, 0, torch.device("cpu"))
+    config = {"zero_optimization": {"stage": 0}}
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    engine = DataParallelEngine(deepspeed.module, {"weight": weight}, optimizer, config, group, 1.0)
+    waits_at_check: list[int] = []
+    batches = [{"labels": torch.tensor([[7, value]]).as_subclass(Device)} for value in (1, 2, 3)]
+    Device.waits.clear()
+    result = engine.train_step(batches, 0.1, lambda: waits_at_check.append(len(Device.waits)))
+    assert Device.waits.count("to") == len(batches)
+    # The last entry is of after the step, where the loss is read.
+    assert waits_at_check == [waits_at_check[0]] * len(batches), Device.waits
+    assert result.num_target_tokens == 3

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from ssmlora_dist.distributed.process_group import world_size_from_environment
+from ssmlora_dist.distributed.process_group import ProcessGroup, world_size_from_environment
 
 from ..launch.processes import run
 from .conftest import WORLD_SIZES, Results
@@ -32,6 +33,16 @@ def test_rank_0_acts_and_every_rank_meets_its_error(results: Results, num_ranks:
 def test_every_rank_refuses_a_run_directory_that_is_taken(results: Results, num_ranks: int) -> None:
     for message in results.found(num_ranks, "trained twice"):
         assert "holds a run already" in message
+
+
+def test_numbers_are_agreed_on_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank must not wait for its GPU between micro-batches to hear that nobody was told to stop."""
+    found: list[torch.device] = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values, **_: found.append(values.device))
+    group = ProcessGroup(0, 2, 0, torch.device("cuda", 0))
+    assert group.sum([1, 2]) == [1.0, 2.0]
+    assert group.max([3.0]) == [3.0]
+    assert found == [torch.device("cpu")] * 2
 
 
 def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,14 @@ def test_on_the_same_topology_no_bit_differs(runs: Path, name: str) -> None:
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
 
 
+@pytest.mark.parametrize("name", ["float16", "pp2float16"])
+def test_the_loss_scale_goes_on_where_it_stood(runs: Path, name: str) -> None:
+    scales = [row["loss_scale"] for row in rows(runs / name)]
+    assert [row["loss_scale"] for row in rows(runs / continued(name, name))] == scales[MIDDLE:]
+    assert scales[MIDDLE] != scales[0]
+    assert len(set(scales[MIDDLE:])) > 1
+
+
 def test_a_wrong_state_would_show(runs: Path) -> None:
     """Without moments, or from other parameters, the losses after the middle are others."""
     losses = [row["loss"] for row in rows(runs / "dp1")]

@@ -7,8 +7,21 @@ import json
 import pytest
 import torch
 
+from ssmlora_dist.precision import machine_dtype
+
 from .conftest import WORLD_SIZES, Results
-from .jobs import DROPOUT, DROPPING, EVALUATED, MICRO_BATCHES, QUANTIZED, REFERENCE, TIED, TOPOLOGIES, fits
+from .jobs import (
+    DROPOUT,
+    DROPPING,
+    EVALUATED,
+    HALF,
+    MICRO_BATCHES,
+    QUANTIZED,
+    REFERENCE,
+    TIED,
+    TOPOLOGIES,
+    fits,
+)
 
 # Float32 sums over a few hundred tokens in another order: at most 6e-7 in the loss, 2e-7 of the norm and 4e-7
 # in the adapters were seen. A mistake of scale (ranks or micro-batches counted twice) is 100,000 times that.
@@ -20,6 +33,10 @@ ADAPTER_TOLERANCE = 1e-5
 BFLOAT16_LOSS_TOLERANCE = 1e-3
 BFLOAT16_NORM_TOLERANCE = 1e-2
 BFLOAT16_ADAPTER_TOLERANCE = 5e-3
+# float16 has three bits more.
+FLOAT16_LOSS_TOLERANCE = BFLOAT16_LOSS_TOLERANCE / 8
+FLOAT16_NORM_TOLERANCE = BFLOAT16_NORM_TOLERANCE / 8
+FLOAT16_ADAPTER_TOLERANCE = BFLOAT16_ADAPTER_TOLERANCE / 8
 
 RANKS_AND_TOPOLOGIES = [(ranks, job) for ranks in WORLD_SIZES for job in TOPOLOGIES]
 
@@ -105,6 +122,34 @@ def test_a_quantised_backbone_trains_the_same(results: Results, num_ranks: int, 
         BFLOAT16_NORM_TOLERANCE,
         BFLOAT16_ADAPTER_TOLERANCE,
     )
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+@pytest.mark.parametrize("job", HALF)
+def test_float16_trains_the_same(results: Results, num_ranks: int, job: str) -> None:
+    """With gradients of the scaled loss, on a backbone in float16."""
+    reference = (f"float16, {REFERENCE}", 1)
+    assert_same_training(
+        results,
+        (job, num_ranks),
+        reference,
+        FLOAT16_LOSS_TOLERANCE,
+        FLOAT16_NORM_TOLERANCE,
+        FLOAT16_ADAPTER_TOLERANCE,
+    )
+    rows = results.rows(job, num_ranks)
+    assert [row["loss_scale"] for row in rows] == [row["loss_scale"] for row in results.rows(*reference)]
+    # Norms of an unscaled loss, near those of the float32 backbone.
+    for row, wanted in zip(rows, results.rows(f"micro-batch 1, {REFERENCE}", 1), strict=True):
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.05)
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_what_auto_stood_for_is_recorded(results: Results, num_ranks: int) -> None:
+    expected = machine_dtype("cpu")
+    assert results.summary("auto", num_ranks)["compute_dtype"] == expected
+    assert results.config("auto", num_ranks)["model"]["compute_dtype"] == expected
+    assert results.base("auto", num_ranks)["compute_dtype"] == expected
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)

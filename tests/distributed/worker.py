@@ -21,6 +21,7 @@ from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.engine import DataParallelEngine
 from ssmlora_dist.distributed.loading import swap_rows
+from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
 from ssmlora_dist.errors import CheckpointError, SSMLoRAError
 from ssmlora_dist.models import loading
@@ -152,7 +153,8 @@ def steps_with_poison(group: ProcessGroup, zero_stage: int, poison: str) -> dict
         group: the ranks.
         zero_stage: 0 to 3.
         poison: `no poison` leaves the second step out; `gradients` makes them and the loss not-a-number,
-            `loss` adds infinity to the loss alone.
+            `loss` adds infinity to the loss alone; `overflow`, in which the loss is scaled, makes them
+            infinite for that scale alone.
     """
     model = SquaredOutputs()
     parameters = dict(model.named_parameters())
@@ -165,16 +167,23 @@ def steps_with_poison(group: ProcessGroup, zero_stage: int, poison: str) -> dict
         ),
         group,
         max_grad_norm=1.0,
+        loss_scale=LossScale() if poison == "overflow" else None,
     )
-    found: dict[str, Any] = {"skipped": [], "grad_norm": [], "weight": []}
-    for poisoned in (False, True, False) if poison in ("gradients", "loss") else (False, False):
+    found: dict[str, Any] = {"skipped": [], "grad_norm": [], "weight": [], "loss_scale": [], "halved": []}
+    for poisoned in (False, False) if poison == "no poison" else (False, True, False):
         batches = [_micro_batch(group.rank, index) for index in range(2)]
         if poisoned and group.rank == group.world_size - 1:
-            key, value = ("inputs", torch.nan) if poison == "gradients" else ("added", torch.inf)
+            key, value = {
+                "gradients": ("inputs", torch.nan),
+                "loss": ("added", torch.inf),
+                "overflow": ("inputs", 1e17),
+            }[poison]
             batches[-1][key][0] = value
         result = engine.train_step(batches, learning_rate=0.1)
         found["skipped"].append(result.skipped)
         found["grad_norm"].append(result.grad_norm)
+        found["loss_scale"].append(result.loss_scale)
+        found["halved"].append(result.scale_halved)
         found["weight"].append(engine.adapter_tensors()["linear.weight"].flatten().tolist())
     return found
 

@@ -25,8 +25,9 @@ def test_a_dry_run_shows_the_resolved_configuration_and_what_follows(outcomes: O
     lines = finished.stdout[end:].split("\n")
     # q_proj in layer 0 and v_proj in layer 1: 4 x (16 + 16) + 2 x 16, and 4 x (16 + 8) + 2 x 16.
     assert lines[1].startswith("parameters   288 trained, ")
-    assert lines[2] == "batch        2 = 1 ranks x 2 micro-batches x 1 sequences"
-    assert lines[3].startswith("train        4 examples of 4 rows")
+    assert lines[2] == "computes in  float32"
+    assert lines[3] == "batch        2 = 1 ranks x 2 micro-batches x 1 sequences"
+    assert lines[4].startswith("train        4 examples of 4 rows")
 
 
 def test_a_dry_run_counts_the_rows(outcomes: Outcomes) -> None:

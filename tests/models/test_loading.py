@@ -77,6 +77,15 @@ def test_the_checkpoints_are_sharded(checkpoints: dict[str, Path]) -> None:
         assert len(list(directory.glob("model-*.safetensors"))) > 1
 
 
+@pytest.mark.parametrize("native", ["bfloat16", "float32"])
+def test_without_a_dtype_it_is_that_of_the_machine(
+    checkpoints: dict[str, Path], native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading_module, "machine_dtype", lambda device_type: native)
+    model = load_model(str(checkpoints["llama"]))
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, native)}
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_a_single_file_of_another_dtype_loads(
     stored: torch.dtype, save_checkpoint: Callable[..., Path], token_ids: Tensor
@@ -118,7 +127,7 @@ def test_scaled_rotary_embeddings(
 def test_what_is_quantised_frozen_and_placed(
     model_type: str, quantization: Any, checkpoints: dict[str, Path]
 ) -> None:
-    model = load_model(str(checkpoints[model_type]), quantization=quantization)
+    model = load_model(str(checkpoints[model_type]), quantization=quantization, compute_dtype=torch.bfloat16)
     projections = [
         layer.get_submodule(path)
         for layer in decoder_layers(model).values()

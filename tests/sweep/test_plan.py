@@ -44,6 +44,19 @@ def test_a_grid_is_every_combination_with_every_seed_in_the_order_of_the_file(tm
     assert plan_of(tmp_path, seeds=[0, 7]).points == plan.points
 
 
+def test_a_point_is_run_again_on_a_machine_that_computes_in_another_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(native: str, asked: str) -> PlannedPoint:
+        monkeypatch.setattr("ssmlora_dist.sweep.plan.machine_dtype", lambda device_type: native)
+        return plan_of(tmp_path, overrides={"model.compute_dtype": asked}).points[0]
+
+    here, there = planned("bfloat16", "auto"), planned("float32", "auto")
+    assert [point.config.model.compute_dtype for point in (here, there)] == ["bfloat16", "float32"]
+    assert here.digest != there.digest
+    assert planned("float32", "bfloat16").digest == here.digest
+
+
 def test_the_list_stands_beside_the_grid_with_seeds_of_its_own(tmp_path: Path) -> None:
     listed = [{"name": "hot", "overrides": {"training.learning_rate": 1}, "seeds": [3]}, {"name": "plain"}]
     plan = plan_of(tmp_path, grid={"adapter.rank": [2]}, list=listed, seeds=[0, 1])

@@ -17,8 +17,8 @@ from ssmlora_dist.training.loop import StepRecord, train
 class ScriptedEngine:
     """Skips the steps that it is told to, and writes down what it is given."""
 
-    def __init__(self, skipped: Sequence[bool]) -> None:
-        self.skipped = skipped
+    def __init__(self, skipped: Sequence[bool], halved: Sequence[bool] = ()) -> None:
+        self.skipped, self.halved = skipped, halved
         self.batches: list[list[int]] = []
         self.learning_rates: list[float] = []
 
@@ -30,7 +30,10 @@ class ScriptedEngine:
         self.batches.append([int(batch["input_ids"]) for batch in micro_batches])
         self.learning_rates.append(learning_rate)
         skipped = self.skipped[step]
-        return StepResult(math.nan if skipped else 2.0, math.inf if skipped else 1.0, 8, 4, skipped)
+        numbers = (math.nan if skipped else 2.0, math.inf if skipped else 1.0)
+        if self.halved:
+            return StepResult(*numbers, 8, 4, skipped, loss_scale=1.0, scale_halved=self.halved[step])
+        return StepResult(*numbers, 8, 4, skipped)
 
 
 def run(skipped: Sequence[bool], max_nonfinite_steps: int = 2) -> tuple[ScriptedEngine, list[StepRecord]]:
@@ -88,6 +91,22 @@ def test_too_many_skipped_steps_in_a_row_end_training(max_nonfinite_steps: int) 
     assert "Lower training.learning_rate" in message
     # The last one was reported before training stopped, and none came after it.
     assert [record.step for record in records] == list(range(1, last + 1))
+
+
+def test_steps_lost_to_the_loss_scale_are_no_divergence_while_it_can_fall() -> None:
+    halved = [*[True] * 6, *[False] * 4]
+    engine = ScriptedEngine([True] * 10, halved)
+    records: list[StepRecord] = []
+    with pytest.raises(TrainingError, match=r"in 2 steps in a row.*model\.compute_dtype \"float32\""):
+        train(
+            engine,
+            lambda step: [],
+            lambda step: 1.0,
+            num_steps=10,
+            max_nonfinite_steps=2,
+            on_step=records.append,
+        )
+    assert [record.skipped_steps for record in records] == list(range(1, 9))
 
 
 def test_times_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

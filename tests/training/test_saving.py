@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.moments import Moments
 from ssmlora_dist.training.checkpoints import complete_checkpoints, read_checkpoint
 from ssmlora_dist.training.continuation import Continuation
@@ -58,7 +59,9 @@ def saver(
 ) -> Saver:
     whole = checkpoint(STEP)
     engine: Any = SimpleNamespace(
-        adapter_tensors=lambda: whole.parameters, moments=lambda: Moments(STEP - 1, whole.moments)
+        adapter_tensors=lambda: whole.parameters,
+        moments=lambda: Moments(STEP - 1, whole.moments),
+        loss_scale=LossScale(1024.0, 7),
     )
     told: list[str] = [] if warnings is None else warnings
     return Saver(
@@ -112,6 +115,7 @@ def test_a_checkpoint_holds_all_that_a_run_needs(tmp_path: Path) -> None:
             "totals": {"num_steps": STEP},
             "wall_seconds": 1.5,
             "num_updates": STEP - 1,
+            "loss_scale": {"value": 1024.0, "steady_steps": 7},
             "samples_consumed": STEP * 6,
             "best_validation_loss": 2.0,
         },

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from ssmlora_dist import AdapterConfig, add_adapters, save_adapter
+from ssmlora_dist.adapters.files import write_adapter
+from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config.build import build_fingerprint
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.tasks import DEEP
@@ -20,7 +22,7 @@ from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.errors import AdapterError, DataError
 from ssmlora_dist.models import load_model, load_tokenizer
 from ssmlora_dist.tracking import Console
-from ssmlora_dist.training import task_evaluation
+from ssmlora_dist.training import compute_dtype, task_evaluation
 from ssmlora_dist.training.task_evaluation import TasksInTraining, describe_tasks, run_evaluation
 from tests.tiny import adapted_model, randomize_adapters, tiny_config
 
@@ -165,6 +167,35 @@ def saved_adapter(
     randomize_adapters(model)
     save_adapter(model, directory, base_fingerprint=fingerprint)
     return directory
+
+
+@pytest.mark.parametrize("recorded", ["float32", "bfloat16", "float16"])
+def test_tasks_are_answered_in_the_dtype_that_the_adapter_was_trained_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
+) -> None:
+    """Unless the configuration names another one; without an adapter, in the machine's own."""
+    model = load_model(init="random", config=MODEL, quantization="none", compute_dtype=torch.float32)
+    adapter = tmp_path / "adapter"
+    write_adapter(
+        adapter,
+        ADAPTER,
+        adapter_parameters(add_adapters(model, ADAPTER)),
+        base={"init": "random", "config": MODEL, "compute_dtype": recorded},
+    )
+    built: list[RunConfig] = []
+
+    def stop(config: RunConfig, *_: Any) -> None:
+        built.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr(task_evaluation, "build_backbone", stop)
+    monkeypatch.setattr(compute_dtype, "machine_dtype", lambda _: "bfloat16")
+    named = config()
+    auto = named.model_copy(update={"model": named.model.model_copy(update={"compute_dtype": "auto"})})
+    for asked, trained in ((auto, adapter), (auto, None), (named, adapter)):
+        with pytest.raises(InterruptedError):
+            run_evaluation(asked, Group(), Console(enabled=False), adapter=trained)
+    assert [found.model.compute_dtype for found in built] == [recorded, "bfloat16", "float32"]
 
 
 def test_when_tasks_are_due() -> None:

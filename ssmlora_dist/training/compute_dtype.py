@@ -1,0 +1,58 @@
+"""What `model.compute_dtype: "auto"` stands for in a run: settled once, before anything is built."""
+
+from __future__ import annotations
+
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.topology import topology_problems
+from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.precision import DTypeName, common_dtype, machine_dtype
+from ssmlora_dist.tracking import Console
+
+_BECAUSE = {
+    "bfloat16": "the device multiplies it natively",
+    "float16": "the device does not multiply bfloat16 natively; the loss is scaled",
+    "float32": "this CPU does not multiply bfloat16 natively",
+}
+
+
+def settle_compute_dtype(
+    config: RunConfig,
+    group: ProcessGroup,
+    console: Console,
+    *,
+    kept: DTypeName | None = None,
+    for_training: bool = True,
+) -> RunConfig:
+    """The configuration with a compute dtype by name, the same on every rank; every rank calls it.
+
+    Args:
+        config: of the run; a dtype that it names itself stays.
+        group: the run's processes.
+        console: of rank 0; shows what was chosen, and why.
+        kept: what the adapter to go on with has been trained in; None: whatever all ranks do best.
+        for_training: as for `config.loading.load_config`.
+
+    Raises:
+        ConfigError: other settings do not go with it.
+    """
+    if config.model.compute_dtype != "auto":
+        return config
+    choices: list[DTypeName] = group.gather(machine_dtype(group.device.type))
+    here = common_dtype(choices)
+    because = _BECAUSE[here]
+    if len(set(choices)) > 1:
+        because = f"what all ranks can do: alone they would take {' or '.join(sorted(set(choices)))}"
+    if kept is not None:
+        because = "what the adapter was trained in"
+        if kept != here:
+            because += f", though {here} would be faster here"
+    settled = config.with_auto_dtype(kept or here)
+    problems = topology_problems(
+        settled, world_size=group.world_size, device_type=group.device.type, for_training=for_training
+    )
+    chosen = f"compute dtype {settled.model.compute_dtype} (auto: {because})"
+    if problems:
+        raise ConfigError(problems, source=chosen)
+    console.message(chosen)
+    return settled

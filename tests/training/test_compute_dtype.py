@@ -1,0 +1,96 @@
+"""What "auto" becomes in a run: by the machine, by the other ranks, by the checkpoint that is continued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.tracking import Console
+from ssmlora_dist.training import compute_dtype
+from ssmlora_dist.training.compute_dtype import settle_compute_dtype
+
+
+class Ranks(ProcessGroup):
+    """As many processes as there are choices, each of which would take one alone."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return list(self.choices)
+
+    choices: tuple[str, ...] = ()
+
+
+def ranks(*choices: str) -> Ranks:
+    group = Ranks(0, len(choices), 0, torch.device("cpu"))
+    object.__setattr__(group, "choices", choices)
+    return group
+
+
+def config(model: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "run"},
+            "model": {"path": "org/base"} | (model or {}),
+            "data": {"train": {"format": "text", "path": "text.txt"}},
+            "training": {"max_steps": 1},
+        }
+        | sections
+    )
+
+
+@pytest.mark.parametrize(
+    ("choices", "kept", "expected", "says"),
+    [
+        (["bfloat16"], None, "bfloat16", "bfloat16 (auto: the device multiplies it natively)"),
+        (["float32"], None, "float32", "float32 (auto: this CPU does not multiply bfloat16 natively)"),
+        (
+            ["float16"],
+            None,
+            "float16",
+            "float16 (auto: the device does not multiply bfloat16 natively; the loss",
+        ),
+        (["bfloat16", "float16"], None, "float16", "they would take bfloat16 or float16"),
+        (["bfloat16", "float32", "bfloat16", "bfloat16"], None, "float32", "what all ranks can do"),
+        (["float32"], "bfloat16", "bfloat16", "was trained in, though float32 would be faster here"),
+        (["bfloat16"], "float32", "float32", "was trained in, though bfloat16 would be faster here"),
+        (["bfloat16"], "bfloat16", "bfloat16", "bfloat16 (auto: what the adapter was trained in)"),
+    ],
+)
+def test_auto(
+    choices: list[str], kept: Any, expected: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settled = settle_compute_dtype(config(), ranks(*choices), Console(), kept=kept)
+    assert settled.model.compute_dtype == expected
+    assert settled == config({"compute_dtype": expected})
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_a_named_one_stays(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    named = config({"compute_dtype": name})
+    assert settle_compute_dtype(named, ranks("float32", "bfloat16"), Console(), kept="float32") is named
+    assert capsys.readouterr().out == ""
+
+
+def test_this_rank_says_what_its_machine_does_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(compute_dtype, "machine_dtype", lambda device_type: f"{device_type}'s")
+    monkeypatch.setattr(Ranks, "gather", lambda _, value: said.append(value) or ["float32"])
+    settle_compute_dtype(config(), ranks("float32"), Console(enabled=False))
+    assert said == ["cpu's"]
+
+
+def test_what_does_not_go_with_it_is_refused_as_if_it_had_been_named() -> None:
+    stages = config(
+        parallel={"pipeline_stages": 2}, adapter={"state_dtype": "bfloat16"}, training={"max_steps": 1}
+    )
+    group = ranks("bfloat16", "bfloat16")
+    assert settle_compute_dtype(stages, group, Console(enabled=False)).model.compute_dtype == "bfloat16"
+    with pytest.raises(ConfigError) as refused:
+        settle_compute_dtype(stages, group, Console(enabled=False), kept="float32")
+    assert 'adapter.state_dtype: "bfloat16" given with compute_dtype "float32"' in str(refused.value)
+    assert "what the adapter was trained in" in str(refused.value)
