@@ -11,15 +11,18 @@ from ssmlora_dist.models.families import (
 from ssmlora_dist.models.fingerprint import base_fingerprint
 from ssmlora_dist.models.loading import load_model
 from ssmlora_dist.models.tokenizer import load_tokenizer
+from ssmlora_dist.models.tokenizer_contents import fix_date, tokenizer_digests
 
 __all__ = [
     "FAMILIES",
     "Family",
     "base_fingerprint",
     "decoder_layers",
+    "fix_date",
     "load_config",
     "load_model",
     "load_tokenizer",
     "projection_path",
     "require_supported",
+    "tokenizer_digests",
 ]

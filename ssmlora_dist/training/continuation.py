@@ -80,19 +80,25 @@ def find_continuation(resume: str, directory: RunDirectory, warn: Callable[[str]
     return Continuation(in_place=True)
 
 
-def check_continuation(continuation: Continuation, config: RunConfig, fingerprint: str) -> None:
-    """Checks that the checkpoint is of such a run and of the same base model.
+def check_settings(continuation: Continuation, config: RunConfig) -> None:
+    """Checks that the checkpoint is of such a run.
 
     Raises:
         ConfigError: a setting has changed that may not; a line for each.
-        CheckpointError: the base model is another one.
     """
     checkpoint = continuation.checkpoint
-    if checkpoint is None:
-        return
-    if problems := resume_problems(checkpoint.config, config):
+    if checkpoint is not None and (problems := resume_problems(checkpoint.config, config)):
         raise ConfigError(problems, source=f"--resume {continuation.path}")
-    if checkpoint.base_fingerprint != fingerprint:
+
+
+def check_base(continuation: Continuation, fingerprint: str) -> None:
+    """Checks that the checkpoint is of this base model.
+
+    Raises:
+        CheckpointError: it is of another one.
+    """
+    checkpoint = continuation.checkpoint
+    if checkpoint is not None and checkpoint.base_fingerprint != fingerprint:
         raise CheckpointError(
             f"{continuation.path}: was trained on another base model (fingerprint "
             f"{checkpoint.base_fingerprint}) than that of model.path (fingerprint {fingerprint}); name the "

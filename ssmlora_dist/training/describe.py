@@ -9,6 +9,8 @@ from ssmlora_dist.config.build import build_data, build_tokenizer, check_model, 
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset, ExampleStream
+from ssmlora_dist.training.contents import pinned, revisions
+from ssmlora_dist.training.continuation import Continuation
 
 
 def describe(config: RunConfig, world_size: int) -> str:
@@ -18,7 +20,8 @@ def describe(config: RunConfig, world_size: int) -> str:
         SSMLoRAError: whatever would stop the run before the weights are read.
     """
     check_model(config)
-    train, validation = build_data(config, build_tokenizer(config.model))
+    as_of_now = pinned(config, revisions(config, Continuation()))
+    train, validation = build_data(as_of_now, build_tokenizer(config.model))
     model = meta_model(config)
     trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
+from ssmlora_dist.models import fix_date, tokenizer_digests
 from ssmlora_dist.tracking import (
     Console,
     RunDirectory,
@@ -37,7 +39,14 @@ from ssmlora_dist.tracking import (
     plot_curves,
     store_uri,
 )
-from ssmlora_dist.training.continuation import NEVER, Continuation, check_continuation, find_continuation
+from ssmlora_dist.training.contents import check_tokenizer, first_start
+from ssmlora_dist.training.continuation import (
+    NEVER,
+    Continuation,
+    check_base,
+    check_settings,
+    find_continuation,
+)
 from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
 from ssmlora_dist.training.interrupts import Interrupts, StoppedError, StopRequested
@@ -82,13 +91,20 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
     continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
+    check_settings(continuation, config)
     check_model(config)
     tokenizer = build_tokenizer(config.model)
+    digests = tokenizer_digests(tokenizer)
+    check_tokenizer(continuation, digests)
+    began: str = group.share(first_start(continuation))
+    fix_date(tokenizer, datetime.fromisoformat(began))
     place = place_of(config, group)
-    data = RunData(config, tokenizer, group, place, continuation)
+    data = RunData(config, tokenizer, group, place, continuation, console.warn)
+    contents = {"began": began, "tokenizer": digests, **data.contents}
     tasks = TasksInTraining(config, tokenizer, group)
     tracker = tracker_of(config, group, console, continuation)
-    run = _Run(config, group, console, tracker, directory, continuation, tokenizer, place, data, tasks)
+    parts = (tracker, directory, continuation, tokenizer, contents, place, data, tasks)
+    run = _Run(config, group, console, *parts)
     if run.is_complete():
         console.message(
             f"{directory.path}: complete, all {continuation.step} steps are done; raise training.max_steps "
@@ -129,6 +145,7 @@ class _Run:
     directory: RunDirectory
     continuation: Continuation
     tokenizer: PreTrainedTokenizerBase
+    contents: dict[str, Any]
     place: Place
     data: RunData
     tasks: TasksInTraining
@@ -139,7 +156,7 @@ class _Run:
         checkpoint = self.continuation.checkpoint
         progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
         self.totals = Totals(**progress["totals"])
-        self.before = scores_from_plain(progress["before"])
+        self.before = scores_from_plain(progress["before"]) if self.data.compares else None
         self.seconds_before: float = progress["wall_seconds"]
         self.warned_of_metrics = False
 
@@ -193,7 +210,7 @@ class _Run:
             raise DataError(f"{error}; {self.saver.finish()}; {again}") from None
 
     def _execute(self) -> None:
-        if self.before is None:
+        if self.before is None and self.continuation.step == 0:
             self.before = self._evaluate(step=0)
         if self.continuation.step == 0:
             self._answer_tasks(0)
@@ -228,6 +245,7 @@ class _Run:
             "data": {
                 "train": asdict(self.data.report),
                 "validation": asdict(self.data.validation.report) if self.data.validation else None,
+                "revisions": self.contents["revisions"],
             },
             "environment": environment_record(),
         }
@@ -255,14 +273,16 @@ class _Run:
             self.directory.checkpoints,
             self.base,
             fingerprint,
+            self.contents,
             self.continuation,
             self.console.warn,
+            compares=self.data.compares,
         )
 
     def _fingerprint(self) -> str:
         """Of the base model; by rank 0 alone, as a part of every tensor is read."""
         fingerprint = build_fingerprint(self.config)
-        check_continuation(self.continuation, self.config, fingerprint)
+        check_base(self.continuation, fingerprint)
         return fingerprint
 
     def _learning_rate(self, step: int) -> float:

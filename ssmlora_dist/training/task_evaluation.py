@@ -28,7 +28,7 @@ from ssmlora_dist.evaluation.item_rows import RESULTS_FILE, Row
 from ssmlora_dist.evaluation.items import FailedItem, Task
 from ssmlora_dist.evaluation.report import build_reports, draw, markdown_table, metrics_of, plain
 from ssmlora_dist.evaluation.runner import run
-from ssmlora_dist.models import load_config
+from ssmlora_dist.models import load_config, tokenizer_digests
 from ssmlora_dist.tracking import (
     Console,
     ProgressBar,
@@ -78,6 +78,7 @@ def run_evaluation(
     tokenizer = build_tokenizer(config.model)
     tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
     directory = out or output_directory(config, adapter)
+    names_of_tasks, parts = [task.name for task in tasks], tokenizer_digests(tokenizer)
     fingerprint: str = group.on_main(lambda: build_fingerprint(config))
     # What is wrong with it shows before the base model has answered everything.
     adapted = "" if adapter is None else _check_adapter(config, adapter, fingerprint)
@@ -91,7 +92,9 @@ def run_evaluation(
             tokenizer,
             max_batch_tokens=config.evaluation.max_batch_tokens,
             directory=directory / name,
-            digests=dict.fromkeys((task.name for task in tasks), _digest(config, fingerprint, adapted)),
+            digests=dict.fromkeys(
+                (task.name for task in tasks), _digest(config, fingerprint, adapted, parts)
+            ),
             rank=group.rank,
             size=group.world_size,
             gather=group.gather,
@@ -182,9 +185,9 @@ def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str) -> str:
     return json.dumps([weights, saved.config.model_dump(mode="json")])
 
 
-def _digest(config: RunConfig, fingerprint: str, adapted: str) -> str:
+def _digest(config: RunConfig, tokenizer: Mapping[str, str], fingerprint: str, adapted: str) -> str:
     """Of what decides a model's answers, wherever its files lie."""
-    settings = backbone_settings(config) | {"tokenizer": config.model.tokenizer}
+    settings = backbone_settings(config) | {"tokenizer": tokenizer}
     keys = ("compute_dtype", "quantization", "double_quantization", "tokenizer")
     return json.dumps([fingerprint, adapted, {key: settings[key] for key in keys}])
 

@@ -16,7 +16,8 @@ from ssmlora_dist.training.continuation import (
     AUTO,
     NEVER,
     Continuation,
-    check_continuation,
+    check_base,
+    check_settings,
     find_continuation,
 )
 
@@ -188,22 +189,24 @@ def run_config(**sections: Any) -> RunConfig:
 
 
 def test_the_same_run_goes_on(tmp_path: Path) -> None:
-    check_continuation(Continuation(), run_config(), FINGERPRINT)
+    check_settings(Continuation(), run_config())
+    check_base(Continuation(), FINGERPRINT)
     longer = run_config(training={"max_steps": 200}, parallel={"zero_stage": 3})
-    check_continuation(continuation(tmp_path, run_config()), longer, FINGERPRINT)
+    check_settings(continuation(tmp_path, run_config()), longer)
+    check_base(continuation(tmp_path, run_config()), FINGERPRINT)
 
 
 def test_another_base_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=rf"was trained on another base model \(fingerprint {FINGERPRINT}\)"
     ):
-        check_continuation(continuation(tmp_path, run_config()), run_config(), "beef" * 16)
+        check_base(continuation(tmp_path, run_config()), "beef" * 16)
 
 
 def test_forbidden_changes_are_all_named_with_both_values(tmp_path: Path) -> None:
     changed = run_config(run={"name": "run", "seed": 7}, adapter={"rank": 4})
     with pytest.raises(ConfigError) as caught:
-        check_continuation(continuation(tmp_path, run_config()), changed, FINGERPRINT)
+        check_settings(continuation(tmp_path, run_config()), changed)
     heading, *lines = str(caught.value).splitlines()
     assert heading == f"--resume {tmp_path / 'step-00000010'}: 2 problems"
     assert lines[0].startswith("  run.seed: 7 given, 0 in the checkpoint; ")

@@ -68,6 +68,7 @@ def saver(
         directory,
         BASE,
         "f00d" * 16,
+        whole.contents,
         continuation or Continuation(),
         told.append,
     )
