@@ -11,15 +11,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ssmlora_dist.config.build import build_tokenizer
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset, ExampleStream, examples_digest, resolve_revision
+from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.errors import CheckpointError, DataError
+from ssmlora_dist.models import fix_date, tokenizer_digests
 from ssmlora_dist.training.continuation import Continuation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SOURCES = ("train", "validation")
 _OTHERWISE = "or begin anew under another run.name"
+
+
+def tokenizer_of(
+    config: RunConfig, group: ProcessGroup, continuation: Continuation
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """The tokenizer, whose chat templates print the date of the run's first start, and its contents.
+
+    Raises:
+        ModelError: there is none.
+        CheckpointError: it is not that of the checkpoint; says what is other.
+    """
+    tokenizer = build_tokenizer(config.model)
+    digests = tokenizer_digests(tokenizer)
+    check_tokenizer(continuation, digests)
+    began: str = group.share(first_start(continuation))
+    fix_date(tokenizer, datetime.fromisoformat(began))
+    return tokenizer, {"began": began, "tokenizer": digests}
 
 
 def first_start(continuation: Continuation) -> str:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.config.build import (
     backbone_settings,
     build_fingerprint,
-    build_tokenizer,
     check_model,
 )
 from ssmlora_dist.config.schema import RunConfig
@@ -28,7 +26,6 @@ from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
-from ssmlora_dist.models import fix_date, tokenizer_digests
 from ssmlora_dist.tracking import (
     Console,
     RunDirectory,
@@ -39,7 +36,7 @@ from ssmlora_dist.tracking import (
     plot_curves,
     store_uri,
 )
-from ssmlora_dist.training.contents import check_tokenizer, first_start
+from ssmlora_dist.training.contents import tokenizer_of
 from ssmlora_dist.training.continuation import (
     NEVER,
     Continuation,
@@ -93,14 +90,10 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
     check_settings(continuation, config)
     check_model(config)
-    tokenizer = build_tokenizer(config.model)
-    digests = tokenizer_digests(tokenizer)
-    check_tokenizer(continuation, digests)
-    began: str = group.share(first_start(continuation))
-    fix_date(tokenizer, datetime.fromisoformat(began))
+    tokenizer, contents = tokenizer_of(config, group, continuation)
     place = place_of(config, group)
     data = RunData(config, tokenizer, group, place, continuation, console.warn)
-    contents = {"began": began, "tokenizer": digests, **data.contents}
+    contents |= data.contents
     tasks = TasksInTraining(config, tokenizer, group)
     tracker = tracker_of(config, group, console, continuation)
     parts = (tracker, directory, continuation, tokenizer, contents, place, data, tasks)

@@ -78,7 +78,8 @@ def run_evaluation(
     tokenizer = build_tokenizer(config.model)
     tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
     directory = out or output_directory(config, adapter)
-    names_of_tasks, parts = [task.name for task in tasks], tokenizer_digests(tokenizer)
+    names_of_tasks = [task.name for task in tasks]
+    parts = tokenizer_digests(tokenizer)
     fingerprint: str = group.on_main(lambda: build_fingerprint(config))
     # What is wrong with it shows before the base model has answered everything.
     adapted = "" if adapter is None else _check_adapter(config, adapter, fingerprint)
@@ -92,9 +93,7 @@ def run_evaluation(
             tokenizer,
             max_batch_tokens=config.evaluation.max_batch_tokens,
             directory=directory / name,
-            digests=dict.fromkeys(
-                (task.name for task in tasks), _digest(config, fingerprint, adapted, parts)
-            ),
+            digests=dict.fromkeys(names_of_tasks, _digest(config, parts, fingerprint, adapted)),
             rank=group.rank,
             size=group.world_size,
             gather=group.gather,
