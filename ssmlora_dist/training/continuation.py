@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssmlora_dist.config.build import build_fingerprint
 from ssmlora_dist.config.resume import resume_problems
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import CheckpointError, ConfigError
@@ -91,19 +92,20 @@ def check_settings(continuation: Continuation, config: RunConfig) -> None:
         raise ConfigError(problems, source=f"--resume {continuation.path}")
 
 
-def check_base(continuation: Continuation, fingerprint: str) -> None:
-    """Checks that the checkpoint is of this base model.
+def base_of(config: RunConfig, continuation: Continuation) -> str:
+    """The base model's fingerprint, which must be that of the checkpoint.
 
     Raises:
-        CheckpointError: it is of another one.
+        CheckpointError: it is another one.
     """
-    checkpoint = continuation.checkpoint
+    fingerprint, checkpoint = build_fingerprint(config), continuation.checkpoint
     if checkpoint is not None and checkpoint.base_fingerprint != fingerprint:
         raise CheckpointError(
             f"{continuation.path}: was trained on another base model (fingerprint "
             f"{checkpoint.base_fingerprint}) than that of model.path (fingerprint {fingerprint}); name the "
             "one it was trained on"
         )
+    return fingerprint
 
 
 def _checkpoints_of(source: Path) -> Path | None:

@@ -15,17 +15,14 @@ from torch import Tensor
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
-from ssmlora_dist.config.build import (
-    backbone_settings,
-    build_fingerprint,
-    check_model,
-)
+from ssmlora_dist.config.build import backbone_settings, check_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
+from ssmlora_dist.signals import StopRequested
 from ssmlora_dist.tracking import (
     Console,
     RunDirectory,
@@ -40,13 +37,13 @@ from ssmlora_dist.training.contents import tokenizer_of
 from ssmlora_dist.training.continuation import (
     NEVER,
     Continuation,
-    check_base,
+    base_of,
     check_settings,
     find_continuation,
 )
 from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
-from ssmlora_dist.training.interrupts import Interrupts, StoppedError, StopRequested
+from ssmlora_dist.training.interrupts import Interrupts, StoppedError
 from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import peak_memory_gib, usable_memory_bytes
 from ssmlora_dist.training.report import (
@@ -247,7 +244,8 @@ class _Run:
 
     def build(self) -> None:
         """Loads the backbone, adapts it and hands it to the engine."""
-        fingerprint: str = self.group.on_main(self._fingerprint)
+        # By rank 0 alone, as a part of every tensor is read.
+        fingerprint: str = self.group.on_main(partial(base_of, self.config, self.continuation))
         plan = None
         if self.place.num_stages > 1:
             memory = -self.group.max([-usable_memory_bytes(self.group)])[0]
@@ -259,24 +257,9 @@ class _Run:
         self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size
         self.base = backbone_settings(self.config) | {"tokenizer": self.config.model.tokenizer}
         self.fingerprint = fingerprint
-        self.saver = Saver(
-            self.config,
-            self.group,
-            self.engine,
-            self.directory.checkpoints,
-            self.base,
-            fingerprint,
-            self.contents,
-            self.continuation,
-            self.console.warn,
-            compares=self.data.compares,
-        )
-
-    def _fingerprint(self) -> str:
-        """Of the base model; by rank 0 alone, as a part of every tensor is read."""
-        fingerprint = build_fingerprint(self.config)
-        check_base(self.continuation, fingerprint)
-        return fingerprint
+        parts = (self.base, fingerprint, self.contents, self.continuation, self.console.warn)
+        place, compares = self.directory.checkpoints, self.data.compares
+        self.saver = Saver(self.config, self.group, self.engine, place, *parts, compares=compares)
 
     def _learning_rate(self, step: int) -> float:
         training = self.config.training

@@ -11,12 +11,13 @@ import pytest
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import CheckpointError, ConfigError
 from ssmlora_dist.tracking import RunDirectory
+from ssmlora_dist.training import continuation as module
 from ssmlora_dist.training.checkpoints import LATEST_FILE, OPTIMIZER_FILE
 from ssmlora_dist.training.continuation import (
     AUTO,
     NEVER,
     Continuation,
-    check_base,
+    base_of,
     check_settings,
     find_continuation,
 )
@@ -188,19 +189,21 @@ def run_config(**sections: Any) -> RunConfig:
     )
 
 
-def test_the_same_run_goes_on(tmp_path: Path) -> None:
+def test_the_same_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "build_fingerprint", lambda config: FINGERPRINT)
     check_settings(Continuation(), run_config())
-    check_base(Continuation(), FINGERPRINT)
+    assert base_of(run_config(), Continuation()) == FINGERPRINT
     longer = run_config(training={"max_steps": 200}, parallel={"zero_stage": 3})
     check_settings(continuation(tmp_path, run_config()), longer)
-    check_base(continuation(tmp_path, run_config()), FINGERPRINT)
+    assert base_of(longer, continuation(tmp_path, run_config())) == FINGERPRINT
 
 
-def test_another_base_model_is_refused(tmp_path: Path) -> None:
+def test_another_base_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "build_fingerprint", lambda config: "beef" * 16)
     with pytest.raises(
         CheckpointError, match=rf"was trained on another base model \(fingerprint {FINGERPRINT}\)"
     ):
-        check_base(continuation(tmp_path, run_config()), "beef" * 16)
+        base_of(run_config(), continuation(tmp_path, run_config()))
 
 
 def test_forbidden_changes_are_all_named_with_both_values(tmp_path: Path) -> None:
