@@ -77,9 +77,7 @@ FORKED = {
         ALONE, {0: [("check", IN_STEP_5, partial(signal_self, TERM, TERM))]}
     ),
     "terminated before the first step": Signalled(ALONE, {0: [("check", 1, partial(signal_self, TERM))]}),
-    "stopped while the model is loaded": Signalled(
-        ALONE, {0: [("part loaded", 1, partial(signal_self, USR2))]}
-    ),
+    "stopped while loading": Signalled(ALONE, {0: [("part loaded", 1, partial(signal_self, USR2))]}),
     "terminated in the last evaluation": Signalled(
         "one rank, short", {0: [("evaluation", 3, partial(signal_self, TERM))]}
     ),
