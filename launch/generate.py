@@ -24,6 +24,7 @@ def main() -> None:
     import torch
 
     from ssmlora_dist.config.build import load_trained
+    from ssmlora_dist.models import max_positions
     from ssmlora_dist.tracking import Console
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,18 +37,19 @@ def main() -> None:
         warn=Console(enabled=True).warn,
     )
     quiet_libraries()
+    limit = max_positions(model.config)
     if seed is not None:
         torch.manual_seed(seed)
     if arguments.retrieval:
         prompt, value = _retrieval(tokenizer, arguments.retrieval)
         print(f"... {tokenizer.decode(prompt[-60:])}")
         print(f"({len(prompt)} tokens; the true value is {value})")
-        stream_answer(model, tokenizer, prompt, settings)
+        stream_answer(model, tokenizer, prompt, settings, limit)
     elif arguments.chat:
-        _chat(model, tokenizer, settings)
+        _chat(model, tokenizer, settings, limit)
     else:
         text = _decoded(sys.stdin.buffer.read()) if arguments.prompt is None else arguments.prompt
-        stream_answer(model, tokenizer, TextEncoder(tokenizer).begin(text), settings)
+        stream_answer(model, tokenizer, TextEncoder(tokenizer).begin(text), settings, limit)
 
 
 def _parser() -> ArgumentParser:
@@ -74,7 +76,7 @@ def _decoded(content: bytes) -> str:
         ) from None
 
 
-def _chat(model: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
+def _chat(model: Any, tokenizer: Any, settings: dict[str, Any], limit: int | None) -> None:
     from ssmlora_dist.data import ChatTemplate
 
     template, encoder = ChatTemplate(tokenizer), TextEncoder(tokenizer)
@@ -83,7 +85,7 @@ def _chat(model: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
     while line := _ask():
         messages.append({"role": "user", "content": line})
         prompt = template.render(messages, place="--chat", asks=True)
-        answer = stream_answer(model, tokenizer, encoder.encode(prompt), settings)
+        answer = stream_answer(model, tokenizer, encoder.encode(prompt), settings, limit)
         messages.append({"role": "assistant", "content": answer})
 
 

@@ -6,7 +6,6 @@ Also runs under torchrun and plain python.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 # On a CPU machine ranks and threads share the cores: one that waits must not spin. Read when torch is loaded.
@@ -17,8 +16,6 @@ from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
 def main() -> None:
-    # A request to save, which must not end a run that has nothing to save yet.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     parser = build_parser("Train an SSMLoRA or LoRA adapter on a frozen, quantised decoder model.")
     parser.add_argument(
         "--resume",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, SSMLoRAError
+from ssmlora_dist.signals import StopRequested, raising
 
 EXIT_INTERRUPTED = 130
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -77,11 +79,13 @@ def run_command(main: Callable[[], int | None]) -> int:
     """Runs a script's `main` and gives the exit code: `sys.exit(run_command(main))`.
 
     An error that the user can mend is shown without traceback, by rank 0: as a rule every rank meets it, and
-    the launcher ends those that wait. One that is still there after a while met it alone, and shows it. Any
-    other exception passes through with its traceback (exit code 1).
+    the launcher ends those that wait. One that is still there after a while met it alone, and shows it. A
+    signal that the script does not heed by itself ends it with 128 and the signal's number. Any other
+    exception passes through with its traceback (exit code 1).
     """
     try:
-        return main() or EXIT_DONE
+        with raising():
+            return main() or EXIT_DONE
     except SSMLoRAError as error:
         place = ""
         if _rank() != "0":
@@ -91,6 +95,10 @@ def run_command(main: Callable[[], int | None]) -> int:
             place = f" on rank {_rank()}"
         print(f"{error.label}{place}: {error}", file=sys.stderr)
         return error.exit_code
+    except StopRequested as request:
+        if _rank() == "0":
+            print(f"stopped: by {signal.Signals(request.signum).name}", file=sys.stderr)
+        return 128 + request.signum
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

@@ -21,7 +21,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 _TEMPLATES = ("prompt", "answer", "choices")
 # What a generated source has no use for.
-_RECORD_KEYS = ("path", "hub", "subset", "split", "fields", *_TEMPLATES, "labels", "streaming")
+_RECORD_KEYS = ("path", "hub", "subset", "split", "revision", "fields", *_TEMPLATES, "labels", "streaming")
 
 
 def rule_problems(
@@ -169,7 +169,7 @@ def _source(place: str, source: SourceSection, doubtful: Doubtful) -> Iterator[s
         given = "neither it nor" if source.path is None else f"{shown(source.path)} given beside"
         remedy = "name the files or the hub data set" if source.path is None else "remove one of them"
         yield f"{place}.path: {given} {place}.hub; allowed: exactly one; {remedy}"
-    for key in ("subset", "split"):
+    for key in ("subset", "split", "revision"):
         value = getattr(source, key)
         if value is not None and source.hub is None:
             yield (

@@ -103,6 +103,8 @@ class SourceSection(Section):
     """Subset (configuration) of the hub data set."""
     split: NonEmpty | None = None
     """Split of the hub data set."""
+    revision: NonEmpty | None = None
+    """Branch, tag or commit of the hub data set; a run keeps to the commit that it is at its first start."""
     fields: dict[str, Names] = {}
     """Maps the names that the format needs to names or paths (`outer.inner`) in the records."""
     prompt: str | None = None

@@ -6,10 +6,12 @@ from ssmlora_dist.data.accounts import DatasetReport
 from ssmlora_dist.data.building import ExampleReader, Partition, generate_dataset, read_dataset
 from ssmlora_dist.data.chat_template import ChatTemplate
 from ssmlora_dist.data.collation import collate
+from ssmlora_dist.data.contents import examples_digest
 from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, Example
 from ssmlora_dist.data.formats import FORMATS
 from ssmlora_dist.data.loader import BatchShape, EvaluationBatch, GlobalBatches, evaluation_batches
 from ssmlora_dist.data.retrieval import generate_retrieval
+from ssmlora_dist.data.sources import resolve_revision
 from ssmlora_dist.data.streaming import ExampleStream, StreamedBatches
 
 __all__ = [
@@ -28,7 +30,9 @@ __all__ = [
     "StreamedBatches",
     "collate",
     "evaluation_batches",
+    "examples_digest",
     "generate_dataset",
     "generate_retrieval",
     "read_dataset",
+    "resolve_revision",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ssmlora_dist.data.accounts import DatasetReport
@@ -31,6 +32,7 @@ class ExampleReader:
         hub: the name of a hub data set, instead of `path`.
         subset: its configuration.
         split: its split.
+        revision: its branch, tag or commit.
         streaming: read a hub data set while it is downloaded, and no more of it than is asked for.
         fields: the format's names to paths in the records.
         prompt: template of the prompt.
@@ -58,6 +60,7 @@ class ExampleReader:
         hub: str | None = None,
         subset: str | None = None,
         split: str | None = None,
+        revision: str | None = None,
         streaming: bool = False,
         fields: Mapping[str, Paths] | None = None,
         prompt: str | None = None,
@@ -80,21 +83,25 @@ class ExampleReader:
             "hub": hub,
             "subset": subset,
             "split": split or partition,
+            "revision": revision,
             "limit": limit,
             "streaming": streaming,
         }
 
-    def read(self, skip: int = 0) -> Iterator[tuple[list[Example], DatasetReport]]:
+    def read(
+        self, skip: int = 0, follow: Callable[[Iterator[Record]], Iterator[Record]] = iter
+    ) -> Iterator[tuple[list[Example], DatasetReport]]:
         """For each record in order its examples, and what became of its rows.
 
         Args:
             skip: how many records to leave out at the beginning.
+            follow: gives all records back, those left out too; sees what is read.
 
         Raises:
             DataError: a record cannot be read or does not fit, with its place.
         """
         encoder = RowEncoder(self._encoder, self._max_length, self._too_long)
-        for record in read_records(**self._source, skip=skip):
+        for record in itertools.islice(follow(read_records(**self._source)), skip, None):
             rows = self._render(record)
             self.closings |= {closing for row in rows for closing in row.closings}
             examples = [example for row in rows for example in encoder.encode(row)]

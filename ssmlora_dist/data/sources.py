@@ -8,11 +8,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.records import Record, nearest_name
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def read_records(
@@ -21,9 +24,9 @@ def read_records(
     hub: str | None = None,
     subset: str | None = None,
     split: str = "train",
+    revision: str | None = None,
     streaming: bool = False,
     limit: int | None = None,
-    skip: int = 0,
 ) -> Iterator[Record]:
     """Reads the records of files or of a hub data set, one at a time and in order.
 
@@ -35,21 +38,21 @@ def read_records(
         hub: the name of a data set for `datasets.load_dataset`, instead of `path`.
         subset: the hub data set's configuration.
         split: the hub data set's split, slices such as `train[:1000]` included unless it is streamed.
+        revision: the hub data set's branch, tag or commit.
         streaming: read the hub data set while it is downloaded.
         limit: the most records to read.
-        skip: how many of these to leave out, the first ones.
 
     Raises:
         DataError: a file is missing, empty, of an unknown kind or corrupt (with its line); the hub data set
             cannot be had.
     """
     if hub is not None:
-        records = _read_hub(hub, subset, split, streaming)
+        records = _read_hub(hub, subset, split, revision, streaming)
     else:
         files = find_files([path] if isinstance(path, str) else list(path or ()))
         records = itertools.chain.from_iterable(map(_read_file, files))
     finite = (Record(_finite(record.values), record.place) for record in records)
-    return itertools.islice(finite, skip, limit)
+    return itertools.islice(finite, limit)
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -169,9 +172,56 @@ READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
 }
 
 
-def _read_hub(hub: str, subset: str | None, split: str, streaming: bool) -> Iterator[Record]:
-    name = hub if subset is None else f"{hub} ({subset})"
-    rows: Any = _load_hub(hub, subset, split, streaming, name)
+def resolve_revision(hub: str, subset: str | None, revision: str | None) -> str | None:
+    """The commit that a branch, a tag or (None) the default branch of a hub data set stands for now.
+
+    Without a connection it is that of the copy in the cache. A directory in place of a hub name has none.
+
+    Raises:
+        DataError: the data set cannot be had, or not in this revision.
+    """
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    name = _named(hub, subset)
+    with _explained(name):
+        builder = datasets.load_dataset_builder(hub, subset, revision=revision)
+    commit = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
+    if revision is None or commit == revision:
+        return commit
+    if commit is None:
+        raise DataError(
+            f"{name}: is no data set on the hub, so it has no revision {revision!r}; leave it out"
+        )
+    # The library takes what it finds in its cache, of any revision.
+    if isinstance(builder, Cache) and commit != _cached_commit(hub, revision):
+        raise DataError(
+            f"{name}: the hub cannot be reached, and the newest copy in the cache is of commit {commit}, not "
+            f"known to be of revision {revision!r}; restore the connection, or name that commit"
+        )
+    return commit
+
+
+def _cached_commit(hub: str, revision: str) -> str | None:
+    """What a branch or tag stood for when its data set was last downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    readme = try_to_load_from_cache(hub, "README.md", repo_type="dataset", revision=revision)
+    return Path(readme).parent.name if isinstance(readme, str) else None
+
+
+def _named(hub: str, subset: str | None) -> str:
+    return hub if subset is None else f"{hub} ({subset})"
+
+
+def _read_hub(
+    hub: str, subset: str | None, split: str, revision: str | None, streaming: bool
+) -> Iterator[Record]:
+    import datasets
+
+    name = _named(hub, subset)
+    with _explained(name):
+        rows: Any = datasets.load_dataset(hub, subset, split=split, revision=revision, streaming=streaming)
     number = 0
     try:
         for number, values in enumerate(rows, start=1):
@@ -187,12 +237,16 @@ def _read_hub(hub: str, subset: str | None, split: str, streaming: bool) -> Iter
         raise DataError(f"{name}: split {split!r} holds no records; name another split")
 
 
-def _load_hub(hub: str, subset: str | None, split: str, streaming: bool, name: str) -> Any:
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what the library raises for a data set into an error of ours."""
     import datasets
 
     try:
-        return datasets.load_dataset(hub, subset, split=split, streaming=streaming)
-    except datasets.exceptions.DatasetNotFoundError:
+        yield
+    except datasets.exceptions.DatasetNotFoundError as error:
+        if "Revision" in str(error):
+            raise DataError(f"{name}: {_first_line(error)}; name a branch, tag or commit") from None
         raise DataError(
             f"{name}: no such data set on the hub, or a private one; check `hub`, or use `hf auth login`"
         ) from None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssmlora_dist.data.accounts import DatasetReport
 from ssmlora_dist.data.building import ExampleReader
+from ssmlora_dist.data.contents import RecordsDigest
 from ssmlora_dist.data.examples import Dataset, Example
 from ssmlora_dist.data.loader import BatchShape, permutation
 from ssmlora_dist.errors import DataError
@@ -25,12 +26,19 @@ class Position:
         num_records: records of this pass that come before the block.
         offset: examples of the block that are used.
         report: what became of the rows of all blocks before this one, as `DatasetReport`.
+        num_read: records of this pass that were read to come here, those of the block included once any
+            example of it is used.
+        sha256: of these records, in hexadecimal.
+        sha256_of_pass: of all records of the source, once a pass is complete.
     """
 
     epoch: int = 0
     num_records: int = 0
     offset: int = 0
     report: Mapping[str, Any] = field(default_factory=dict)
+    num_read: int = 0
+    sha256: str = ""
+    sha256_of_pass: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,21 @@ class Block:
         begin: position of its first example.
         examples: in the order of training.
         report: what became of the rows of this block and all before it.
+        num_read: records of this pass to the end of the block.
+        sha256: of these records.
     """
 
     begin: Position
     examples: list[Example]
     report: DatasetReport
+    num_read: int
+    sha256: str
+
+    def position(self, offset: int) -> Position:
+        """Where training stands once so many of the examples are used."""
+        if not offset:
+            return self.begin
+        return replace(self.begin, offset=offset, num_read=self.num_read, sha256=self.sha256)
 
 
 class ExampleStream:
@@ -77,50 +95,67 @@ class ExampleStream:
         """The blocks from the one of `start` on.
 
         Raises:
-            DataError: a record cannot be read or does not fit, a whole pass gave no example, or the source
-                ends before `start`.
+            DataError: a record cannot be read or does not fit, a whole pass gave no example, or the records
+                are not those that were read before.
         """
-        epoch, skip, report = start.epoch, start.num_records, DatasetReport(**start.report)
+        report = DatasetReport(**start.report)
         while not self._closed:
-            before = report
-            for block in self._blocks_of_pass(epoch, skip, report):
+            before, seen = report, RecordsDigest()
+            for block in self._blocks_of_pass(start, seen):
                 report = block.report
                 yield block
-            if skip and report == before:
-                raise self.other_data(start)
-            if not skip and report.num_examples == before.num_examples:
+            if not start.num_records and report.num_examples == before.num_examples:
                 raise self._reader.nothing_left(report)
-            epoch, skip = epoch + 1, 0
+            start = Position(start.epoch + 1, report=asdict(report), sha256_of_pass=seen.sha256)
 
     def close(self) -> None:
         """Ends the blocks at the next record."""
         self._closed = True
 
-    def other_data(self, start: Position) -> DataError:
-        """That what comes after `start` is not what it was when training stood there."""
+    def _other_data(self, start: Position, seen: RecordsDigest) -> DataError:
+        """That what was read to come to `start`, or in the pass before it, is not what is read now."""
+        if seen.num_records < start.num_read:
+            found = f"it was trained on {start.num_read} records, and there are {seen.num_records}"
+        else:
+            found = f"other records among the first {seen.num_records} than when it was trained on them"
         return DataError(
-            f"{self._reader.name}: training is to go on in the examples that begin with record "
-            f"{start.num_records + 1}, but there are fewer of them: the data are not those of the "
-            "checkpoint; restore them, or begin anew under another run.name"
+            f"{self._reader.name}: {found}: the data are not those of the checkpoint; restore them, wherever "
+            "they lie, or begin anew under another run.name"
         )
 
-    def _blocks_of_pass(self, epoch: int, skip: int, report: DatasetReport) -> Iterator[Block]:
-        begin, examples, num_records = Position(epoch, skip, 0, asdict(report)), [], skip
-        for of_record, its_report in self._reader.read(skip):
+    def _blocks_of_pass(self, start: Position, seen: RecordsDigest) -> Iterator[Block]:
+        def check() -> None:
+            if seen.num_records == start.num_read and seen.sha256 != start.sha256:
+                raise self._other_data(start, seen)
+
+        begin, report = replace(start, offset=0), DatasetReport(**start.report)
+        examples: list[Example] = []
+        for of_record, its_report in self._reader.read(
+            start.num_records, lambda records: seen.follow(records, check)
+        ):
             if self._closed:
                 return
             examples += of_record
             report += its_report
-            num_records += 1
             if len(examples) >= self._block_size:
-                yield self._block(begin, examples, report)
-                begin, examples = Position(epoch, num_records, 0, asdict(report)), []
-        if num_records > begin.num_records:
-            yield self._block(begin, examples, report)
+                yield self._block(begin, examples, report, seen)
+                begin, examples = self._after(begin, report, seen), []
+        if seen.num_records < start.num_read or start.sha256_of_pass not in ("", seen.sha256):
+            raise self._other_data(start, seen)
+        if seen.num_records > begin.num_records:
+            yield self._block(begin, examples, report, seen)
 
-    def _block(self, begin: Position, examples: list[Example], report: DatasetReport) -> Block:
+    def _after(self, begin: Position, report: DatasetReport, seen: RecordsDigest) -> Position:
+        """The beginning of the block after that of `begin`, which ends with the records that were seen."""
+        number = seen.num_records
+        return replace(begin, num_records=number, report=asdict(report), num_read=number, sha256=seen.sha256)
+
+    def _block(
+        self, begin: Position, examples: list[Example], report: DatasetReport, seen: RecordsDigest
+    ) -> Block:
         order = permutation(len(examples), self._seed, begin.epoch, begin.num_records)
-        return Block(begin, [examples[i] for i in order], report)
+        ordered = [examples[i] for i in order]
+        return Block(begin, ordered, report, seen.num_records, seen.sha256)
 
 
 class StreamedBatches:
@@ -179,11 +214,17 @@ class StreamedBatches:
         self._stream.close()
         self._thread.shutdown(cancel_futures=True)
 
+    def open(self) -> None:
+        """On rank 0: reads to where the first step begins.
+
+        Raises:
+            DataError: the records are not those of the checkpoint, or cannot be used.
+        """
+        self._advance()
+
     def _take(self, step: int) -> list[Example]:
         size, taken = self._shape.global_batch_size, list[Example]()
         block = self._block or self._advance()
-        if self._offset > len(block.examples):
-            raise self._stream.other_data(block.begin)
         while True:
             more = block.examples[self._offset : self._offset + size - len(taken)]
             taken += more
@@ -191,7 +232,7 @@ class StreamedBatches:
             if len(taken) == size:
                 break
             block, self._offset = self._advance(), 0
-        after = replace(block.begin, offset=self._offset)
+        after = block.position(self._offset)
         self._positions = {step: self._positions[step], step + 1: after}
         return taken
 

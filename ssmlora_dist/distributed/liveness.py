@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ssmlora_dist.errors import EXIT_TRAINING_FAILED, SSMLoRAError
+from ssmlora_dist.signals import StopRequested
 
 MEET_SECONDS = 30.0
 LONGEST_BEAT_SECONDS = 5.0
@@ -361,6 +362,8 @@ def _reason(error: BaseException) -> str:
         reason = str(error)
     elif isinstance(error, KeyboardInterrupt):
         reason = "it was interrupted"
+    elif isinstance(error, StopRequested):
+        reason = f"it was stopped by {signal.Signals(error.signum).name}"
     else:
         reason = f"{type(error).__name__}: {error} (its own output has the traceback)"
     return reason if len(reason) <= MAX_REASON_LENGTH else f"{reason[: MAX_REASON_LENGTH - 3]}..."

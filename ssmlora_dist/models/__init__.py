@@ -11,6 +11,7 @@ from ssmlora_dist.models.families import (
 from ssmlora_dist.models.fingerprint import base_fingerprint
 from ssmlora_dist.models.loading import load_model
 from ssmlora_dist.models.tokenizer import load_tokenizer
+from ssmlora_dist.models.tokenizer_contents import fix_date, tokenizer_digests
 from ssmlora_dist.models.weights import stored_dtype
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Family",
     "base_fingerprint",
     "decoder_layers",
+    "fix_date",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -25,4 +27,5 @@ __all__ = [
     "projection_path",
     "require_supported",
     "stored_dtype",
+    "tokenizer_digests",
 ]

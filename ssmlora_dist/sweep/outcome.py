@@ -6,14 +6,14 @@ import re
 import signal
 
 from ssmlora_dist.errors import EXIT_DONE, EXIT_TRAINING_FAILED
+from ssmlora_dist.signals import STOPPING
 from ssmlora_dist.sweep.state import Outcome
 
 LONGEST_REASON = 300
 # DeepSpeed's launcher hands on the code of a killed rank modulo 256.
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL, 256 - signal.SIGKILL)
-_TOLD_TO_STOP = tuple(
-    code for signum in (signal.SIGTERM, signal.SIGINT) for code in (-signum, 128 + signum, 256 - signum)
-)
+# Of these, 255 is also what many a program fails with.
+_TOLD_TO_STOP = {code for signum in STOPPING for code in (-signum, 128 + signum, 256 - signum)} - {255}
 # Of PyTorch on CUDA and on the CPU, of cuBLAS and NCCL, of Python and of the C library.
 _OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|"

@@ -7,14 +7,14 @@ import time
 from types import FrameType
 from typing import Any
 
-# Of a terminal that is closed; what was started to outlive it (`nohup`) ignores that, and goes on to.
-_HANG_UP = signal.SIGHUP
+from ssmlora_dist.signals import heeded
+
 # One request reaches the sweep twice where whoever stops it signals its group and itself.
 TOGETHER_SECONDS = 1.0
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and (unless it is ignored) SIGHUP while it is entered; for the main thread.
+    """Notes the signals to stop (`signals.STOPPING`) while it is entered; for the main thread.
 
     Attributes:
         stopped_by: the first of them; None: none has come.
@@ -28,9 +28,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for signum in (signal.SIGTERM, signal.SIGINT, _HANG_UP):
-            if signum == _HANG_UP and signal.getsignal(signum) is signal.SIG_IGN:
-                continue
+        for signum in heeded():
             self._before[signum] = signal.signal(signum, self._note)
         return self
 

@@ -56,6 +56,7 @@ class Checkpoint:
         moments: the optimiser's tensors by kind and parameter name: `{"exp_avg": {name: tensor}}`.
         progress: whatever else the run hands over, in JSON types.
         config: the resolved configuration, in JSON types.
+        contents: what the run works on, as of `training.contents`, in JSON types.
         base_fingerprint: of the frozen backbone.
         validation_loss: of these parameters, if they were evaluated.
     """
@@ -65,6 +66,7 @@ class Checkpoint:
     moments: dict[str, dict[str, Tensor]]
     progress: dict[str, Any]
     config: dict[str, Any]
+    contents: dict[str, Any]
     base_fingerprint: str
     validation_loss: float | None = None
 
@@ -222,7 +224,10 @@ def prune(directory: Path, newest: Path, *, keep: int, keep_best: bool) -> None:
             by_step.setdefault(_order(path)[0], path)
     wanted = list(by_step.values())[:keep]
     if keep_best:
-        losses = {path: _validation_loss(path) for path in by_step.values()}
+        evaluated = {path: _evaluated(path) for path in by_step.values()}
+        # Of other data than the newest one was evaluated on a loss says nothing.
+        data = evaluated[by_step[_order(newest)[0]]][1]
+        losses = {path: loss if data in (of, None) else math.inf for path, (loss, of) in evaluated.items()}
         # Of equal ones the newest.
         wanted.append(min(by_step.values(), key=losses.__getitem__))
     with explained(directory):
@@ -282,6 +287,7 @@ def _state(checkpoint: Checkpoint) -> dict[str, Any]:
         "progress": checkpoint.progress,
         "config_sha256": _digest(checkpoint.config),
         "config": checkpoint.config,
+        "contents": checkpoint.contents,
     }
 
 
@@ -295,6 +301,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         "progress": dict,
         "config_sha256": str,
         "config": dict,
+        "contents": dict,
     }
     if state.keys() != kinds.keys():
         raise CheckpointError(
@@ -318,13 +325,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a safetensors file ({error}); {USE_ANOTHER}") from error
 
 
-def _validation_loss(path: Path) -> float:
-    """Of a checkpoint; infinite where it has none or cannot be read."""
+def _evaluated(path: Path) -> tuple[float, str | None]:
+    """A checkpoint's validation loss, infinite where it has none or cannot be read, and of which data."""
     try:
-        loss = _read_state(path / STATE_FILE)["validation_loss"]
+        state = _read_state(path / STATE_FILE)
     except CheckpointError:
-        return math.inf
-    return math.inf if loss is None else float(loss)
+        return math.inf, None
+    loss = state["validation_loss"]
+    return math.inf if loss is None else float(loss), state["contents"].get("validation")
 
 
 def _keyed(moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

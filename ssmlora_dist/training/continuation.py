@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssmlora_dist.config.build import build_fingerprint
 from ssmlora_dist.config.resume import resume_problems
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import CheckpointError, ConfigError
@@ -86,24 +87,31 @@ def find_continuation(resume: str, directory: RunDirectory, warn: Callable[[str]
     return Continuation(in_place=True)
 
 
-def check_continuation(continuation: Continuation, config: RunConfig, fingerprint: str) -> None:
-    """Checks that the checkpoint is of such a run and of the same base model.
+def check_settings(continuation: Continuation, config: RunConfig) -> None:
+    """Checks that the checkpoint is of such a run.
 
     Raises:
         ConfigError: a setting has changed that may not; a line for each.
-        CheckpointError: the base model is another one.
     """
     checkpoint = continuation.checkpoint
-    if checkpoint is None:
-        return
-    if problems := resume_problems(checkpoint.config, config):
+    if checkpoint is not None and (problems := resume_problems(checkpoint.config, config)):
         raise ConfigError(problems, source=f"--resume {continuation.path}")
-    if checkpoint.base_fingerprint != fingerprint:
+
+
+def base_of(config: RunConfig, continuation: Continuation) -> str:
+    """The base model's fingerprint, which must be that of the checkpoint.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    fingerprint, checkpoint = build_fingerprint(config), continuation.checkpoint
+    if checkpoint is not None and checkpoint.base_fingerprint != fingerprint:
         raise CheckpointError(
             f"{continuation.path}: was trained on another base model (fingerprint "
             f"{checkpoint.base_fingerprint}) than that of model.path (fingerprint {fingerprint}); name the "
             "one it was trained on"
         )
+    return fingerprint
 
 
 def _checkpoints_of(source: Path) -> Path | None:

@@ -18,9 +18,18 @@ from ssmlora_dist.data import (
     ExampleStream,
     GlobalBatches,
     StreamedBatches,
+    examples_digest,
 )
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.tokenization import TextEncoder
+from ssmlora_dist.training.contents import (
+    check_ranks,
+    check_train,
+    pinned,
+    revisions,
+    same_validation,
+    train_contents,
+)
 from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.topology import Place
 
@@ -34,16 +43,19 @@ class RunData:
         group: its processes.
         place: of this rank.
         continuation: where the run goes on.
-        warn: told what of the data a run should know.
+        warn: told what of the data a run should know, and of other validation data.
 
     Attributes:
         endings: what ends the answers that are trained, as adapters record it.
         validation: what is evaluated on, if anything.
         sample: of the training examples: all that are in memory, or the first of a stream.
         num_steps: optimiser steps of the run.
+        contents: of the data, as checkpoints keep them (`training.contents`).
+        compares: whether validation losses in the checkpoint are of the same data.
 
     Raises:
         DataError: anything that keeps the data from being used, with file and line.
+        CheckpointError: the training data are not those of the checkpoint.
     """
 
     def __init__(
@@ -65,7 +77,10 @@ class RunData:
             place.data_parallel_size,
             tokenizer.pad_token_id,
         )
-        train, self.validation = build_data(config, tokenizer)
+        commits = group.on_main(lambda: revisions(config, continuation))
+        train, self.validation = build_data(pinned(config, commits), tokenizer)
+        self.contents = self._compared(config, train, commits, group, continuation)
+        self.compares = same_validation(continuation, self.contents["validation"], warn)
         self.sample: Dataset
         self._batches: GlobalBatches | StreamedBatches
         self._is_streamed = isinstance(train, ExampleStream)
@@ -75,7 +90,12 @@ class RunData:
             self.sample = group.on_main(train.sample)
             checkpoint = continuation.checkpoint
             start = checkpoint.progress["data_position"] if checkpoint else None
-            self._batches = StreamedBatches(train, self._shape, group.on_main, continuation.step, start)
+            self._batches = streamed = StreamedBatches(
+                train, self._shape, group.on_main, continuation.step, start
+            )
+            if start:
+                # Other data show now, not once the model has been loaded.
+                group.on_main(streamed.open)
         else:
             assert training.num_epochs or training.max_steps, "refused by config.rules"
             self.sample = train
@@ -89,6 +109,20 @@ class RunData:
         self._warn_of_rows_left_out()
         if self.validation is not None and (warning := self.validation.report.warning()) is not None:
             warn(f"data.validation: {warning}")
+
+    def _compared(
+        self,
+        config: RunConfig,
+        train: Dataset | ExampleStream,
+        commits: dict[str, dict[str, str | None]],
+        group: ProcessGroup,
+        continuation: Continuation,
+    ) -> dict[str, Any]:
+        found = group.gather(train_contents(train))
+        check_ranks(found)
+        check_train(continuation, found[0], config.data.train.format == "retrieval")
+        validation = examples_digest(self.validation.examples) if self.validation else None
+        return {"revisions": commits, "train": found[0], "validation": validation}
 
     def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
         """Of `step` (from 0), collated; seeds what a backbone drops by itself, in its attention.

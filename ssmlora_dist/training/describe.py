@@ -11,6 +11,8 @@ from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset, ExampleStream
 from ssmlora_dist.tokenization import TextEncoder
+from ssmlora_dist.training.contents import pinned, revisions
+from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.data import account_lines
 
 
@@ -22,7 +24,8 @@ def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) 
     """
     check_model(config)
     tokenizer = build_tokenizer(config.model, warn)
-    train, validation = build_data(config, tokenizer)
+    as_of_now = pinned(config, revisions(config, Continuation()))
+    train, validation = build_data(as_of_now, tokenizer)
     model = meta_model(config)
     trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop or to save, agreed over its ranks.
 
-Clusters send SIGTERM before they take a machine away, people press Ctrl-C. The rank that is asked tells the
+Clusters send SIGTERM or SIGUSR2 before they take a machine away, people press Ctrl-C or close a terminal
+(SIGHUP, unless it is ignored: `nohup`). The rank that is asked tells the
 others at the next micro-batch, so that all of them stop at the same place. SIGUSR1 asks for a checkpoint.
 """
 
@@ -17,8 +18,8 @@ from typing import Any
 
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.errors import SSMLoRAError
+from ssmlora_dist.signals import STOPPING, StopRequested, heeded
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
 # One request reaches a rank twice where it reaches the launcher too, which hands it on, Ctrl-C as SIGTERM.
 TOGETHER_SECONDS = 2.0
 # No signal, but the news that another rank has got one.
@@ -41,15 +42,8 @@ class StoppedError(SSMLoRAError):
         self.exit_code = 128 + signum
 
 
-class StopRequested(BaseException):
-    """Raised by `Interrupts.check` on every rank; no error, and caught by the run alone."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-
-
 class Interrupts:
-    """Takes over SIGTERM, SIGINT and SIGUSR1 from `__enter__` to `__exit__`; for the main thread.
+    """Takes over the signals to stop and SIGUSR1 from `__enter__` to `__exit__`; for the main thread.
 
     The first signal to stop is noted and a clock starts; what it leaves unfinished after `grace_seconds`, and
     what a second signal to the same rank finds, ends at once: what is on the disk stays whole either way. A
@@ -81,7 +75,7 @@ class Interrupts:
         self._thread.start()
         # Written to as the signal comes, whatever the main thread is doing.
         self._descriptor_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
-        for signum in (*STOPPING, signal.SIGUSR1):
+        for signum in (*heeded(), signal.SIGUSR1):
             self._before[signum] = signal.signal(signum, _go_on)
         return self
 
@@ -103,15 +97,14 @@ class Interrupts:
         Raises:
             StopRequested: one was told to stop.
         """
-        asked = [self._stop == signal.SIGINT, self._stop != 0, self._save]
+        asked = [*(self._stop == signum for signum in STOPPING), self._save]
         if self._group.world_size > 1:
             asked = [bool(value) for value in self._group.max([float(value) for value in asked])]
-        interrupted, stop, save = asked
+        *stops, save = asked
         if save:
             self._save, self.save_requested = False, True
-        if stop:
-            # Where a launcher has handed Ctrl-C on, ranks have got SIGTERM too.
-            signum = signal.SIGINT if interrupted else signal.SIGTERM
+        if any(stops):
+            signum = STOPPING[stops.index(True)]
             self._note_stop(signum)
             # The clock.
             self._told.send(bytes([_AGREED]))
@@ -147,7 +140,7 @@ class Interrupts:
             now - self._own_at > TOGETHER_SECONDS or self._own == signum == signal.SIGINT
         ):
             os._exit(128 + signum)
-        elif not self._stopped and signum == signal.SIGINT:
+        elif not self._stopped and STOPPING.index(signum) < STOPPING.index(self._own):
             # It has come together with the launcher's word of it, which has overtaken it.
             self._own = self._stop = signum
 

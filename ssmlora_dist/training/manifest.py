@@ -14,7 +14,7 @@ from ssmlora_dist.durable import write_text
 from ssmlora_dist.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 USE_ANOTHER = "use another checkpoint, or copy this one again from where it is whole"
 # More than any that is written; what is larger would only fill the memory.
 MAX_JSON_BYTES = 64 * 2**20

@@ -15,13 +15,14 @@ from torch import Tensor
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
-from ssmlora_dist.config.build import backbone_settings, build_fingerprint, build_tokenizer, check_model
+from ssmlora_dist.config.build import backbone_settings, check_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
+from ssmlora_dist.signals import StopRequested
 from ssmlora_dist.tracking import (
     Console,
     RunDirectory,
@@ -33,10 +34,17 @@ from ssmlora_dist.tracking import (
     store_uri,
 )
 from ssmlora_dist.training.compute_dtype import settle_compute_dtype
-from ssmlora_dist.training.continuation import NEVER, Continuation, check_continuation, find_continuation
+from ssmlora_dist.training.contents import tokenizer_of
+from ssmlora_dist.training.continuation import (
+    NEVER,
+    Continuation,
+    base_of,
+    check_settings,
+    find_continuation,
+)
 from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
-from ssmlora_dist.training.interrupts import Interrupts, StoppedError, StopRequested
+from ssmlora_dist.training.interrupts import Interrupts, StoppedError
 from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import peak_memory_gib, usable_memory_bytes
 from ssmlora_dist.training.report import (
@@ -79,13 +87,16 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     directory = RunDirectory(config.run.output_dir / config.run.name)
     continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
     config = settle_compute_dtype(config, group, console, kept=continuation.compute_dtype)
+    check_settings(continuation, config)
     check_model(config)
-    tokenizer = build_tokenizer(config.model, console.warn)
+    tokenizer, contents = tokenizer_of(config, group, continuation, console.warn)
     place = place_of(config, group)
     data = RunData(config, tokenizer, group, place, continuation, console.warn)
+    contents |= data.contents
     tasks = TasksInTraining(config, tokenizer, group, data.endings)
     tracker = tracker_of(config, group, console, continuation)
-    run = _Run(config, group, console, tracker, directory, continuation, tokenizer, place, data, tasks)
+    parts = (tracker, directory, continuation, tokenizer, contents, place, data, tasks)
+    run = _Run(config, group, console, *parts)
     if run.is_complete():
         console.message(
             f"{directory.path}: complete, all {continuation.step} steps are done; raise training.max_steps "
@@ -127,6 +138,7 @@ class _Run:
     directory: RunDirectory
     continuation: Continuation
     tokenizer: PreTrainedTokenizerBase
+    contents: dict[str, Any]
     place: Place
     data: RunData
     tasks: TasksInTraining
@@ -137,7 +149,7 @@ class _Run:
         checkpoint = self.continuation.checkpoint
         progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
         self.totals = Totals(**progress["totals"])
-        self.before = scores_from_plain(progress["before"])
+        self.before = scores_from_plain(progress["before"]) if self.data.compares else None
         self.seconds_before: float = progress["wall_seconds"]
         self.warned_of_metrics = False
 
@@ -192,7 +204,7 @@ class _Run:
             raise DataError(f"{error}; {self.saver.finish()}; {again}") from None
 
     def _execute(self) -> None:
-        if self.before is None:
+        if self.before is None and self.continuation.step == 0:
             self.before = self._evaluate(step=0)
         if self.continuation.step == 0:
             self._answer_tasks(0)
@@ -228,6 +240,7 @@ class _Run:
             "data": {
                 "train": asdict(self.data.report),
                 "validation": asdict(self.data.validation.report) if self.data.validation else None,
+                "revisions": self.contents["revisions"],
             },
             "environment": environment_record(),
         }
@@ -237,7 +250,8 @@ class _Run:
 
     def build(self) -> None:
         """Loads the backbone, adapts it and hands it to the engine."""
-        fingerprint: str = self.group.on_main(self._fingerprint)
+        # By rank 0 alone, as a part of every tensor is read.
+        fingerprint: str = self.group.on_main(partial(base_of, self.config, self.continuation))
         plan = None
         if self.place.num_stages > 1:
             memory = -self.group.max([-usable_memory_bytes(self.group)])[0]
@@ -251,22 +265,9 @@ class _Run:
         self.base = backbone_settings(self.config) | self.data.endings
         self.base["tokenizer"] = self.config.model.tokenizer
         self.fingerprint = fingerprint
-        self.saver = Saver(
-            self.config,
-            self.group,
-            self.engine,
-            self.directory.checkpoints,
-            self.base,
-            fingerprint,
-            self.continuation,
-            self.console.warn,
-        )
-
-    def _fingerprint(self) -> str:
-        """Of the base model; by rank 0 alone, as a part of every tensor is read."""
-        fingerprint = build_fingerprint(self.config)
-        check_continuation(self.continuation, self.config, fingerprint)
-        return fingerprint
+        parts = (self.base, fingerprint, self.contents, self.continuation, self.console.warn)
+        place, compares = self.directory.checkpoints, self.data.compares
+        self.saver = Saver(self.config, self.group, self.engine, place, *parts, compares=compares)
 
     def _learning_rate(self, step: int) -> float:
         training = self.config.training

@@ -26,8 +26,10 @@ class Saver:
         directory: of the run's checkpoints.
         base: how to load the base model, kept with the adapter.
         base_fingerprint: of the base model; rank 0's counts.
+        contents: what the run works on, kept in checkpoints.
         continuation: where the run began.
         warn: told when a save has failed.
+        compares: whether the best validation loss of the checkpoint is of the same data.
 
     Attributes:
         last_step: the step saved last.
@@ -42,11 +44,14 @@ class Saver:
         directory: Path,
         base: Mapping[str, Any],
         base_fingerprint: str,
+        contents: dict[str, Any],
         continuation: Continuation,
         warn: Callable[[str], object],
+        *,
+        compares: bool = True,
     ) -> None:
         self._config, self._group, self._engine = config, group, engine
-        self._base_fingerprint = base_fingerprint
+        self._base_fingerprint, self._contents = base_fingerprint, contents
         section = config.checkpoint
         self._every_steps = section.every_steps
         self._writer = BackgroundWriter(
@@ -62,8 +67,10 @@ class Saver:
         if continuation.path is not None:
             group.note_checkpoint(str(continuation.path))
         self.last_step = continuation.step
-        best = continuation.checkpoint.progress["best_validation_loss"] if continuation.checkpoint else None
-        self.best_validation_loss: float | None = best
+        checkpoint = continuation.checkpoint if compares else None
+        self.best_validation_loss: float | None = (
+            checkpoint.progress["best_validation_loss"] if checkpoint else None
+        )
 
     def is_due(self, step: int, validation_loss: float | None = None) -> bool:
         """Whether to save after `step`: every so many steps, and when the validation loss is the best yet."""
@@ -106,6 +113,7 @@ class Saver:
                     "best_validation_loss": self.best_validation_loss,
                 },
                 config=self._config.model_dump(mode="json", by_alias=True),
+                contents=self._contents,
                 base_fingerprint=self._base_fingerprint,
                 validation_loss=validation_loss,
             )

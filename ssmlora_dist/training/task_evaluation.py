@@ -31,7 +31,7 @@ from ssmlora_dist.evaluation.item_rows import RESULTS_FILE, Row
 from ssmlora_dist.evaluation.items import FailedItem, Task
 from ssmlora_dist.evaluation.report import build_reports, draw, markdown_table, metrics_of, plain
 from ssmlora_dist.evaluation.runner import run
-from ssmlora_dist.models import max_positions
+from ssmlora_dist.models import max_positions, tokenizer_digests
 from ssmlora_dist.tracking import (
     Console,
     ProgressBar,
@@ -86,6 +86,8 @@ def run_evaluation(
     for line in unused_field_lines(tasks):
         console.message(line)
     directory = out or output_directory(config, adapter)
+    names_of_tasks = [task.name for task in tasks]
+    parts = tokenizer_digests(tokenizer)
     fingerprint: str = group.on_main(lambda: build_fingerprint(config))
     # What is wrong with it shows before the base model has answered everything.
     adapted = "" if adapter is None else _check_adapter(config, adapter, fingerprint, console.warn)
@@ -100,7 +102,7 @@ def run_evaluation(
             max_batch_tokens=config.evaluation.max_batch_tokens,
             max_length=max_positions(model.config),
             directory=directory / name,
-            digests=dict.fromkeys((task.name for task in tasks), _digest(config, fingerprint, adapted)),
+            digests=dict.fromkeys(names_of_tasks, _digest(config, parts, fingerprint, adapted)),
             rank=group.rank,
             size=group.world_size,
             gather=group.gather,
@@ -230,9 +232,9 @@ def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str, warn: Cal
     return json.dumps([weights, saved.config.model_dump(mode="json"), *([endings] if endings else [])])
 
 
-def _digest(config: RunConfig, fingerprint: str, adapted: str) -> str:
+def _digest(config: RunConfig, tokenizer: Mapping[str, str], fingerprint: str, adapted: str) -> str:
     """Of what decides a model's answers, wherever its files lie."""
-    settings = backbone_settings(config) | {"tokenizer": config.model.tokenizer}
+    settings = backbone_settings(config) | {"tokenizer": tokenizer}
     keys = ("compute_dtype", "quantization", "double_quantization", "tokenizer")
     return json.dumps([fingerprint, adapted, {key: settings[key] for key in keys}])
 

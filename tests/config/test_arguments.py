@@ -79,6 +79,32 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "exit_code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR2", 140), ("SIGINT", 130)]
+)
+def test_a_signal_that_a_script_does_not_heed_itself_closes_what_is_open(name: str, exit_code: int) -> None:
+    """Not even what a library does about any error is in the way."""
+    script = (
+        "import os, signal, sys, time\n"
+        "from ssmlora_dist.config.arguments import run_command\n"
+        "def main():\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
+        "        time.sleep(60)\n"
+        "    except Exception:\n"
+        "        pass\n"
+        "    finally:\n"
+        "        print('closed')\n"
+        f"signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "sys.exit(run_command(main))\n"
+    )
+    command = [sys.executable, "-c", script]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert finished.returncode == exit_code
+    assert finished.stdout == "closed\n"
+    assert finished.stderr == ("" if name == "SIGINT" else f"stopped: by {name}\n")
+
+
 def test_an_unexpected_exception_keeps_its_traceback() -> None:
     script = (
         "import sys\n"

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pytest
+from datasets.packaged_modules.cache.cache import Cache
 from pyarrow import parquet
 
-from ssmlora_dist.data.sources import read_records
+from ssmlora_dist.data.sources import read_records, resolve_revision
 from ssmlora_dist.errors import DataError
 
 
@@ -139,8 +141,52 @@ def test_hub(hub):
 def test_streamed_hub(hub):
     rows = read(hub=hub, split="train")
     assert read(hub=hub, split="train", streaming=True) == rows
-    assert read(hub=hub, split="train", streaming=True, skip=1, limit=2) == rows[1:2]
-    assert read(hub=hub, split="train", streaming=True, skip=3) == []
+    assert read(hub=hub, split="train", streaming=True, limit=2) == rows[:2]
+
+
+ONE, TWO = "1" * 40, "2" * 40
+
+
+def builds(monkeypatch, commits, cached=None):
+    """The library, with commits by revision; out of reach it gives what is in its cache."""
+    kind = Cache if cached else datasets.DatasetBuilder
+
+    def build(hub, subset, revision):
+        if not cached and revision not in commits:
+            raise datasets.exceptions.DatasetNotFoundError(f"Revision '{revision}' doesn't exist for dataset")
+        builder = object.__new__(kind)
+        builder.hash = cached or commits[revision]
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", build)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "try_to_load_from_cache",
+        lambda hub, file, repo_type, revision: f"snapshots/{commits.get(revision)}/README.md",
+    )
+
+
+def test_what_a_revision_stands_for(monkeypatch):
+    builds(monkeypatch, {None: ONE, "v1": TWO, TWO: TWO})
+    resolved = [resolve_revision("some/set", None, revision) for revision in (None, "v1", TWO)]
+    assert resolved == [ONE, TWO, TWO]
+    with pytest.raises(DataError, match=r"Revision 'v2' doesn't exist.*; name a branch, tag or commit"):
+        resolve_revision("some/set", None, "v2")
+
+
+def test_without_a_connection_the_cache_must_be_of_the_revision(monkeypatch):
+    """The library gives whatever it has."""
+    builds(monkeypatch, {"v1": ONE}, cached=ONE)
+    assert [resolve_revision("some/set", None, revision) for revision in (None, "v1", ONE)] == [ONE] * 3
+    for revision in ("v2", TWO):
+        with pytest.raises(DataError, match=rf"newest copy in the cache is of commit {ONE}, not known"):
+            resolve_revision("some/set", None, revision)
+
+
+def test_a_directory_has_no_revision(hub):
+    assert resolve_revision(hub, None, None) is None
+    with pytest.raises(DataError, match="is no data set on the hub, so it has no revision 'v1'"):
+        resolve_revision(hub, None, "v1")
 
 
 def test_a_stream_that_breaks_off(hub):

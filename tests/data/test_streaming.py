@@ -159,8 +159,8 @@ def test_no_more_is_read_than_a_block_ahead(byte_tokenizer, path):
     read = []
     whole = source._reader.read
 
-    def counted(skip):
-        for item in whole(skip):
+    def counted(*arguments):
+        for item in whole(*arguments):
             read.append(item)
             yield item
 
@@ -176,9 +176,9 @@ def test_closing_ends_the_thread(byte_tokenizer, path):
     source = stream(byte_tokenizer, path, block_size=3)
     whole, is_reading, num_read = source._reader.read, threading.Event(), 0
 
-    def endless(skip):
+    def endless(*arguments):
         nonlocal num_read
-        for num_read, item in enumerate(whole(skip)):
+        for num_read, item in enumerate(whole(*arguments)):
             # Two blocks, and then records that come as slowly as they like.
             if num_read >= 5:
                 is_reading.set()
@@ -244,8 +244,44 @@ def test_a_source_that_has_become_shorter(byte_tokenizer, path, num_left):
     with open(path, "w") as file:
         file.writelines(lines[: max(1, num_left)])
     again = batches(stream(byte_tokenizer, path, block_size=10), first_step=4, start=position)
-    with pytest.raises(DataError, match="the data are not those of the checkpoint; restore them"):
+    with pytest.raises(
+        DataError,
+        match=rf"trained on \d+ records, and there are {max(1, num_left)}: the data are not those",
+    ):
         again.micro_batches(4)
+    again.close()
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_another_record_among_those_trained_on(byte_tokenizer, path, step):
+    """In the block that training stands in, in one before it, and in the rest of the pass before."""
+    loader = batches(stream(byte_tokenizer, path, block_size=10))
+    row_of(byte_tokenizer, loader, range(step))
+    position = json.loads(json.dumps(loader.position(step)))
+    loader.close()
+    changed = 20 if position["epoch"] else 8
+    with open(path) as file:
+        lines = file.readlines()
+    lines[changed] = lines[changed].replace("0", "1", 1)
+    with open(path, "w") as file:
+        file.writelines(lines)
+    again = batches(stream(byte_tokenizer, path, block_size=10), first_step=step, start=position)
+    with pytest.raises(
+        DataError, match=r"other records among the first \d+ than when it was trained on them"
+    ):
+        row_of(byte_tokenizer, again, range(step, step + 6))
+    again.close()
+
+
+def test_records_to_come_may_be_mended_and_added(byte_tokenizer, path):
+    loader = batches(stream(byte_tokenizer, path, block_size=5))
+    row_of(byte_tokenizer, loader, range(2))
+    position = loader.position(2)
+    loader.close()
+    with open(path, "a") as file:
+        file.write('{"p": "x", "a": "999"}\n')
+    again = batches(stream(byte_tokenizer, path, block_size=5), first_step=2, start=position)
+    assert 999 in row_of(byte_tokenizer, again, range(2, 6))
     again.close()
 
 

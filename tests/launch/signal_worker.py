@@ -17,7 +17,8 @@ from pathlib import Path
 from ..faults.harness import ALONE, RUN_NAME, Life, Moment, Story, import_all, newest_step, play
 from ..faults.moments import hang
 
-TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+TERM, INT = signal.SIGTERM, signal.SIGINT
+USR1, USR2 = signal.SIGUSR1, signal.SIGUSR2
 GRACE_SECONDS = 1
 SHORT_GRACE = (f"checkpoint.grace_seconds={GRACE_SECONDS}",)
 SHORT = ("training.max_steps=6",)
@@ -76,6 +77,7 @@ FORKED = {
         ALONE, {0: [("check", IN_STEP_5, partial(signal_self, TERM, TERM))]}
     ),
     "terminated before the first step": Signalled(ALONE, {0: [("check", 1, partial(signal_self, TERM))]}),
+    "stopped while loading": Signalled(ALONE, {0: [("part loaded", 1, partial(signal_self, USR2))]}),
     "terminated in the last evaluation": Signalled(
         "one rank, short", {0: [("evaluation", 3, partial(signal_self, TERM))]}
     ),
@@ -96,7 +98,7 @@ FORKED = {
         ALONE, {0: [("step", 5, partial(signal_in_computation, TERM))]}, SHORT_GRACE
     ),
     "one of two ranks": Signalled(
-        "ZeRO 3, short", {1: [("check", IN_STEP_5_OF_TWO_RANKS, partial(signal_self, TERM))]}
+        "ZeRO 3, short", {1: [("check", IN_STEP_5_OF_TWO_RANKS, partial(signal_self, USR2))]}
     ),
     "one of two stages": Signalled("two stages", {1: [("step", 5, partial(signal_self, INT))]}),
     "both of two ranks": Signalled(

@@ -196,7 +196,7 @@ STOPPED = {
     "interrupted": (signal.SIGINT, 4, NUM_STEPS),
     "terminated and told so by its launcher": (signal.SIGTERM, 4, NUM_STEPS),
     "terminated in the last evaluation": (signal.SIGTERM, 6, 6),
-    "one of two ranks": (signal.SIGTERM, 4, 6),
+    "one of two ranks": (signal.SIGUSR2, 4, 6),
     "one of two stages": (signal.SIGINT, 4, NUM_STEPS),
     "both of two ranks": (signal.SIGTERM, 4, NUM_STEPS),
 }
@@ -222,6 +222,15 @@ def test_a_run_stopped_before_its_first_step_has_nothing_to_save(runs: Runs) -> 
     )
     assert told["checkpoints"] == []
     assert "its run had saved no checkpoint yet: it begins anew" in told["resumed"][0]["stderr"]
+
+
+def test_a_run_stopped_while_its_model_is_loaded_says_so_and_leaves_nothing(runs: Runs) -> None:
+    told = runs.of["stopped while loading"]
+    [rank] = told["ranks"]
+    assert rank["exit_code"] == 128 + signal.SIGUSR2
+    assert rank["stderr"] == "stopped: by SIGUSR2\n"
+    assert told["checkpoints"] == []
+    assert "warning" not in told["resumed"][0]["stderr"]
 
 
 def test_sigusr1_saves_and_the_run_goes_on(runs: Runs) -> None:

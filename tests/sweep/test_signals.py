@@ -8,7 +8,7 @@ import pytest
 from ssmlora_dist.sweep.signals import StopSignals
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
 def test_a_signal_is_noted_and_the_handler_that_was_there_comes_back(signum: int) -> None:
     def own(*_: object) -> None:
         raise AssertionError("the sweep's handler was not there")

@@ -44,6 +44,7 @@ def checkpoint(step: int = 10, **changes: Any) -> Checkpoint:
         },
         progress={"samples": 16 * step, "optimizer_steps": step - 1, "losses": [0.1, 1 / 3], "mlflow": None},
         config=CONFIG,
+        contents={"began": "2026-03-04T05:06:07", "validation": "feed" * 16},
         base_fingerprint="f00d" * 16,
     )
     return replace(whole, **changes)

@@ -255,7 +255,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "entry_more": (lambda m: m["files"][OPTIMIZER_FILE].update(url="x"), "is damaged"),
     "file_less": (lambda m: m["files"].pop(OPTIMIZER_FILE), "lists .*, where .*optimizer.* belong"),
     "file_more": (lambda m: m["files"].update({"../a": m["files"][STATE_FILE]}), r"lists \.\./a, "),
-    "version": (lambda m: m.update(format_version=2), "format version 2, this release reads 1"),
+    "version": (lambda m: m.update(format_version=1), "format version 1, this release reads 2"),
 }
 
 

@@ -11,12 +11,14 @@ import pytest
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import CheckpointError, ConfigError
 from ssmlora_dist.tracking import RunDirectory
+from ssmlora_dist.training import continuation as module
 from ssmlora_dist.training.checkpoints import LATEST_FILE, OPTIMIZER_FILE
 from ssmlora_dist.training.continuation import (
     AUTO,
     NEVER,
     Continuation,
-    check_continuation,
+    base_of,
+    check_settings,
     find_continuation,
 )
 
@@ -187,23 +189,27 @@ def run_config(**sections: Any) -> RunConfig:
     )
 
 
-def test_the_same_run_goes_on(tmp_path: Path) -> None:
-    check_continuation(Continuation(), run_config(), FINGERPRINT)
+def test_the_same_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "build_fingerprint", lambda config: FINGERPRINT)
+    check_settings(Continuation(), run_config())
+    assert base_of(run_config(), Continuation()) == FINGERPRINT
     longer = run_config(training={"max_steps": 200}, parallel={"zero_stage": 3})
-    check_continuation(continuation(tmp_path, run_config()), longer, FINGERPRINT)
+    check_settings(continuation(tmp_path, run_config()), longer)
+    assert base_of(longer, continuation(tmp_path, run_config())) == FINGERPRINT
 
 
-def test_another_base_model_is_refused(tmp_path: Path) -> None:
+def test_another_base_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "build_fingerprint", lambda config: "beef" * 16)
     with pytest.raises(
         CheckpointError, match=rf"was trained on another base model \(fingerprint {FINGERPRINT}\)"
     ):
-        check_continuation(continuation(tmp_path, run_config()), run_config(), "beef" * 16)
+        base_of(run_config(), continuation(tmp_path, run_config()))
 
 
 def test_forbidden_changes_are_all_named_with_both_values(tmp_path: Path) -> None:
     changed = run_config(run={"name": "run", "seed": 7}, adapter={"rank": 4})
     with pytest.raises(ConfigError) as caught:
-        check_continuation(continuation(tmp_path, run_config()), changed, FINGERPRINT)
+        check_settings(continuation(tmp_path, run_config()), changed)
     heading, *lines = str(caught.value).splitlines()
     assert heading == f"--resume {tmp_path / 'step-00000010'}: 2 problems"
     assert lines[0].startswith("  run.seed: 7 given, 0 in the checkpoint; ")

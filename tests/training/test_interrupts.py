@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from ssmlora_dist.signals import StopRequested
 from ssmlora_dist.training import interrupts
-from ssmlora_dist.training.interrupts import Interrupts, StoppedError, StopRequested
+from ssmlora_dist.training.interrupts import Interrupts, StoppedError
 
-INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+USR1, USR2 = signal.SIGUSR1, signal.SIGUSR2
 LONG_SECONDS = 10.0
 # In which a thread that has something to do does it, and one that must not, would.
 A_MOMENT = 0.2
@@ -43,7 +45,9 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exits]:
         return enter(watched)
 
     monkeypatch.setattr(Interrupts, "__enter__", noted)
-    before = {signum: signal.getsignal(signum) for signum in (INT, TERM, USR1)}
+    before = {signum: signal.getsignal(signum) for signum in (INT, TERM, HUP, USR1, USR2)}
+    # Whatever started the tests.
+    signal.signal(HUP, signal.SIG_DFL)
     yield codes
     signal.set_wakeup_fd(-1)
     for signum, handler in before.items():
@@ -77,13 +81,14 @@ def send(*signums: int) -> None:
         time.sleep(A_MOMENT)
 
 
-def test_a_signal_is_noted_and_raised_at_the_next_check(exits: Exits) -> None:
+@pytest.mark.parametrize("signum", [INT, TERM, HUP, USR2])
+def test_a_signal_is_noted_and_raised_at_the_next_check(exits: Exits, signum: int) -> None:
     with Interrupts(group(), LONG_SECONDS) as watched:
         watched.check()
-        send(TERM)
+        send(signum)
         with pytest.raises(StopRequested) as raised:
             watched.check()
-    assert raised.value.signum == TERM
+    assert raised.value.signum == signum
     assert exits == []
 
 
@@ -99,10 +104,10 @@ def test_a_request_to_save_is_heard_once() -> None:
 
 
 def test_what_has_reached_another_rank_counts(exits: Exits) -> None:
-    with Interrupts(group(1, others=[0.0, 0.0, 1.0]), LONG_SECONDS) as watched:
+    with Interrupts(group(1, others=[0.0, 0.0, 0.0, 0.0, 1.0]), LONG_SECONDS) as watched:
         watched.check()
         assert watched.save_requested
-    with Interrupts(group(1, others=[1.0, 1.0, 0.0]), LONG_SECONDS) as watched:
+    with Interrupts(group(1, others=[1.0, 0.0, 0.0, 0.0, 0.0]), LONG_SECONDS) as watched:
         with pytest.raises(StopRequested) as raised:
             watched.check()
         assert raised.value.signum == INT
@@ -113,7 +118,9 @@ def test_what_has_reached_another_rank_counts(exits: Exits) -> None:
         assert exits == [128 + INT]
 
 
-@pytest.mark.parametrize("signums", [(INT, TERM), (TERM, TERM), (TERM, INT)])
+@pytest.mark.parametrize(
+    "signums", [(INT, TERM), (TERM, TERM), (TERM, INT), (USR2, TERM), (TERM, USR2), (HUP, HUP), (TERM, HUP)]
+)
 def test_the_launchers_word_beside_the_signal_is_no_second_one(
     exits: Exits, monkeypatch: pytest.MonkeyPatch, signums: tuple[int, int]
 ) -> None:
@@ -123,16 +130,23 @@ def test_the_launchers_word_beside_the_signal_is_no_second_one(
         with pytest.raises(StopRequested) as raised:
             watched.check()
     # Of Ctrl-C and what a launcher makes of it either may be first, here and on other ranks.
-    assert raised.value.signum == (INT if INT in signums else TERM)
+    assert raised.value.signum == next((signum for signum in signums if signum != TERM), TERM)
     assert exits == []
 
 
 def test_ctrl_c_that_has_reached_one_rank_is_what_all_stop_by() -> None:
-    with Interrupts(group(1, others=[1.0, 1.0, 0.0]), LONG_SECONDS) as watched:
+    with Interrupts(group(1, others=[1.0, 0.0, 0.0, 0.0, 0.0]), LONG_SECONDS) as watched:
         send(TERM)
         with pytest.raises(StopRequested) as raised:
             watched.check()
     assert raised.value.signum == INT
+
+
+def test_what_is_to_outlive_its_terminal_does() -> None:
+    signal.signal(HUP, signal.SIG_IGN)
+    with Interrupts(group(), LONG_SECONDS) as watched:
+        send(HUP)
+        watched.check()
 
 
 def test_ctrl_c_twice_ends_at_once(exits: Exits) -> None:
@@ -172,7 +186,7 @@ def test_when_the_time_is_over_the_process_ends(
 
 
 def test_the_time_of_a_rank_that_got_no_signal_runs_too(exits: Exits) -> None:
-    with Interrupts(group(1, others=[0.0, 1.0, 0.0]), 0.1) as watched:
+    with Interrupts(group(1, others=[0.0, 0.0, 0.0, 1.0, 0.0]), 0.1) as watched:
         with pytest.raises(StopRequested):
             watched.check()
         assert exits.wait() == 128 + TERM
@@ -213,7 +227,7 @@ def test_once_a_run_has_stopped_no_signal_cuts_its_end_short_but_the_clock_does(
     assert exits.wait() == 128 + TERM
 
 
-@pytest.mark.parametrize(("signum", "exit_code"), [(INT, 130), (TERM, 143)])
+@pytest.mark.parametrize(("signum", "exit_code"), [(INT, 130), (TERM, 143), (HUP, 129), (USR2, 140)])
 def test_the_exit_code_names_the_signal(signum: int, exit_code: int) -> None:
     error = StoppedError("after step 7", signum)
     assert (str(error), error.exit_code, error.label) == ("after step 7", exit_code, "stopped")

@@ -71,6 +71,7 @@ def saver(
         directory,
         BASE,
         "f00d" * 16,
+        whole.contents,
         continuation or Continuation(),
         told.append,
     )

@@ -258,18 +258,21 @@ def test_what_tells_evaluations_apart(tmp_path: Path) -> None:
     assert first == moved
     assert len({first, rescaled}) == 2
 
-    def digest(changed: RunConfig, base: str = fingerprint, adapted: str = first) -> str:
-        return task_evaluation._digest(changed, base, adapted)
+    def digest(changed: RunConfig, base: str = fingerprint, adapted: str = first, template: str = "a") -> str:
+        return task_evaluation._digest(changed, {"chat template": template}, base, adapted)
 
-    other_model = config().model.model_copy(update={"tokenizer": "elsewhere", "attention": "eager"})
+    elsewhere = config().model.model_copy(update={"tokenizer": "elsewhere", "attention": "eager"})
+    precise = config().model.model_copy(update={"compute_dtype": "bfloat16"})
     digests = [
         digest(config()),
         digest(config(), adapted=""),
         digest(config(), adapted=rescaled),
         digest(config(), base="another"),
-        digest(config().model_copy(update={"model": other_model})),
+        digest(config(), template="b"),
+        digest(config().model_copy(update={"model": precise})),
     ]
     assert len(set(digests)) == len(digests)
+    assert digest(config().model_copy(update={"model": elsewhere})) == digests[0]
     assert digest(config(None, max_batch_tokens=77)) == digests[0]
 
 
