@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ssmlora_dist.config.rules import rule_problems
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import topology_problems
 from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.ranks import read_place
 
 # What stands in for a required field that is missing or wrong, so that the rest can still be judged.
 _STAND_INS: dict[tuple[str, ...], Any] = {
@@ -45,7 +45,7 @@ def load_config(
     Args:
         path: the JSON file.
         overrides: `a.b=value` each; the value is JSON, or else taken as text.
-        world_size: number of ranks; by default the launcher's `WORLD_SIZE`, or 1.
+        world_size: number of ranks; by default as many as were started.
         device_type: `cuda` or `cpu`, where the run will compute; None leaves the rules about it unjudged.
         check_files: whether the files and directories that the configuration names must exist.
         for_training: whether a training is to be possible here; otherwise the files of its data may be
@@ -65,7 +65,7 @@ def load_config(
     lines += rule_problems(config, doubtful, check_files=check_files, for_training=for_training)
     lines += topology_problems(
         config,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size,
+        world_size=read_place().world_size if world_size is None else world_size,
         device_type=device_type,
         flash_attention_installed=importlib.util.find_spec("flash_attn") is not None,
         doubtful=doubtful,
