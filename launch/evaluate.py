@@ -42,7 +42,8 @@ def main() -> None:
 
     console = Console(enabled=is_main)
     if arguments.dry_run:
-        console.message(describe_tasks(config, arguments.tasks, arguments.lengths, arguments.adapter))
+        text = describe_tasks(config, console.warn, arguments.tasks, arguments.lengths, arguments.adapter)
+        console.message(text)
         return
     group = start_process_group(
         config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug")

@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.dry_run:
         from ssmlora_dist.training.describe import describe
 
-        console.message(describe(config, place.world_size))
+        console.message(describe(config, place.world_size, console.warn))
         return
 
     from ssmlora_dist.training.run import run_training

@@ -262,9 +262,9 @@ class TrackingSection(Section):
     tracker: Literal["mlflow", "none"] = "mlflow"
     """`mlflow`, or `none` for the run directory's files alone."""
     uri: NonEmpty | None = None
-    """MLflow tracking URI; null: a sqlite file."""
-    experiment: NonEmpty = "ssmlora_dist"
-    """MLflow experiment."""
+    """MLflow tracking URI; null: that in MLFLOW_TRACKING_URI, else a sqlite file in `run.output_dir`."""
+    experiment: NonEmpty | None = None
+    """MLflow experiment; null: that in MLFLOW_EXPERIMENT_ID or _NAME, else `ssmlora_dist`."""
     tags: dict[NonEmpty, str] = {}
     """Tags of the run in MLflow, beside versions and git commit."""
     every_steps: int = Field(default=1, ge=1)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 from ssmlora_dist.adapters.injection import adapter_parameters
-from ssmlora_dist.config.build import build_data, build_tokenizer, check_model, meta_model
+from ssmlora_dist.config.build import (
+    build_data,
+    build_store,
+    build_tokenizer,
+    check_model,
+    check_tracking,
+    meta_model,
+)
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset, ExampleStream
+from ssmlora_dist.tracking import is_installed
 
 
-def describe(config: RunConfig, world_size: int) -> str:
+def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) -> str:
     """The resolved configuration and what follows from it, as text.
 
     Raises:
         SSMLoRAError: whatever would stop the run before the weights are read.
     """
+    check_tracking(config, warn)
     check_model(config)
     train, validation = build_data(config, build_tokenizer(config.model))
     model = meta_model(config)
@@ -33,6 +43,8 @@ def describe(config: RunConfig, world_size: int) -> str:
     ]
     if validation is not None:
         lines.append(f"validation   {_data_line(validation)}")
+    if (store := build_store(config)) is not None:
+        lines.append(f"tracking     {store if is_installed() else 'none: MLflow is not installed'}")
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.config.build import (
     backbone_settings,
     build_fingerprint,
+    build_store,
     build_tokenizer,
     check_model,
 )
@@ -35,7 +36,6 @@ from ssmlora_dist.tracking import (
     environment_record,
     flat_parameters,
     plot_curves,
-    store_uri,
 )
 from ssmlora_dist.training.continuation import NEVER, Continuation, check_continuation, find_continuation
 from ssmlora_dist.training.data import RunData
@@ -82,12 +82,12 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
     continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
+    tracker = tracker_of(config, group, console, continuation)
     check_model(config)
     tokenizer = build_tokenizer(config.model)
     place = place_of(config, group)
     data = RunData(config, tokenizer, group, place, continuation)
     tasks = TasksInTraining(config, tokenizer, group)
-    tracker = tracker_of(config, group, console, continuation)
     run = _Run(config, group, console, tracker, directory, continuation, tokenizer, place, data, tasks)
     if run.is_complete():
         console.message(
@@ -136,6 +136,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
         self.num_steps = self.data.num_steps
+        self.store = build_store(self.config)
         checkpoint = self.continuation.checkpoint
         progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
         self.totals = Totals(**progress["totals"])
@@ -229,6 +230,7 @@ class _Run:
                 "train": asdict(self.data.report),
                 "validation": asdict(self.data.validation.report) if self.data.validation else None,
             },
+            "tracking": self.store.record() if self.store else None,
             "environment": environment_record(),
         }
         if self.group.is_main:
@@ -392,8 +394,7 @@ class _Run:
             self.tracker.log_directory(self.directory.adapter, "adapter")
         self.tracker.log_directory(self.directory.plots, "plots")
         self.tracker.log_artifact(self.directory.summary_file)
-        tracking = self.config.tracking
-        uri = store_uri(self.config.run.output_dir, tracking.uri) if tracking.tracker == "mlflow" else None
         if before and after:
             self.console.print_before_after(before_and_after(before, after))
+        uri = self.store.uri if self.store else None
         self.console.print_where_to_look(self.directory.path, self.directory.adapter, uri)

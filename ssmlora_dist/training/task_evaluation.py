@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,10 @@ from ssmlora_dist.config.build import (
     backbone_settings,
     build_backbone,
     build_fingerprint,
+    build_store,
     build_tokenizer,
     check_model,
+    check_tracking,
     meta_model,
 )
 from ssmlora_dist.config.schema import RunConfig
@@ -32,6 +34,7 @@ from ssmlora_dist.models import load_config
 from ssmlora_dist.tracking import (
     Console,
     ProgressBar,
+    Store,
     environment_record,
     flat_parameters,
     mlflow_tracker,
@@ -74,6 +77,7 @@ def run_evaluation(
     Raises:
         SSMLoRAError: bad input, before the backbone is loaded where that is possible.
     """
+    group.on_main(lambda: check_tracking(config, console.warn))
     check_model(config)
     tokenizer = build_tokenizer(config.model)
     tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
@@ -143,13 +147,18 @@ class TasksInTraining:
 
 
 def describe_tasks(
-    config: RunConfig, names: Sequence[str] = (), lengths: Sequence[int] = (), adapter: Path | None = None
+    config: RunConfig,
+    warn: Callable[[str], object],
+    names: Sequence[str] = (),
+    lengths: Sequence[int] = (),
+    adapter: Path | None = None,
 ) -> str:
     """How many items every task has, for `--dry-run`; makes them all.
 
     Raises:
         SSMLoRAError: whatever would stop the evaluation before the weights are read.
     """
+    check_tracking(config, warn)
     check_model(config)
     if adapter is not None:
         _check_adapter(config, adapter, build_fingerprint(config))
@@ -218,7 +227,9 @@ def _report(
         _warn_of_failures(console, task.name, rows)
     reports = build_reports(tasks, rows)
     table = markdown_table(reports)
-    summary = {"tasks": plain(reports), "environment": environment_record()}
+    store = build_store(config)
+    recorded = store.record() if store is not None else None
+    summary = {"tasks": plain(reports), "tracking": recorded, "environment": environment_record()}
     with explained(directory, "choose another --out"):
         write_text(directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         write_text(directory / TABLE_FILE, table + "\n")
@@ -226,8 +237,8 @@ def _report(
     console.message(table)
     files = [directory / SUMMARY_FILE, directory / TABLE_FILE, *plots]
     files += [directory / model / RESULTS_FILE for model in rows]
-    if config.tracking.tracker == "mlflow":
-        _track(config, console, metrics_of(reports), directory, files)
+    if store is not None:
+        _track(config, store, console, metrics_of(reports), directory, files)
     drawn = f", {PLOTS}/" if plots else ""
     console.message(f"{directory}: {SUMMARY_FILE}, {TABLE_FILE}{drawn} and every item's row")
 
@@ -245,13 +256,18 @@ def _warn_of_failures(console: Console, task: str, rows: Mapping[str, Sequence[R
 
 
 def _track(
-    config: RunConfig, console: Console, metrics: Mapping[str, float], directory: Path, files: Sequence[Path]
+    config: RunConfig,
+    store: Store,
+    console: Console,
+    metrics: Mapping[str, float],
+    directory: Path,
+    files: Sequence[Path],
 ) -> None:
     """A run of its own, once all is there: an evaluation that is cut short and goes on is one run."""
-    tracking, environment = config.tracking, environment_record()
-    tracker = mlflow_tracker(config.run.output_dir, tracking.uri, tracking.experiment, console.warn)
+    console.message(f"MLflow: {store}")
+    tracker = mlflow_tracker(store, console.warn)
     parameters = config.model_dump(mode="json", include={"run", "model", "quantization", "evaluation"})
-    tags = environment_tags(environment) | tracking.tags
+    tags = environment_tags(environment_record()) | config.tracking.tags
     tracker.start(f"{config.run.name}-evaluation", flat_parameters(parameters), tags)
     tracker.log_metrics(metrics, step=0)
     for file in files:

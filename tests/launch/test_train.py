@@ -124,7 +124,9 @@ def test_progress_is_shown_once_and_nobody_chatters(runs: Runs) -> None:
 
 
 def test_the_end_shows_a_table_and_where_everything_is(runs: Runs) -> None:
-    heading, rule, *table = own_lines(runs.finished["debug_tiny"].stdout)
+    recorded, heading, rule, *table = own_lines(runs.finished["debug_tiny"].stdout)
+    assert recorded.startswith("MLflow: sqlite:///")
+    assert recorded.endswith('mlflow.db (run.output_dir), experiment "ssmlora_dist" (tracking.experiment)')
     assert heading.split()[:2] == ["length", "examples"]
     assert set(rule) == {"-"}
     rows, where = [line.split() for line in table[:3]], [line.split() for line in table[3:]]

@@ -205,7 +205,7 @@ def test_an_adapter_that_does_not_fit_is_found_before_the_weights_are_read(
     directory = saved_adapter(tmp_path / "adapter", **adapter)
     for start in (
         lambda: run_evaluation(config(), Group(), Console(enabled=False), adapter=directory),
-        lambda: describe_tasks(config(), adapter=directory),
+        lambda: describe_tasks(config(), print, adapter=directory),
     ):
         with pytest.raises(AdapterError, match=message):
             start()
@@ -255,7 +255,7 @@ def test_a_dry_run_names_the_first_items_that_cannot_be_used(tmp_path: Path) -> 
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [COLOURS[0], *rows]))
     own = {"task": "multiple_choice", "name": "colours", "path": str(file)}
-    heading, *failed = describe_tasks(config(None, own)).splitlines()
+    heading, *failed = describe_tasks(config(None, own), print).splitlines()
     assert heading == "colours: 1 items, 5 that cannot be used"
     assert [line.split(":")[0] for line in failed] == ["  1", "  2", "  3"]
     assert all("field 'label' holds 'none'" in line for line in failed)
