@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from ssmlora_dist.config.problems import Doubtful, Problem, describe, dotted, nearest, shown
+from ssmlora_dist.config.problems import Doubtful, Problem, describe, dotted, nearest
 from ssmlora_dist.config.rules import rule_problems
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.shown import shown
 from ssmlora_dist.config.topology import topology_problems
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.ranks import read_place
+
+# More of either is a slip, and more than what reads them can take.
+DEEPEST, MOST_DIGITS = 50, 100
+_TOO_DEEP = f"more than {DEEPEST} lists or objects inside each other; take some out"
 
 # What stands in for a required field that is missing or wrong, so that the rest can still be judged.
 _STAND_INS: dict[tuple[str, ...], Any] = {
@@ -106,7 +111,7 @@ def read_json(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         )
         raise ConfigError([problem], source=f"{path}:{error.lineno}:{error.colno}") from None
     except ValueError as error:
-        raise ConfigError([f"not JSON: {error}; write finite numbers"], source=str(path)) from None
+        raise ConfigError([f"not JSON: {error}"], source=str(path)) from None
     if not isinstance(data, dict):
         problem = f"{shown(data)} given; allowed: one JSON object with sections; put it into {{ }}"
         raise ConfigError([problem], source=str(path))
@@ -119,7 +124,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]
     for override in overrides:
         name, equals, text = override.partition("=")
         parts = name.strip().split(".")
-        if not equals or not all(parts):
+        if not equals or not all(parts) or len(parts) > DEEPEST:
             lines.append(
                 f"--set {override}: not of the form section.key=value, such as training.max_steps=100"
             )
@@ -157,9 +162,27 @@ def _parse(text: str, repeated: list[tuple[dict[str, Any], str]] | None = None) 
         return collected
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a number that JSON has")
+        raise ValueError(f"{constant} is not a number that JSON has; write finite numbers")
 
-    return json.loads(text, object_pairs_hook=collect, parse_constant=refuse)
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            raise ValueError(f"a number of {len(digits)} digits; write at most {MOST_DIGITS}")
+        return int(digits)
+
+    try:
+        value = json.loads(text, object_pairs_hook=collect, parse_constant=refuse, parse_int=whole)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for holder in level if isinstance(holder, dict | list) for inner in _values(holder)]
+    if level:
+        raise ValueError(_TOO_DEEP)
+    return value
+
+
+def _values(holder: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, dict) else holder
 
 
 def _twice(data: Any, holder: dict[str, Any], key: str) -> str:
