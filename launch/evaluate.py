@@ -42,7 +42,9 @@ def main() -> None:
 
     console = Console(enabled=is_main)
     if arguments.dry_run:
-        text = describe_tasks(config, console.warn, arguments.tasks, arguments.lengths, arguments.adapter)
+        text = describe_tasks(
+            config, arguments.tasks, arguments.lengths, arguments.adapter, warn=console.warn
+        )
         console.message(text)
         return
     group = start_process_group(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ssmlora_dist.config.arguments import ArgumentParser, run_command
+from ssmlora_dist.config.arguments import ArgumentParser, build_adapter_parser, run_command
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
@@ -18,9 +18,17 @@ def main() -> None:
     import torch
 
     from ssmlora_dist.config.build import load_trained
+    from ssmlora_dist.tracking import Console
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_trained(Path(arguments.adapter), path=arguments.model, device=device)
+    model, tokenizer = load_trained(
+        Path(arguments.adapter),
+        path=arguments.model,
+        quantization=arguments.quantization,
+        dtype=arguments.dtype,
+        device=device,
+        warn=Console(enabled=True).warn,
+    )
     quiet_libraries()
     limit = arguments.max_new_tokens
     if arguments.retrieval:
@@ -36,10 +44,8 @@ def main() -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Answer prompts with a trained adapter on its base model.")
+    parser = build_adapter_parser("Answer prompts with a trained adapter on its base model.")
     add = parser.add_argument
-    add("--adapter", required=True, metavar="DIR", help="adapter directory of a run, or PEFT's LoRA")
-    add("--model", metavar="PATH", help="the base model, where it is not where it was in training")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", help="the prompt; by default the standard input")
@@ -53,10 +59,13 @@ def _answer(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int) 
     import torch
     from transformers import TextStreamer
 
-    limit = model.config.max_position_embeddings
-    if not prompt or len(prompt) + max_new_tokens > limit:
+    from ssmlora_dist.models import max_positions
+
+    limit = max_positions(model.config)
+    if not prompt or (limit is not None and len(prompt) + max_new_tokens > limit):
         given = f"{len(prompt)} tokens and {max_new_tokens} new ones"
-        raise DataError(f"--prompt: {given}; allowed: at least 1, {limit} in all; shorten either")
+        in_all = "" if limit is None else f", {limit} in all"
+        raise DataError(f"--prompt: {given}; allowed: at least 1{in_all}; shorten either")
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(
         ids,

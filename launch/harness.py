@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from ssmlora_dist.config.arguments import ArgumentParser, run_command
+from ssmlora_dist.config.arguments import build_adapter_parser, run_command
 from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.records import nearest_name
@@ -16,10 +16,8 @@ from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Evaluate an adapted model with lm-eval.")
+    parser = build_adapter_parser("Evaluate an adapted model with lm-eval.")
     add = parser.add_argument
-    add("--adapter", required=True, metavar="DIR", help="adapter directory of a run, or PEFT's LoRA")
-    add("--model", metavar="PATH", help="the base model, where it is not where it was in training")
     add("--tasks", required=True, nargs="+", metavar="NAME", help="lm-eval's names")
     add("--include-path", metavar="DIR", help="directory of further task files of lm-eval")
     add(
@@ -44,6 +42,8 @@ def main() -> None:
     from lm_eval.utils import handle_non_serializable, make_table
 
     from ssmlora_dist.config.build import load_trained
+    from ssmlora_dist.models import max_positions
+    from ssmlora_dist.tracking import Console
 
     known = TaskManager(include_path=arguments.include_path)
     unknown = [name for name in arguments.tasks if name not in known.all_tasks]
@@ -53,8 +53,20 @@ def main() -> None:
             f"--tasks {unknown[0]}: lm-eval has no such task{nearest}; `lm_eval ls tasks` lists them"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_trained(Path(arguments.adapter), path=arguments.model, device=device)
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
+    model, tokenizer = load_trained(
+        Path(arguments.adapter),
+        path=arguments.model,
+        quantization=arguments.quantization,
+        dtype=arguments.dtype,
+        device=device,
+        warn=Console(enabled=True).warn,
+    )
+    harness = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=arguments.batch_size,
+        max_length=max_positions(model.config),
+    )
     results = simple_evaluate(
         harness,
         tasks=arguments.tasks,

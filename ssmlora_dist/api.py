@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.files import read_adapter, write_adapter
 from ssmlora_dist.adapters.injection import adapter_parameters, insert_adapters, load_adapter_tensors
+from ssmlora_dist.adapters.mixing import mix_in
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models.families import decoder_layers, require_supported
+from ssmlora_dist.quantization import stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +27,8 @@ def add_adapters(
     """Adapts `model` in place, freezes everything else, and returns it.
 
     At first the adapted model computes what `model` did, bit for bit (`lora_B` starts at zeros).
-    `model(...)`, `model.generate(...)` and gradient checkpointing go on working.
+    `model(...)`, `model.generate(...)` and gradient checkpointing go on working; `model.save_pretrained(...)`
+    and `model.push_to_hub(...)` save the adapter.
 
     Args:
         model: a transformers causal language model of a supported family, dense or quantised.
@@ -38,21 +45,68 @@ def add_adapters(
     model.requires_grad_(False)
     insert_adapters(layers, config, num_layers=model.config.num_hidden_layers, prefix=prefix, seed=seed)
     model.ssmlora_config = config
+    mix_in(model, AdaptedModel)
     return model
 
 
+class AdaptedModel:
+    """Mixed into a model's class by `add_adapters`: what such a model saves is its adapter."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Writes an adapter directory, as `save_adapter` does; the base model is not saved.
+
+        Args:
+            save_directory: made if it does not exist.
+            is_main_process: others write nothing.
+            state_dict: as for `save_adapter`.
+            push_to_hub: upload the directory too.
+            max_shard_size: of no account: an adapter is one file.
+            hub: `repo_id`, by default the directory's name, and what else the model's `push_to_hub` takes.
+
+        Raises:
+            AdapterError: an option that an adapter directory has no counterpart for, or values are not here.
+        """
+        model: Any = self
+        given = sorted(name for name, value in hub.items() if value is not None)
+        if given and not push_to_hub:
+            raise AdapterError(
+                "save_pretrained of an adapted model writes an adapter directory, which has no "
+                f"{', '.join(given)}; leave it out, or load the base model without adapters to save that"
+            )
+        if not is_main_process:
+            return
+        save_adapter(model, Path(save_directory), state_dict=state_dict)
+        if push_to_hub:
+            model.push_to_hub(hub.pop("repo_id", None) or Path(save_directory).resolve().name, **hub)
+
+
 def save_adapter(
-    model: PreTrainedModel, directory: str | Path, *, base_fingerprint: str | None = None
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    base_fingerprint: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes the adapter of `model` in PEFT's layout; a plain LoRA directory loads in PEFT as it is.
+
+    What the base model is stored and computes in is recorded, so that the adapter comes back on the same.
 
     Args:
         model: adapted by `add_adapters` or `load_adapter`.
         directory: made if it does not exist.
         base_fingerprint: `models.base_fingerprint` of the base model; recorded, and compared at loading.
+        state_dict: values by full name, gathered from a sharded model, in place of the model's own.
 
     Raises:
-        AdapterError: the model carries no adapter.
+        AdapterError: the model carries no adapter, or not all of its values are here.
     """
     config = _config_of(model)
     if config is None:
@@ -60,8 +114,8 @@ def save_adapter(
     write_adapter(
         Path(directory),
         config,
-        adapter_parameters(model),
-        base={"path": model.config.name_or_path or None},
+        _values(model, state_dict),
+        base={"path": model.config.name_or_path or None, **_precision_of(model)},
         base_fingerprint=base_fingerprint,
     )
 
@@ -95,6 +149,33 @@ def load_adapter(
         )
     load_adapter_tensors(model, saved.tensors, str(directory))
     return model
+
+
+def _precision_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Keywords of `models.load_model`; none where the layers differ, which these cannot say."""
+    stored = [
+        stored_as(module)
+        for layer in decoder_layers(model).values()
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and not path.endswith(("lora_A", "lora_B"))
+    ]
+    if any(each != stored[0] for each in stored):
+        return {}
+    dtype = model.get_input_embeddings().weight.dtype
+    return {**stored[0], "compute_dtype": str(dtype).removeprefix("torch.")}
+
+
+def _values(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The adapters' values by full name."""
+    parameters = adapter_parameters(model)
+    values = parameters if state_dict is None else {n: state_dict[n] for n in parameters if n in state_dict}
+    for name in parameters:
+        if name not in values or not values[name].numel():
+            raise AdapterError(
+                f"{name} has no values here, as ZeRO 3 leaves it between passes; gather the values of all "
+                "adapters and pass them as `state_dict`"
+            )
+    return {**values}
 
 
 def _config_of(model: PreTrainedModel) -> AdapterConfig | None:

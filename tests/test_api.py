@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,3 +202,95 @@ def test_the_seed_decides_the_start() -> None:
     first, again, other = (adapter_parameters(add_adapters(tiny_model(), seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_save_pretrained_writes_an_adapter_directory(
+    config: AdapterConfig, quantization: str, tmp_path: Path
+) -> None:
+    model = adapted_model(config=config, quantization=quantization)
+    save_adapter(model, tmp_path / "wanted")
+    # As a copy does, and one that was sent to another process.
+    for index, saved in enumerate((model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        directory = tmp_path / str(index)
+        saved.save_pretrained(directory)
+        assert contents(directory) == contents(tmp_path / "wanted")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_model_without_adapter_is_saved_as_before(tmp_path: Path) -> None:
+    adapted_model()
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert "model.safetensors" in contents(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() <= model.state_dict().keys()
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+
+
+def test_an_adapted_model_keeps_the_name_of_its_class() -> None:
+    model = adapted_model()
+    assert isinstance(model, type(tiny_model()))
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
+    assert str(model) == str(model).replace("Adapted", "").replace("Stateful", "")
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path) -> None:
+    adapted_model().save_pretrained(tmp_path / "adapter", is_main_process=False)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_gathered_values_are_saved_in_place_of_the_models_own(tmp_path: Path) -> None:
+    """What a trainer passes whose model is sharded."""
+    model, other = adapted_model(), adapted_model()
+    randomize_adapters(other, seed=1)
+    model.save_pretrained(tmp_path, state_dict=other.state_dict())
+    assert torch.equal(logits(load_adapter(tiny_model(), tmp_path)), logits(other))
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_values_that_are_not_here_are_not_saved(gathered: bool, tmp_path: Path) -> None:
+    model, name = adapted_model(), "model.layers.0.self_attn.q_proj.lora_A.weight"
+    state_dict = model.state_dict()
+    if gathered:
+        del state_dict[name]
+    else:
+        # As ZeRO 3 leaves it.
+        model.get_parameter(name).data = torch.empty(0)
+    with pytest.raises(AdapterError, match=rf"{name} has no values here.*`state_dict`"):
+        model.save_pretrained(tmp_path / "adapter", state_dict=state_dict if gathered else None)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_what_an_adapter_directory_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"an adapter directory.* variant"):
+        adapted_model().save_pretrained(tmp_path / "adapter", variant="fp16")
+    assert not (tmp_path / "adapter").exists()
+    adapted_model().save_pretrained(tmp_path / "adapter", max_shard_size="5GB", token=None)
+
+
+def test_push_to_hub_uploads_the_adapter_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = adapted_model()
+    save_adapter(model, tmp_path / "mine")
+    uploads: list[tuple[str, dict[str, bytes], Any]] = []
+
+    def upload(self: Any, directory: str, repo_id: str, **options: Any) -> None:
+        found = contents(Path(directory))
+        found.pop("README.md")
+        uploads.append((repo_id, found, options["commit_message"]))
+
+    hub = "transformers.utils.hub"
+    repository = types.SimpleNamespace(repo_id="me/mine")
+    api = types.SimpleNamespace(create_repo=lambda *_, **__: repository)
+    card = types.SimpleNamespace(save=lambda path: Path(path).write_text(""))
+    monkeypatch.setattr(f"{hub}.hf_api", lambda: api)
+    monkeypatch.setattr(f"{hub}.create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(f"{hub}.PushToHubMixin._upload_modified_files", upload)
+    model.push_to_hub("mine", commit_message="first")
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="second")
+    expected = contents(tmp_path / "mine")
+    assert uploads == [("me/mine", expected, "first"), ("me/mine", expected, "second")]

@@ -61,7 +61,7 @@ def test_a_compiled_model_is_one_graph_and_computes_the_same(config: AdapterConf
 
 
 def test_so_it_is_with_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A layer hands its adapters what they share by an attribute, and takes it back: nothing to replay.
+    # A layer hands its adapters what they share in a thread-local, and takes it back: nothing to replay.
     monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
     assert_compiled_is_eager(CONFIGS["mixed"], "aot_eager", checkpointing=True)
 

@@ -140,8 +140,11 @@ def test_lora_goes_to_peft_and_back(tmp_path: Path) -> None:
         ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices is \[1, 2\]"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base model too"),
         ({"layers_to_transform": [0, 1]}, r"q_proj in layers \[0, 1\]; .*`layers_to_transform`"),
-        ({"target_modules": ["q_proj", "lm_head"]}, r"holds lm_head\..*, which the model has no adapter for"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, r"holds model.embed_tokens\."),
+        ({"target_modules": ["q_proj", "lm_head"]}, "an adapter of lm_head, which is no linear layer of a"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            "an adapter of model.embed_tokens, which is no linear layer of a",
+        ),
     ],
 )
 def test_what_only_peft_can_do_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

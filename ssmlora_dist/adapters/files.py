@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
 SETTINGS_FILE = "ssmlora.json"
 KEY_PREFIX = "base_model.model."
-_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.*\.)?(\w+)\.lora_A\.weight")
+_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.*\.)?(\w+)\.lora_[AB]\.weight")
+# In a state dict of PEFT the name of the adapter stands in the key; what it saves itself has none.
+_NAMED_KEY = re.compile(r"(.*\.lora_[AB])\.([^.]+)(\.weight)")
+_ADAPTED = re.compile(r"(.+)\.lora_(?:embedding_)?[AB](?:\..+)?")
 # What PEFT can do to a LoRA that this project has no counterpart for, with the value that means "not used".
 _UNSUPPORTED_PEFT = {
     "use_dora": False,
@@ -87,7 +90,11 @@ def write_adapter(
         tensors: every adapter parameter by full name.
         base: how to load the base model, in JSON types: keywords of `models.load_model`, and `tokenizer`.
         base_fingerprint: of the base model; loading compares it.
+
+    Raises:
+        AdapterError: a tensor is empty.
     """
+    _refuse_empty(directory, tensors)
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / WEIGHTS_FILE, {KEY_PREFIX + name: tensor for name, tensor in tensors.items()})
     base = dict(base or {})
@@ -112,7 +119,9 @@ def read_base(directory: Path) -> dict[str, Any]:
         raise AdapterError(f"{directory}: no such adapter directory; train one first, or correct the path")
     if (directory / SETTINGS_FILE).exists():
         return dict(_read_settings(directory / SETTINGS_FILE).get("base") or {})
-    return {"path": _read_json(directory / PEFT_FILE).get("base_model_name_or_path")}
+    peft = _read_json(directory / PEFT_FILE)
+    revision = {"revision": peft["revision"]} if peft.get("revision") else {}
+    return {"path": peft.get("base_model_name_or_path"), **revision}
 
 
 def read_adapter(directory: Path, num_layers: int) -> SavedAdapter:
@@ -175,11 +184,36 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{directory}: holds no {WEIGHTS_FILE}; {remedy or 'copy or train it again'}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key.removeprefix(KEY_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            stored = {key.removeprefix(KEY_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise AdapterError(
             f"{path}: not a whole safetensors file ({error}); copy or train it again"
         ) from error
+    tensors = _without_adapter_name(path, stored)
+    _refuse_empty(path, tensors)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{path}: {name} holds numbers that are not finite; copy or train it again")
+    return tensors
+
+
+def _without_adapter_name(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {key: match for key in tensors if (match := _NAMED_KEY.fullmatch(key))}
+    names = sorted({match[2] for match in found.values()})
+    if len(names) > 1:
+        raise AdapterError(
+            f"{path}: holds several adapters: {', '.join(names)}; save each in a directory of its own"
+        )
+    return {found[key][1] + found[key][3] if key in found else key: tensors[key] for key in tensors}
+
+
+def _refuse_empty(place: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise AdapterError(
+                f"{place}: {name} is empty: under ZeRO 3 a rank holds but a shard of it; save the adapter "
+                "again with its parameters gathered (deepspeed.zero.GatheredParameters)"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -228,9 +262,14 @@ def _config_from_peft(
             "have PEFT convert it to a plain LoRA when saving"
         )
     layers: dict[str, set[int]] = {}
+    strays = []
     for name in tensors:
         if match := _KEY.fullmatch(name):
             layers.setdefault(match[2], set()).add(int(match[1]))
+        else:
+            strays.append(name)
+    if strays:
+        raise AdapterError(f"{source}: the weights beside it hold {_stray(strays)}")
     every_layer, alternate = _placement_of(layers, num_layers, source)
     try:
         rank, alpha = int(peft["r"]), float(peft["lora_alpha"])
@@ -246,6 +285,19 @@ def _config_from_peft(
     except (KeyError, TypeError, ValueError) as error:
         given = ", ".join(f"{key} is {peft.get(key)!r}" for key in ("r", "lora_alpha", "lora_dropout"))
         raise AdapterError(f"{source}: {given}; the file is damaged, or not for this release") from error
+
+
+def _stray(names: Sequence[str]) -> str:
+    """What tensors are that are no LoRA of a decoder layer, and the remedy."""
+    for adapted in filter(None, map(_ADAPTED.fullmatch, names)):
+        return (
+            f"an adapter of {adapted[1]}, which is no linear layer of a decoder layer, and only these are "
+            "adapted here; train it again without that in `target_modules`"
+        )
+    return (
+        f"{names[0]}, which is no part of an adapter; save it again with PEFT's `save_pretrained`, and with "
+        "`save_embedding_layers=False` where that added an embedding"
+    )
 
 
 def _placement_of(

@@ -7,6 +7,8 @@ under a float64 layer) whatever the layer's storage; products run in the dtype o
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,6 @@ class LoRALinear(nn.Module):
         stream: tells the adapter's dropout from that of all others in the model.
 
     Attributes:
-        call: that of the decoder layer, while it runs.
         readers: the adapters that read the same input in every call, this one among them.
     """
 
@@ -47,8 +48,12 @@ class LoRALinear(nn.Module):
         device, dtype = base_layer.weight.device, _adapter_dtype(base_layer)
         self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=dtype)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=dtype)
-        self.call: LayerCall | None = None
         self.readers: list[LoRALinear] = [self]
+
+    @property
+    def call(self) -> LayerCall | None:
+        """What the adapters of the decoder layer share, while it runs in this thread."""
+        return running.call if self in running.adapters else None
 
     @property
     def drops_input(self) -> bool:
@@ -66,7 +71,8 @@ class LoRALinear(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B,S,D] -> [B,S,O] in the dtype of the base layer's output."""
         x_BSD, z_BSR = self._down_project(x_BSD)
-        return fused.add_lora(self.base_layer(x_BSD), z_BSR, self.lora_B.weight, self.scaling)
+        base_BSO, is_ours = self._frozen(x_BSD)
+        return fused.add_lora(base_BSO, z_BSR, self.lora_B.weight, self.scaling, is_ours)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -75,23 +81,31 @@ class LoRALinear(nn.Module):
     def _down_project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """x, to be given to the base layer, and z [B,S,R]."""
         # ZeRO 3 hands each module an input of its own, and gathers its weights for the time of its own call.
-        if self.call is not None and len(self.readers) > 1 and not hasattr(self.lora_A.weight, "ds_id"):
-            return self.call.down_project(self, x_BSD)
+        call = self.call
+        if call is not None and len(self.readers) > 1 and not hasattr(self.lora_A.weight, "ds_id"):
+            return call.down_project(self, x_BSD)
         seeds = self._dropout_seeds(x_BSD) if self.drops_input else None
         drawing = (self.stream, self.dropout, self._first_token)
         x_BSD, (z_BSR,) = fused.down_project(x_BSD, [self.lora_A.weight], seeds, *drawing)
         return x_BSD, z_BSR
 
+    def _frozen(self, x_BSD: Tensor) -> tuple[Tensor, bool]:
+        """The base layer's output, and whether it may be lost."""
+        base_BSO = self.base_layer(x_BSD)
+        witness: list[None] = []
+        is_ours = not fused.is_held(base_BSO, witness)
+        return base_BSO, is_ours
+
     @property
     def _first_token(self) -> int:
-        return 0 if self.call is None else self.call.first_token
+        call = self.call
+        return 0 if call is None else call.first_token
 
     def _dropout_seeds(self, x_BSD: Tensor) -> Tensor | None:
         """[B]; None where nothing is dropped."""
         if not self.training or not self.dropout:
             return None
-        call = LayerCall() if self.call is None else self.call
-        return call.dropout_seeds(x_BSD.shape[0], x_BSD.device)
+        return (self.call or LayerCall()).dropout_seeds(x_BSD.shape[0], x_BSD.device)
 
 
 class SSMLoRALinear(LoRALinear):
@@ -141,9 +155,10 @@ class SSMLoRALinear(LoRALinear):
     def step(self, x_BSD: Tensor, h_prev_BSR: Tensor) -> tuple[Tensor, Tensor]:
         """([B,S,D], state [B,S,R]) -> ([B,S,O], state [B,S,R] in the dtype of the state received); pure."""
         x_BSD, z_BSR = self._down_project(x_BSD)
+        base_BSO, is_ours = self._frozen(x_BSD)
         drawing = (self.dropout, self.stream, self._first_token)
         return fused.time_module(
-            self.base_layer(x_BSD),
+            base_BSO,
             z_BSR,
             h_prev_BSR.detach() if self.detach_state else h_prev_BSR,
             self.lora_B.weight,
@@ -151,6 +166,7 @@ class SSMLoRALinear(LoRALinear):
             self.state_input,
             Recurrence(self.scaling, self.normalization, self.carry, *drawing),
             self._dropout_seeds(x_BSD),
+            is_ours,
         )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -159,13 +175,14 @@ class SSMLoRALinear(LoRALinear):
         Raises:
             AdapterError: when called outside such a layer; `step` is the form for that.
         """
-        if self.call is None:
+        call = self.call
+        if call is None:
             raise AdapterError(
                 "a time module was called outside of its decoder layer, so it has no state; "
                 "call the decoder layer, or `step(x, state)`"
             )
-        y_BSO, state_BSR = self.step(x_BSD, self.call.read(self.axis))
-        self.call.write(self.axis, state_BSR)
+        y_BSO, state_BSR = self.step(x_BSD, call.read(self.axis))
+        call.write(self.axis, state_BSR)
         return y_BSO
 
 
@@ -221,3 +238,15 @@ class LayerCall:
         if not self._z:
             self._read_BSD = self._through_BSD = None
         return through_BSD, z_BSR
+
+
+class _Running(threading.local):
+    """The innermost decoder layer that runs in this thread: its adapters, and what they share."""
+
+    def __init__(self) -> None:
+        self.adapters: Sequence[LoRALinear] = ()
+        self.call: LayerCall | None = None
+
+
+# Not on the modules, which all threads share; not in a context variable, which torch.compile cannot trace.
+running = _Running()

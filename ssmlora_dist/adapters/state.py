@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmlora_dist.adapters.layers import LayerCall, LoRALinear
+from ssmlora_dist.adapters.layers import LayerCall, LoRALinear, running
+from ssmlora_dist.adapters.mixing import mix_in
+from ssmlora_dist.ops.dropout import draw_seeds
 
 
 @contextmanager
 def bind(adapters: Sequence[LoRALinear], call: LayerCall) -> Iterator[None]:
-    """Lets `adapters` share `call` for the length of the body."""
-    for adapter in adapters:
-        adapter.call = call
+    """Lets `adapters` share `call` in this thread, for the length of the body."""
+    outer = running.adapters, running.call
+    running.adapters, running.call = adapters, call
     try:
         yield
     finally:
-        for adapter in adapters:
-            adapter.call = None
+        running.adapters, running.call = outer
 
 
 class AdaptedDecoderLayer(nn.Module):
@@ -39,6 +40,17 @@ class AdaptedDecoderLayer(nn.Module):
     """
 
     adapters: list[LoRALinear]
+
+    def __call__(self, hidden: Any, *args: Any, dropout_seeds: Tensor | None = None, **kwargs: Any) -> Any:
+        """`forward`, for which seeds of the dropout are drawn if none are given.
+
+        Here, outside of checkpointing: a recompute is given them as well. Drawn anew, they would depend on
+        torch's generator, which other threads use meanwhile.
+        """
+        if dropout_seeds is None and self.training and any(adapter.dropout for adapter in self.adapters):
+            hidden_BSD = hidden[0] if isinstance(hidden, tuple) else hidden
+            dropout_seeds = draw_seeds(hidden_BSD.shape[0], hidden_BSD.device)
+        return super().__call__(hidden, *args, dropout_seeds=dropout_seeds, **kwargs)
 
     def forward(
         self,
@@ -133,9 +145,6 @@ def join_stages(layers: Iterable[nn.Module], hidden_size: int, is_first: bool, i
     return hidden_size + first.num_axes * first.rank
 
 
-_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
-
-
 def thread_state(
     layer: nn.Module, *, num_axes: int, rank: int, state_dtype: torch.dtype | None, is_last: bool
 ) -> None:
@@ -163,9 +172,6 @@ def thread_state(
 
 def bind_adapters(layer: nn.Module, mixin: type[AdaptedDecoderLayer] = AdaptedDecoderLayer) -> None:
     """Makes a layer bind its adapters, in place; module names and `isinstance` checks stay as they were."""
-    kind = (mixin, type(layer))
-    if kind not in _classes:
-        _classes[kind] = type(f"{mixin.__name__.removesuffix('DecoderLayer')}{kind[1].__name__}", kind, {})
-    layer.__class__ = _classes[kind]
+    mix_in(layer, mixin)
     adapters = [module for module in layer.modules() if isinstance(module, LoRALinear)]
     setattr(layer, "adapters", adapters)  # noqa: B010 (not a submodule)

@@ -52,6 +52,28 @@ def build_parser(description: str) -> ArgumentParser:
     return parser
 
 
+def build_adapter_parser(description: str) -> ArgumentParser:
+    """The arguments that every script which loads a trained adapter has, for `config.build.load_trained`.
+
+    Parsed, they are `adapter`, `model`, `quantization` and `dtype`.
+    """
+    parser = ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--adapter", required=True, metavar="DIR", help="adapter directory of a run, or PEFT's LoRA")
+    add("--model", metavar="PATH", help="the base model, where it is not where it was in training")
+    add(
+        "--quantization",
+        choices=("nf4", "fp4", "int8", "none"),
+        help="of the base model; by default what the adapter was trained on, or none where that is not known",
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the base model; by default that of training, or that of the stored weights",
+    )
+    return parser
+
+
 def run_command(main: Callable[[], int | None], *, alone: bool = False) -> int:
     """Runs a script's `main` and gives the exit code: `sys.exit(run_command(main))`.
 

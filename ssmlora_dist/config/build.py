@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ssmlora_dist.adapters.files import read_base
+from ssmlora_dist.adapters.files import SETTINGS_FILE, read_base
 from ssmlora_dist.api import add_adapters, load_adapter
 from ssmlora_dist.config.schema import ModelSection, RetrievalSection, RunConfig, SourceSection
 from ssmlora_dist.data import (
@@ -20,30 +21,46 @@ from ssmlora_dist.data import (
     generate_dataset,
     read_dataset,
 )
-from ssmlora_dist.errors import AdapterError
+from ssmlora_dist.errors import AdapterError, ConfigError
 from ssmlora_dist.models import (
     base_fingerprint,
     load_config,
     load_model,
     load_tokenizer,
+    max_positions,
     projection_path,
     require_supported,
+    stored_dtype,
 )
+from ssmlora_dist.models.location import locate_base
 from ssmlora_dist.models.stage import StageLayers
 from ssmlora_dist.tracking import Store, check_store, choose_store
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def check_model(config: RunConfig) -> None:
+def check_model(config: RunConfig, *, for_training: bool = True) -> None:
     """Finds what is wrong with the backbone's place, family and adapted projections, before it is loaded.
+
+    Args:
+        config: of the run.
+        for_training: whether rows of `data` are going to be read by it.
 
     Raises:
         ModelError: with the remedy.
+        ConfigError: rows may be longer than the backbone's positions.
     """
-    section = config.model
-    model_config = load_config(section.path, config=section.config, revision=section.revision)
+    model_config = shapes_of(config.model)
+    limit = max_positions(model_config)
+    if for_training and limit is not None and config.data.max_length > limit:
+        raise ConfigError(
+            [
+                f"data.max_length: {config.data.max_length} given; allowed: at most {limit}, for which the "
+                "model's positions are made (`max_position_embeddings`); lower it, or give the model's "
+                "configuration a RoPE setting that reaches further (`rope_parameters` with a factor)"
+            ]
+        )
     family = require_supported(model_config.model_type)
     for projection in config.adapter.targets:
         projection_path(family, projection)
@@ -67,11 +84,17 @@ def check_tracking(config: RunConfig, warn: Callable[[str], object]) -> None:
         check_store(store, warn)
 
 
-def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer named in the section, else the model's own."""
+def shapes_of(section: ModelSection) -> PreTrainedConfig:
+    """The configuration of the backbone, without its weights."""
+    return load_config(section.path, config=section.config, revision=section.revision)
+
+
+def build_tokenizer(section: ModelSection, warn: Callable[[str], object]) -> PreTrainedTokenizerBase:
+    """The tokenizer named in the section, else the model's own; `warn` is told what was replaced in it."""
     source = section.tokenizer or section.path
     assert source is not None, "refused by config.rules"
-    return load_tokenizer(source, section.revision if section.tokenizer is None else None)
+    revision = section.revision if section.tokenizer is None else None
+    return load_tokenizer(source, revision, num_embeddings=shapes_of(section).vocab_size, warn=warn)
 
 
 def build_model(
@@ -103,8 +126,7 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
     """The whole adapted model without storage, for counting."""
     from transformers import AutoModelForCausalLM
 
-    section = config.model
-    model_config = load_config(section.path, config=section.config, revision=section.revision)
+    model_config = shapes_of(config.model)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(model_config)
         return add_adapters(model, config.adapter)
@@ -127,14 +149,23 @@ def build_fingerprint(config: RunConfig) -> str:
 
 
 def load_trained(
-    directory: Path, *, path: str | None = None, device: torch.device | str = "cpu"
+    directory: Path,
+    *,
+    path: str | None = None,
+    quantization: str | None = None,
+    dtype: str | None = None,
+    device: torch.device | str = "cpu",
+    warn: Callable[[str], object] = warnings.warn,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trained adapter on its backbone, and the tokenizer.
 
     Args:
         directory: an adapter directory.
         path: of the base model, where it is not where it was during training.
+        quantization: of the base model; by default what the adapter was trained on, or none.
+        dtype: of the base model; by default what the adapter was trained on, or that of the stored weights.
         device: where the model computes.
+        warn: told what was not recorded.
 
     Raises:
         AdapterError: the directory cannot be read or belongs to another base model.
@@ -142,19 +173,56 @@ def load_trained(
     """
     base = read_base(directory)
     tokenizer = base.pop("tokenizer", None)
-    base["path"] = path or base.get("path")
-    if base["path"] is None and base.get("config") is None:
+    located = locate_base(directory, base, path, weights=base.get("init") != "random")
+    if located is not None:
+        base |= {"path": str(located), "config": None}
+    elif base.get("config") is None:
         raise AdapterError(f"{directory}: does not record its base model; name it with --model")
+    model_config = load_config(base.get("path"), config=base.get("config"))
+    base |= _precision(directory, base, model_config, quantization, dtype, warn)
+    vocabulary = load_tokenizer(
+        tokenizer or base["path"],
+        num_embeddings=model_config.vocab_size,
+        place=f"{directory / SETTINGS_FILE}: base.tokenizer" if tokenizer else "--model",
+        warn=warn,
+    )
     fingerprint = _fingerprint(base)
-    dtype = getattr(torch, base.pop("compute_dtype", "bfloat16"))
-    model = load_model(**base, compute_dtype=dtype, device=device)
+    model = load_model(**{**base, "compute_dtype": getattr(torch, base["compute_dtype"])}, device=device)
     load_adapter(model, directory, base_fingerprint=fingerprint)
-    return model, load_tokenizer(tokenizer or base["path"], None if tokenizer else base.get("revision"))
+    return model, vocabulary
+
+
+def _precision(
+    directory: Path,
+    base: Mapping[str, Any],
+    model_config: PreTrainedConfig,
+    quantization: str | None,
+    dtype: str | None,
+    warn: Callable[[str], object],
+) -> dict[str, str]:
+    """What to load a base model in: what was asked for, else recorded, else its full precision."""
+    quantization, dtype = quantization or base.get("quantization"), dtype or base.get("compute_dtype")
+    if quantization and dtype:
+        return {"quantization": quantization, "compute_dtype": dtype}
+    if base.get("init") == "random":
+        stored = model_config.dtype or torch.float32
+    else:
+        stored = stored_dtype(Path(base["path"]), model_config)
+    full = {
+        "quantization": quantization or "none",
+        "compute_dtype": dtype or str(stored).removeprefix("torch."),
+    }
+    warn(
+        f"{directory}: does not record in what precision its base model was trained on; it is loaded with "
+        f"quantization {full['quantization']} and dtype {full['compute_dtype']}; name others with "
+        "--quantization and --dtype"
+    )
+    return full
 
 
 def _fingerprint(base: Mapping[str, Any]) -> str:
     known = {key: base[key] for key in ("init", "config", "revision", "seed") if key in base}
-    return base_fingerprint(base["path"], **known)
+    return base_fingerprint(base.get("path"), **known)
 
 
 def build_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset | ExampleStream, Dataset | None]:

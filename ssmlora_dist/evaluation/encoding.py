@@ -30,14 +30,14 @@ class PromptEncoder:
 
     Args:
         tokenizer: a transformers tokenizer.
-        max_length: tokens that the model takes.
+        max_length: tokens that the model takes; None where it has no limit.
         vocab_size: rows of the model's embedding.
 
     Raises:
         DataError: the tokenizer has neither a beginning- nor an end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int | None, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._max_length, self._vocab_size = max_length, vocab_size
         prefix_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -99,9 +99,9 @@ class PromptEncoder:
         return [list(ids) for ids in encoded["input_ids"]]
 
     def _check(self, length: int, given: str, *encoded: list[int]) -> None:
-        if length > self._max_length:
+        if self._max_length is not None and length > self._max_length:
             raise DataError(
-                f"{given}; the model takes {self._max_length} (max_position_embeddings): shorten the item or "
+                f"{given}; the model takes {self._max_length}: shorten the item or "
                 "choose a model that takes more"
             )
         largest = max(map(max, encoded))

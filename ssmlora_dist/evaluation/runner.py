@@ -46,6 +46,7 @@ def run(
     tokenizer: Any,
     *,
     max_batch_tokens: int,
+    max_length: int | None = None,
     directory: Path | None = None,
     digests: Mapping[str, str] | None = None,
     rank: int = 0,
@@ -63,6 +64,7 @@ def run(
         model: a causal language model of transformers, adapted or not; its mode is put back at the end.
         tokenizer: its tokenizer.
         max_batch_tokens: rows of a batch times their tokens, padding and answers included.
+        max_length: tokens that the model takes; None where it has no limit.
         directory: where rows are kept as they are finished, and `results.jsonl` is written at the end, in the
             order of tasks and items; an evaluation started again does what is missing, and tries again what
             failed. None keeps nothing.
@@ -80,7 +82,7 @@ def run(
         DataError: two tasks of one name, or two items of one id in a task.
     """
     _check_names(tasks)
-    encoder = _encoder(model, tokenizer)
+    encoder = PromptEncoder(tokenizer, max_length, model.get_input_embeddings().num_embeddings)
     # All ranks have read before any of them writes.
     parts = gather(read_parts(directory) if directory is not None else [])
     known = {key_of(row): row for part in parts for row in part}
@@ -112,11 +114,6 @@ def _check_names(tasks: Sequence[Task]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"evaluation: two tasks are called {name!r}; give each a name of its own")
-
-
-def _encoder(model: Any, tokenizer: Any) -> PromptEncoder:
-    num_embeddings = model.get_input_embeddings().num_embeddings
-    return PromptEncoder(tokenizer, model.config.max_position_embeddings, num_embeddings)
 
 
 @dataclass(frozen=True)

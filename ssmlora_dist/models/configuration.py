@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Accepted by transformers for what it stores under another name.
 LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
+QUANTIZATION_KEY = "quantization_config"
 
 
 def load_config(
@@ -52,12 +53,35 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise ModelError(f"{file}: cannot be read as JSON ({error}); fetch the file again") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise ModelError(f"{file}: names no `model_type`, so it is not the configuration of a model")
-    if "quantization_config" in values:
+    if values.get(QUANTIZATION_KEY) is not None:
         raise ModelError(
             f"{file}: the weights are stored quantised; name the original model, it is quantised while it is "
             "loaded as `quantization.mode` says"
         )
     return _build(values, str(file))
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest input in tokens that a model is made for; None where it has no limit.
+
+    With a scaled RoPE `max_position_embeddings` counts the positions before scaling in some models and those
+    after it in others. The limit is the wider reading: of linear and dynamic scaling the positions times the
+    factor; of yarn, llama3 and longrope, which record what was scaled, the factor times that, or the
+    positions where these are more. Where kinds of layers are scaled differently the least counts.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if positions is None:
+        return None
+    by_layer = [value for value in rope.values() if isinstance(value, dict)]
+    return min(_scaled_positions(positions, scaling) for scaling in by_layer or [rope])
+
+
+def _scaled_positions(positions: int, scaling: Mapping[str, Any]) -> int:
+    factor = scaling.get("factor") or 1.0
+    if scaling.get("rope_type") in ("linear", "dynamic"):
+        return int(positions * factor)
+    return max(positions, int((scaling.get("original_max_position_embeddings") or 0) * factor))
 
 
 def _bare_config(values: Mapping[str, Any]) -> PreTrainedConfig:
@@ -68,7 +92,7 @@ def _bare_config(values: Mapping[str, Any]) -> PreTrainedConfig:
 
     default = AutoConfig.for_model(values["model_type"])
     known = [*default.to_dict(), *default.attribute_map, *LEGACY_KEYS]
-    unknown = [key for key in values if key not in known]
+    unknown = [key for key in values if key not in known and (key, values[key]) != (QUANTIZATION_KEY, None)]
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
@@ -82,11 +106,17 @@ def _build(values: Mapping[str, Any], place: str) -> PreTrainedConfig:
     require_supported(values["model_type"])
     from transformers import AutoConfig
 
-    rest = {key: value for key, value in values.items() if key != "model_type"}
+    # What is null is none, and would make transformers take the model for a quantised one.
+    rest = {key: value for key, value in values.items() if key not in ("model_type", QUANTIZATION_KEY)}
     try:
         config = AutoConfig.for_model(values["model_type"], **rest)
     # transformers raises whatever its validators raise: type and value errors, and strict dataclass errors.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{place}: not a valid {values['model_type']} configuration: {reason}") from error
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        raise ModelError(
+            f"{place}: `pad_token_id` is {config.pad_token_id}, which a model of `vocab_size` "
+            f"{config.vocab_size} does not have; set it to null or to a smaller id"
+        )
     return config

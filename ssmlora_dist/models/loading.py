@@ -108,7 +108,8 @@ def load_model(
     quantize = None if quantization == "none" else partial(quantize_linear, mode=quantization, **settings)
     names = part_names(model_config, family) if stage is None else stage.part_names(model_config, family)
     parts = {name: model.get_submodule(name) for name in names}
-    source.check(_shapes(parts))
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    source.check(_shapes(parts), model.state_dict().keys(), ignored)
     for name, part in parts.items():
         fill(part, name, source, family, device=device, dtype=compute_dtype, quantize=quantize)
         if on_part is not None:

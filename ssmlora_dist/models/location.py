@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ssmlora_dist.errors import ModelError
 
@@ -45,6 +47,26 @@ def locate(path: str, revision: str | None = None, *, weights: bool, place: str 
     return _download(path, revision, weights, place)
 
 
+def locate_base(adapter: Path, base: Mapping[str, Any], path: str | None, *, weights: bool) -> Path | None:
+    """The directory of an adapter's base model; None where neither the adapter nor `path` names one.
+
+    Args:
+        adapter: directory of the adapter.
+        base: what it records of its base model.
+        path: given with `--model` in place of what is recorded.
+        weights: as for `locate`.
+
+    Raises:
+        ModelError: as for `locate`; the message names the option.
+    """
+    if path is not None:
+        return locate(path, weights=weights, place="--model")
+    if base.get("path") is None:
+        return None
+    place = f"--model (by default as {adapter} records it)"
+    return locate(base["path"], base.get("revision"), weights=weights, place=place)
+
+
 def _download(name: str, revision: str | None, weights: bool, place: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
@@ -58,8 +80,9 @@ def _download(name: str, revision: str | None, weights: bool, place: str) -> Pat
             f"page and sign in with `hf auth login`, {local}"
         ) from error
     except errors.RevisionNotFoundError as error:
+        setting = "model.revision" if place.startswith("model.") else place
         raise ModelError(
-            f"model.revision: {name} has no revision {revision!r} on the hub; name a branch, tag or commit"
+            f"{setting}: {name} has no revision {revision!r} on the hub; name a branch, tag or commit"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(

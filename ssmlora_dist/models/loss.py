@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED_LABEL = -100
+COMPARED_WORDS = 7
+# Float32 logits of several units; one product either way, so that no more than rounding may differ.
+HEAD_TOLERANCE = 1e-5
 
 
 def checkpoint_layers(model: PreTrainedModel, num_kept: int = 0) -> None:
@@ -53,12 +56,12 @@ class ChunkedHead(nn.Module):
     weight when the module is entered, which every rank must do equally often, whatever its rows hold.
 
     Args:
-        head: the model's output head.
+        head: the model's output head; None where it is given logits, not hidden states.
         chunk_size: supervised tokens whose logits exist at a time.
         logit_cap: bound of the logits, for models that have one.
     """
 
-    def __init__(self, head: nn.Linear, chunk_size: int, logit_cap: float | None) -> None:
+    def __init__(self, head: nn.Linear | None, chunk_size: int, logit_cap: float | None = None) -> None:
         super().__init__()
         # In a tuple, so that its weight keeps one name: that in the model.
         self._head = (head,)
@@ -69,12 +72,13 @@ class ChunkedHead(nn.Module):
         """Sum of the cross-entropies, a float32 scalar; of each token its own with `per_token`.
 
         Args:
-            hidden_ND: what the head is applied to.
+            hidden_ND: what the head is applied to; without one, logits [N,V].
             targets_N: the true tokens.
             per_token: return the cross-entropies [N] float32 and whether the arg-max is another token, [N]
                 bool, to be called without gradients.
         """
-        weight_VD, bias_V = self._head[0].weight, self._head[0].bias
+        head = self._head[0]
+        weight_VD, bias_V = (None, None) if head is None else (head.weight, head.bias)
         chunks = zip(hidden_ND.split(self.chunk_size), targets_N.split(self.chunk_size), strict=True)
         if not per_token:
             total = hidden_ND[:0].sum(dtype=torch.float32)
@@ -85,34 +89,45 @@ class ChunkedHead(nn.Module):
             return total
         losses, misses = [], []
         for hidden_CD, targets_C in chunks:
-            logits_CV = self._logits(hidden_CD, weight_VD, bias_V)
+            logits_CV = self.logits(hidden_CD, weight_VD, bias_V)
             losses.append(F.cross_entropy(logits_CV, targets_C, reduction="none"))
             misses.append(logits_CV.argmax(-1) != targets_C)
         return torch.cat(losses), torch.cat(misses)
 
-    def _logits(self, hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    def logits(self, hidden_CD: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None) -> Tensor:
+        """[C,V] in float32."""
+        if weight_VD is None:
+            return hidden_CD.float()
         logits_CV, cap = F.linear(hidden_CD, weight_VD, bias_V), self.logit_cap
         return (logits_CV if cap is None else torch.tanh(logits_CV / cap) * cap).float()
 
-    def _loss(self, hidden_CD: Tensor, targets_C: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-        return F.cross_entropy(self._logits(hidden_CD, weight_VD, bias_V), targets_C, reduction="sum")
+    def _loss(
+        self, hidden_CD: Tensor, targets_C: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None
+    ) -> Tensor:
+        return F.cross_entropy(self.logits(hidden_CD, weight_VD, bias_V), targets_C, reduction="sum")
 
 
 class CausalLMLoss(nn.Module):
     """A causal language model whose output is its loss, or its scores.
 
-    Both go through `forward`, the one call that DeepSpeed's hooks see.
+    Both go through `forward`, the one call that DeepSpeed's hooks see. The head is applied in chunks where
+    that gives the model's own logits; where the model does more to them, they are its own, which exist all at
+    once for the positions of the batch that have a target.
 
     Args:
         model: a transformers causal language model of a supported family.
         chunk_size: supervised tokens whose logits exist at a time.
+
+    Attributes:
+        uses_own_logits: whether the model makes its logits itself.
     """
 
-    def __init__(self, model: nn.Module, chunk_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, chunk_size: int) -> None:
         super().__init__()
         self.model = model
         logit_cap = getattr(model.config, "final_logit_softcapping", None)
-        self.head = ChunkedHead(model.lm_head, chunk_size, logit_cap)  # type: ignore[arg-type]
+        self.uses_own_logits = not _is_the_models_own(model, logit_cap)
+        self.head = ChunkedHead(None if self.uses_own_logits else model.lm_head, chunk_size, logit_cap)
 
     def forward(self, labels: Tensor, scored: Tensor | None = None, **inputs: Tensor) -> Any:
         """Sum of the cross-entropies of the supervised tokens, a float32 scalar, in nats.
@@ -126,13 +141,13 @@ class CausalLMLoss(nn.Module):
         if scored is not None:
             with torch.no_grad():
                 return self._scores(labels, scored, inputs)
-        hidden_ND, targets_N, _ = self._supervised(labels, inputs)
-        return self.head(hidden_ND, targets_N)
+        headed_ND, targets_N, _ = self._supervised(labels, inputs)
+        return self.head(headed_ND, targets_N)
 
     def _scores(self, labels: Tensor, scored: Tensor, inputs: dict[str, Tensor]) -> Scores:
-        hidden_ND, targets_N, rows_N = self._supervised(labels, inputs)
+        headed_ND, targets_N, rows_N = self._supervised(labels, inputs)
         scored_N = scored[:, 1:][labels[:, 1:] != IGNORED_LABEL]
-        loss_N, missed_N = self.head(hidden_ND, targets_N, per_token=True)
+        loss_N, missed_N = self.head(headed_ND, targets_N, per_token=True)
         num_rows = labels.shape[0]
         return Scores(
             loss_sums=loss_N.new_zeros(num_rows).index_add_(0, rows_N, loss_N),
@@ -141,7 +156,52 @@ class CausalLMLoss(nn.Module):
         )
 
     def _supervised(self, labels: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        decoder: Any = self.model.get_decoder()  # type: ignore[operator]
-        hidden_BSD = decoder(**inputs, use_cache=False).last_hidden_state
+        """What the head is given for each target, the targets, and their rows."""
         mask_BS = labels[:, 1:] != IGNORED_LABEL
-        return hidden_BSD[:, :-1][mask_BS], labels[:, 1:][mask_BS], mask_BS.nonzero()[:, 0]
+        targets_N, rows_N = labels[:, 1:][mask_BS], mask_BS.nonzero()[:, 0]
+        if self.uses_own_logits:
+            positions_K = mask_BS.any(0).nonzero()[:, 0]
+            logits_BKV = self.model(**inputs, use_cache=False, logits_to_keep=positions_K).logits
+            return logits_BKV[mask_BS[:, positions_K]], targets_N, rows_N
+        hidden_BSD = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        return hidden_BSD[:, :-1][mask_BS], targets_N, rows_N
+
+
+class _HandedOn(nn.Module):
+    """In the place of a decoder: gives back what it is given."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+def _is_the_models_own(model: PreTrainedModel, logit_cap: float | None) -> bool:
+    """Whether `ChunkedHead` makes of hidden states the logits that the model makes of them.
+
+    Compared on drawn hidden states and a small head in the place of the model's, so that neither its weights
+    nor its layers are needed: it may be a stage, quantised, sharded, or without storage.
+    """
+    own: Any = model.get_output_embeddings()
+    if type(own) is not nn.Linear or own._forward_hooks or own._forward_pre_hooks:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    head = nn.utils.skip_init(nn.Linear, own.in_features, COMPARED_WORDS, bias=own.bias is not None)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            # Logits of several units: large enough for a cap to bend them.
+            parameter.normal_(0, 8 * own.in_features**-0.5, generator=generator)
+        hidden_BSD = torch.randn(1, 3, own.in_features, generator=generator)
+        wanted_BSV = ChunkedHead(head, 1, logit_cap).logits(hidden_BSD, head.weight, head.bias)
+        [name] = [name for name, module in model.named_children() if module is own]
+        modules = dict(model._modules)
+        model._modules |= {model.base_model_prefix: _HandedOn(), name: head}
+        try:
+            found_BSV = model(inputs_embeds=hidden_BSD, use_cache=False).logits.float()
+        # Whatever keeps the two from being compared, the model's own logits are right.
+        except Exception:
+            return False
+        finally:
+            model._modules.update(modules)
+    same_shape = found_BSV.shape == wanted_BSV.shape
+    return same_shape and torch.allclose(found_BSV, wanted_BSV, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE)

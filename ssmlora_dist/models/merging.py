@@ -18,8 +18,8 @@ from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.models.configuration import load_config
 from ssmlora_dist.models.families import Family, projection_path, require_supported
 from ssmlora_dist.models.fingerprint import base_fingerprint
-from ssmlora_dist.models.location import METADATA_PATTERNS, locate
-from ssmlora_dist.models.weights import SafetensorsWeights
+from ssmlora_dist.models.location import METADATA_PATTERNS, locate_base
+from ssmlora_dist.models.weights import SafetensorsWeights, is_finite
 
 LoRA = tuple[Tensor, Tensor]
 """`lora_A` [R,D] and `lora_B` [O,R] of one linear layer."""
@@ -66,21 +66,22 @@ def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
             f"{directory}: SSMLoRA cannot be merged: a time module's state depends on the input, so no "
             "weight computes the same; use the adapter as it is, or train plain LoRA"
         )
-    path = path or base.get("path")
-    if path is None or base.get("init") == "random":
+    is_stored = path is not None or base.get("init") != "random"
+    base_directory = locate_base(directory, base, path, weights=True) if is_stored else None
+    if base_directory is None:
         raise AdapterError(
             f"{directory}: its base model has no stored weights to merge into; name a model with --model"
         )
-    revision = base.get("revision")
-    model_config = load_config(path, revision=revision)
+    model_config = load_config(str(base_directory))
     family = require_supported(model_config.model_type)
     saved = read_adapter(directory, model_config.num_hidden_layers)
     fingerprint = saved.base_fingerprint
-    if fingerprint and fingerprint != base_fingerprint(path, revision=revision):
+    if fingerprint and fingerprint != base_fingerprint(str(base_directory)):
         raise AdapterError(
-            f"{directory}: was trained on another base model than {path}; name that one with --model"
+            f"{directory}: was trained on another base model than {base_directory}; name that one with "
+            "--model"
         )
-    weights = SafetensorsWeights(locate(path, revision, weights=True))
+    weights = SafetensorsWeights(base_directory)
     adapters = _by_weight(saved, family, model_config.num_hidden_layers, directory)
     rank = saved.config.rank
     for name, (lora_A, lora_B) in adapters.items():
@@ -131,9 +132,13 @@ def _write(weights: SafetensorsWeights, adapters: Mapping[str, LoRA], scaling: f
                 shutil.copyfile(file, beside / file.name)
             for name, (lora_A, lora_B) in adapters.items():
                 stored = weights.stored(name)
-                _overwrite(
-                    beside / stored.file.name, stored.begin, merged(stored.read(), lora_A, lora_B, scaling)
-                )
+                weight = merged(stored.read(), lora_A, lora_B, scaling)
+                if not is_finite(weight):
+                    raise AdapterError(
+                        f"{name}: merged it is not finite in {weight.dtype}, in which the base model is "
+                        "stored; name a copy of it in a wider dtype with --model, or use the adapter unmerged"
+                    )
+                _overwrite(beside / stored.file.name, stored.begin, weight)
             for file in beside.iterdir():
                 sync(file)
             sync(beside)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,11 +21,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+# Buffers that older releases of transformers stored, and that are computed today.
+COMPUTED_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"(^|\.)position_ids$")
+# What the tools that store weights quantised leave beside them or in their place.
+_QUANTIZERS = {
+    "bitsandbytes": r"\.(weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
+    r"|SCB|weight_format)$",
+    "GPTQ or AWQ": r"\.(qweight|qzeros|g_idx)$",
+    "another tool": r"\.(weight_(packed|scale|scale_inv|scales|zero_point|shape|qdata)|weight\._(data|scale)"
+    r"|input_scale|input_scale_ub|W_q|codebooks|(gate_up|down)_proj_(blocks|scales))$",
+}
+# Of dense weights and buffers beside them: all other dtypes are what quantised weights are stored in.
+_DENSE_DTYPES = {*DTYPES, "BOOL", "I64"}
+_REMEDY = "name the original, unquantised model: it is quantised while it is loaded"
+
+
 class WeightSource(Protocol):
     """What the loader reads from; reading one tensor costs nothing for the others."""
 
-    def check(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Raises ModelError unless every tensor named can be read in the shape given."""
+    def check(
+        self, shapes: Mapping[str, torch.Size], known: Collection[str], ignored: Iterable[str] = ()
+    ) -> None:
+        """Raises ModelError unless what is stored is what the model needs.
+
+        Args:
+            shapes: of the tensors that are going to be read, by name.
+            known: names of all tensors of the model; nothing else may be stored.
+            ignored: regular expressions of names that may be stored all the same.
+        """
 
     def read(self, name: str, *, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The tensor `name`, as a new tensor on `device` in `dtype`."""
@@ -37,7 +62,7 @@ class SafetensorsWeights:
         aliases: names under which a tensor may be stored instead, where its own is absent.
 
     Raises:
-        ModelError: there are no safetensors weights, or the index cannot be read.
+        ModelError: there are no safetensors weights, the index cannot be read, or they are stored quantised.
     """
 
     def __init__(self, directory: Path, aliases: Mapping[str, str] | None = None) -> None:
@@ -45,6 +70,11 @@ class SafetensorsWeights:
         self._aliases = dict(aliases or {})
         self._tensors: dict[Path, dict[str, StoredTensor]] = {}
         self._files = _files_by_tensor(directory, self._in_file)
+        for tool, pattern in _QUANTIZERS.items():
+            if found := next(filter(re.compile(pattern).search, self._files), None):
+                raise ModelError(
+                    f"{directory}: {found}: the weights are stored quantised by {tool}; {_REMEDY}"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -56,20 +86,25 @@ class SafetensorsWeights:
         """All files that hold tensors, sorted."""
         return sorted(set(self._files.values()))
 
-    def check(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Raises ModelError unless every tensor is there, in its shape, in a floating dtype.
+    def check(
+        self, shapes: Mapping[str, torch.Size], known: Collection[str], ignored: Iterable[str] = ()
+    ) -> None:
+        """Raises ModelError unless every tensor is there, in its shape, in a floating dtype, and no other.
 
-        Only headers are read, and only those of the files that hold these tensors.
+        Only headers are read, and only those of the files that hold the tensors of `shapes`.
         """
         missing = [name for name in shapes if self._stored_name(name) not in self._files]
         if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            for file in self.files:
+                for tensor in self._in_file(file).values():
+                    _refuse_codes(tensor)
             raise ModelError(
-                f"{self.directory}: the weights lack {shown}; `config.json` and the weights are not of one "
-                "model, or a part of it was not downloaded"
+                f"{self.directory}: the weights lack {_listed(missing)}; `config.json` and the weights are "
+                "not of one model, or a part of it was not downloaded"
             )
         for name, shape in shapes.items():
             self.stored(name, shape)
+        self._refuse_unread(known, ignored)
 
     def read(
         self,
@@ -80,8 +115,24 @@ class SafetensorsWeights:
         dtype: torch.dtype,
         rows: range | None = None,
     ) -> Tensor:
-        """The tensor `name` of `shape`, or consecutive rows of it, as a new tensor on `device` in `dtype`."""
-        return self.stored(name, shape).read(rows).to(device=device, dtype=dtype)
+        """The tensor `name` of `shape`, or consecutive rows of it, as a new tensor on `device` in `dtype`.
+
+        Raises:
+            ModelError: it cannot be read, or is not finite throughout.
+        """
+        place = self.stored(name, shape)
+        stored = place.read(rows)
+        tensor = stored.to(device=device, dtype=dtype)
+        if not is_finite(tensor):
+            if is_finite(stored):
+                problem, remedy = f"numbers beyond the range of {dtype}", "choose a wider compute dtype"
+            else:
+                problem, remedy = (
+                    "numbers that are not finite",
+                    "the model is damaged: fetch it again",
+                )
+            raise ModelError(f"{place.file}: {place.name} holds {problem}; {remedy}")
+        return tensor
 
     def equal(self, first: str, second: str, rows: Callable[[int], range] = range) -> bool:
         """Whether two tensors are the same, or one of them is not stored.
@@ -97,7 +148,9 @@ class SafetensorsWeights:
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
         compared = rows(one.shape[0])
-        return torch.equal(one.read(compared), other.read(compared))
+        first_bytes, second_bytes = (each.read(compared).view(torch.uint8) for each in (one, other))
+        # As bytes, in which NaN equals itself: what is not finite is refused as it is read.
+        return torch.equal(first_bytes, second_bytes)
 
     def digest(self, num_bytes: int) -> str:
         """sha256 over each tensor's name, dtype, shape, and first and last `num_bytes` bytes.
@@ -123,17 +176,33 @@ class SafetensorsWeights:
             raise ModelError(
                 f"{file}: lacks {stored_name}, though {WEIGHTS_INDEX_FILE} says it is here; {FETCH_AGAIN}"
             )
+        _refuse_codes(tensor)
+        if tensor.dtype not in DTYPES:
+            raise ModelError(
+                f"{file}: {stored_name} is stored as {tensor.dtype}; only {', '.join(DTYPES)} are read, so "
+                "convert it, or name a model that is stored in one of these"
+            )
         if shape is not None and tensor.shape != shape:
             raise ModelError(
                 f"{file}: {stored_name} has the shape {list(tensor.shape)}, but `config.json` asks for "
                 f"{list(shape)}; configuration and weights are not of one model"
             )
-        if tensor.dtype not in DTYPES:
-            raise ModelError(
-                f"{file}: {stored_name} is stored as {tensor.dtype}; only {', '.join(DTYPES)} are read, so "
-                "name the original, unquantised model"
-            )
         return tensor
+
+    def _refuse_unread(self, known: Collection[str], ignored: Iterable[str]) -> None:
+        for file, tensors in self._tensors.items():
+            if stray := sorted(tensors.keys() - self._files.keys()):
+                raise ModelError(
+                    f"{file}: holds {_listed(stray)}, which {WEIGHTS_INDEX_FILE} does not name; the index is "
+                    "of other files: fetch or save the model again"
+                )
+        allowed = re.compile("|".join([*COMPUTED_BUFFERS, *ignored]))
+        if unread := [name for name in self.names if name not in known and not allowed.search(name)]:
+            raise ModelError(
+                f"{self.directory}: the weights hold what `config.json` has no place for: {_listed(unread)}; "
+                f"without it this would be another model: mend {_settings_of(unread, known)} there or, if "
+                "the model needs none of it, remove it from the weights"
+            )
 
     def _in_file(self, file: Path) -> dict[str, StoredTensor]:
         if file not in self._tensors:
@@ -165,9 +234,11 @@ class HalvedTable:
     ) -> None:
         self._source, self._name, self._second, self._swap_rows = source, name, second, swap_rows
 
-    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+    def check(
+        self, shapes: Mapping[str, torch.Size], known: Collection[str], ignored: Iterable[str] = ()
+    ) -> None:
         """As `SafetensorsWeights.check`."""
-        self._source.check(shapes)
+        self._source.check(shapes, known, ignored)
 
     def read(self, name: str, *, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The tensor `name`, as a new tensor on `device` in `dtype`."""
@@ -205,7 +276,9 @@ class RandomWeights:
         self._seed, self._std, self._norm_weight = seed, std, norm_weight
         self._padding_rows = dict(padding_rows or {})
 
-    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+    def check(
+        self, shapes: Mapping[str, torch.Size], known: Collection[str], ignored: Iterable[str] = ()
+    ) -> None:
         """Every tensor can be drawn."""
 
     def read(self, name: str, *, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -226,6 +299,44 @@ class RandomWeights:
 def initializer_std(config: PreTrainedConfig) -> float:
     """Standard deviation of a new model's matrices."""
     return float(getattr(config, "initializer_range", None) or 0.02)
+
+
+def stored_dtype(directory: Path, config: PreTrainedConfig) -> torch.dtype:
+    """What the weights in `directory` are stored in: as the configuration says, or the first of them is."""
+    if config.dtype is not None:
+        return cast(torch.dtype, config.dtype)
+    weights = SafetensorsWeights(directory)
+    return DTYPES[weights.stored(weights.names[0]).dtype]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor is free of NaN and infinity."""
+    # Some thirty times faster than `isfinite`, and without a tensor of its size.
+    return all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
+
+
+def _refuse_codes(tensor: StoredTensor) -> None:
+    if tensor.dtype not in _DENSE_DTYPES:
+        raise ModelError(
+            f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}: the weights are stored quantised; "
+            f"{_REMEDY}"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _settings_of(unread: list[str], known: Collection[str]) -> str:
+    """Which keys of a configuration decide whether a model has tensors of such names."""
+    layer = re.compile(r".*\blayers\.\d+\.")
+    layers = {found[0] for name in known if (found := layer.match(name))}
+    keys = {
+        "attention_bias": any(re.search(r"attn\.\w+\.bias$", name) for name in unread),
+        "mlp_bias": any(re.search(r"mlp\.\w+\.bias$", name) for name in unread),
+        "num_hidden_layers": any((found := layer.match(name)) and found[0] not in layers for name in unread),
+    }
+    return ", ".join([f"`{key}`" for key, found in keys.items() if found] or ["`model_type`"])
 
 
 def _files_by_tensor(

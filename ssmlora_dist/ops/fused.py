@@ -8,7 +8,8 @@ An adapter on a frozen linear layer is three calls:
 
 Between forward and backward pass they hold x (the tensor itself: no copy, no cast), z and the state received;
 all else is worked out again. The delta is added into `base`, and the gradient through W_a into the one that
-the frozen layer sends to x: neither costs a tensor of its own. Compiled, both are left to the compiler.
+the frozen layer sends to x: neither costs a tensor of its own, unless somebody else holds what it would go
+into (`is_held`). Compiled, both are left to the compiler.
 
 Products with W_a and W_b run in the dtype of x, state arithmetic in float32 (float64 for float64). Gradients
 of gradients are not there. Shapes: B batch, S tokens, D in-features, O out-features, R rank.
@@ -17,6 +18,7 @@ of gradients are not there. Shapes: B batch, S tokens, D in-features, O out-feat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from ssmlora_dist.ops import operators  # noqa: F401 (registers torch.ops.ssmlora)
 from ssmlora_dist.ops.state_step import Recurrence
+
+# A view of what nobody else refers to: see `is_held`.
+_LONE_VIEW = torch.empty(1).view(1)
 
 
 def down_project(
@@ -54,9 +59,39 @@ def down_project(
     return through_BSD if x_BSD.requires_grad else x_BSD, z
 
 
-def add_lora(base_BSO: Tensor, z_BSR: Tensor, lora_B_OR: Tensor, scaling: float) -> Tensor:
-    """y = base + scaling z W_b [B,S,O], in place: `base` is lost."""
-    y_BSO: Tensor = _LoRADelta.apply(base_BSO, z_BSR, lora_B_OR, scaling)  # type: ignore[no-untyped-call]
+def is_held(tensor: Tensor, witness: object) -> bool:
+    """Whether anybody but the caller can see `tensor` change: a hook that has kept it, or a view of it.
+
+    Autograd asks the same of a gradient before it adds to it in place. Of how many references to an object
+    Python knows differs from version to version: those to `witness` tell how many are the caller's. To a
+    compiler, which decides itself what is done in place, every tensor is held.
+
+    Args:
+        tensor: what is to be changed in place.
+        witness: an object to which the caller alone refers, by as many names as to `tensor`.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    # What a view is of, it refers to itself.
+    base: Any = tensor._base
+    witness_of_base = _LONE_VIEW._base
+    is_view = base is not None
+    return (
+        getrefcount(tensor) > getrefcount(witness)
+        or tensor._use_count() > 1  # type: ignore[attr-defined]
+        or (is_view and (getrefcount(base) > getrefcount(witness_of_base) or base._use_count() > 2))
+        # One is that of the storage's own Python object.
+        or torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2 + is_view
+    )
+
+
+def add_lora(
+    base_BSO: Tensor, z_BSR: Tensor, lora_B_OR: Tensor, scaling: float, in_place: bool = True
+) -> Tensor:
+    """y = base + scaling z W_b [B,S,O]; `in_place`, `base` is lost."""
+    y_BSO: Tensor = _LoRADelta.apply(  # type: ignore[no-untyped-call]
+        base_BSO, z_BSR, lora_B_OR, scaling, in_place
+    )
     return y_BSO
 
 
@@ -69,11 +104,12 @@ def time_module(
     input_RR: Tensor,
     recurrence: Recurrence,
     seeds: Tensor | None = None,
+    in_place: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """What follows z in `reference.time_module`: y [B,S,O], in place of `base`, and the state handed on.
+    """What follows z in `reference.time_module`: y [B,S,O], and the state handed on.
 
     Args:
-        base_BSO: the frozen layer's output, in the dtype of x; lost.
+        base_BSO: the frozen layer's output, in the dtype of x.
         z_BSR: x W_a.
         h_prev_BSR: state received; detached, no gradient goes through it.
         lora_B_OR: W_b transposed.
@@ -81,12 +117,13 @@ def time_module(
         input_RR: W_d.
         recurrence: scaling, normalisation, carry and dropout.
         seeds: of the dropout, int64, one for each row [B]; None keeps everything.
+        in_place: y takes the place of `base`, which is lost.
 
     Returns:
         y, and n or h [B,S,R] in the dtype of `h_prev_BSR`.
     """
     y_BSO, carried_BSR = _TimeModule.apply(  # type: ignore[no-untyped-call]
-        base_BSO, z_BSR, h_prev_BSR, lora_B_OR, transition_RR, input_RR, recurrence, seeds
+        base_BSO, z_BSR, h_prev_BSR, lora_B_OR, transition_RR, input_RR, recurrence, seeds, in_place
     )
     return y_BSO, carried_BSR
 
@@ -105,6 +142,8 @@ class _DownProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_x: Tensor | None, *d_z: Tensor | None) -> tuple[Tensor | None, ...]:
         x, seeds, *weights = ctx.saved_tensors
+        # Each z has one reader, and that is ours: nobody else holds the gradient that comes back.
+        in_place = d_x is not None and d_z[0] is not None and not is_held(d_x, d_z[0])
         rank = weights[0].shape[0]
         d_zs = [x.new_zeros((*x.shape[:-1], rank)) if d is None else d for d in d_z]
         # Under autocast x may be wider than z.
@@ -114,7 +153,7 @@ class _DownProjection(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight = _stacked(weights).to(x.dtype)
             if d_x is not None and seeds is None:
-                d_x = _add_product(d_x.contiguous(), d_z_TR, weight)
+                d_x = _add_product(d_x.contiguous(), d_z_TR, weight, in_place=in_place)
             else:
                 own = _dropped(torch.mm(d_z_TR, weight).view(x.shape), seeds, ctx.drawing)
                 d_x = own if d_x is None else d_x + own
@@ -123,10 +162,10 @@ class _DownProjection(torch.autograd.Function):
 
 class _LoRADelta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, base: Tensor, z: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    def forward(ctx: Any, base: Tensor, z: Tensor, lora_B: Tensor, scaling: float, in_place: bool) -> Tensor:
         ctx.scaling = scaling
         ctx.save_for_backward(z, lora_B)
-        return _add_product(base, _rows(z), lora_B.to(z.dtype).t(), scaling)
+        return _add_product(base, _rows(z), lora_B.to(z.dtype).t(), scaling, in_place=in_place)
 
     @staticmethod
     @once_differentiable
@@ -134,7 +173,7 @@ class _LoRADelta(torch.autograd.Function):
         z, lora_B = ctx.saved_tensors
         d_u = torch.mm(_rows(d_y), lora_B.to(z.dtype)).mul_(ctx.scaling)
         d_B = _product(_rows(d_y).t(), _rows(z) * ctx.scaling, lora_B.dtype)
-        return d_y, d_u.view(z.shape), d_B, None
+        return d_y, d_u.view(z.shape), d_B, None, None
 
 
 class _TimeModule(torch.autograd.Function):
@@ -149,12 +188,13 @@ class _TimeModule(torch.autograd.Function):
         input: Tensor,
         recurrence: Recurrence,
         seeds: Tensor | None,
+        in_place: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.recurrence = recurrence
         ctx.save_for_backward(z, h_prev, lora_B, transition, input, seeds)
         u, carried = torch.ops.ssmlora.state_forward(z, h_prev, transition, input, seeds, *recurrence)
-        return _add_product(base, _rows(u), lora_B.to(z.dtype).t()), carried
+        return _add_product(base, _rows(u), lora_B.to(z.dtype).t(), in_place=in_place), carried
 
     @staticmethod
     @once_differentiable
@@ -168,7 +208,7 @@ class _TimeModule(torch.autograd.Function):
         )
         d_B = _product(_rows(d_y).t(), _rows(u), lora_B.dtype)
         d_h_prev = d_h_prev if ctx.needs_input_grad[2] else None
-        return d_y, d_z, d_h_prev, d_B, d_transition, d_input, None, None
+        return d_y, d_z, d_h_prev, d_B, d_transition, d_input, None, None, None
 
 
 def _projections(
@@ -178,10 +218,12 @@ def _projections(
     return z.split(weights[0].shape[0], -1)
 
 
-def _add_product(target: Tensor, left_TR: Tensor, right_RO: Tensor, scaling: float = 1.0) -> Tensor:
-    """target + scaling left right, in place unless a compiler is to see to that."""
+def _add_product(
+    target: Tensor, left_TR: Tensor, right_RO: Tensor, scaling: float = 1.0, *, in_place: bool
+) -> Tensor:
+    """target + scaling left right; `in_place` unless a compiler is to see to that."""
     rows = target.view(-1, target.shape[-1])
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not in_place:
         return torch.addmm(rows, left_TR, right_RO, alpha=scaling).view(target.shape)
     rows.addmm_(left_TR, right_RO, alpha=scaling)
     return target

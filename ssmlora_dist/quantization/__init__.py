@@ -7,6 +7,7 @@ from ssmlora_dist.quantization.linear import (
     is_quantized,
     keep_weights_of_recompute,
     quantize_linear,
+    stored_as,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "is_quantized",
     "keep_weights_of_recompute",
     "quantize_linear",
+    "stored_as",
 ]

@@ -276,6 +276,15 @@ def is_quantized(layer: nn.Module) -> bool:
     return isinstance(layer, QuantizedLinear)
 
 
+def stored_as(layer: nn.Module) -> dict[str, Any]:
+    """How a linear layer, ours or bitsandbytes' own, stores its weight: `quantization` and what it needs."""
+    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    if state is not None:
+        return {"quantization": state.quant_type, "double_quantization": state.nested}
+    in_8_bits = isinstance(layer, Linear8bit) or layer.weight.dtype == torch.int8
+    return {"quantization": "int8" if in_8_bits else "none"}
+
+
 def dequantized_weight(layer: nn.Linear) -> Tensor:
     """The weight [O,D] that `layer` multiplies with: a new tensor if it is quantised, else its own."""
     if isinstance(layer, QuantizedLinear):

@@ -21,14 +21,14 @@ from ssmlora_dist.tracking import is_installed
 
 
 def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) -> str:
-    """The resolved configuration and what follows from it, as text.
+    """The resolved configuration and what follows from it, as text; `warn` is told what a run would be.
 
     Raises:
         SSMLoRAError: whatever would stop the run before the weights are read.
     """
     check_tracking(config, warn)
     check_model(config)
-    train, validation = build_data(config, build_tokenizer(config.model))
+    train, validation = build_data(config, build_tokenizer(config.model, warn))
     model = meta_model(config)
     trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable

@@ -84,7 +84,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
     tracker = tracker_of(config, group, console, continuation)
     check_model(config)
-    tokenizer = build_tokenizer(config.model)
+    tokenizer = build_tokenizer(config.model, console.warn)
     place = place_of(config, group)
     data = RunData(config, tokenizer, group, place, continuation)
     tasks = TasksInTraining(config, tokenizer, group)
@@ -244,7 +244,8 @@ class _Run:
             memory = -self.group.max([-usable_memory_bytes(self.group)])[0]
             plan = plan_stages(self.config, self.data.sample, self.place, MEMORY_SHARE * memory)
             self.console.message(plan.table)
-        built = build_engine(self.config, self.group, self.place, plan, self.continuation.checkpoint)
+        checkpoint, warn = self.continuation.checkpoint, self.console.warn
+        built = build_engine(self.config, self.group, self.place, plan, checkpoint, warn)
         self.engine = built.engine
         self.shape = DecoderShape.of(built.model_config)
         self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size

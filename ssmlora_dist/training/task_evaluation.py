@@ -21,6 +21,7 @@ from ssmlora_dist.config.build import (
     check_model,
     check_tracking,
     meta_model,
+    shapes_of,
 )
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.tasks import build_tasks, output_directory
@@ -30,7 +31,7 @@ from ssmlora_dist.evaluation.item_rows import RESULTS_FILE, Row
 from ssmlora_dist.evaluation.items import FailedItem, Task
 from ssmlora_dist.evaluation.report import build_reports, draw, markdown_table, metrics_of, plain
 from ssmlora_dist.evaluation.runner import run
-from ssmlora_dist.models import load_config
+from ssmlora_dist.models import max_positions
 from ssmlora_dist.tracking import (
     Console,
     ProgressBar,
@@ -78,13 +79,13 @@ def run_evaluation(
         SSMLoRAError: bad input, before the backbone is loaded where that is possible.
     """
     group.on_main(lambda: check_tracking(config, console.warn))
-    check_model(config)
-    tokenizer = build_tokenizer(config.model)
+    check_model(config, for_training=False)
+    tokenizer = build_tokenizer(config.model, console.warn)
     tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
     directory = out or output_directory(config, adapter)
     fingerprint: str = group.on_main(lambda: build_fingerprint(config))
     # What is wrong with it shows before the base model has answered everything.
-    adapted = "" if adapter is None else _check_adapter(config, adapter, fingerprint)
+    adapted = "" if adapter is None else _check_adapter(config, adapter, fingerprint, console.warn)
     model = build_backbone(config, group.device)
     rows: dict[str, Sequence[Row]] = {}
 
@@ -94,6 +95,7 @@ def run_evaluation(
             model,
             tokenizer,
             max_batch_tokens=config.evaluation.max_batch_tokens,
+            max_length=max_positions(model.config),
             directory=directory / name,
             digests=dict.fromkeys((task.name for task in tasks), _digest(config, fingerprint, adapted)),
             rank=group.rank,
@@ -139,6 +141,7 @@ class TasksInTraining:
             model,
             self._tokenizer,
             max_batch_tokens=self._max_batch_tokens,
+            max_length=max_positions(model.config),
             rank=self._group.rank,
             size=self._group.world_size,
             gather=self._group.gather,
@@ -148,22 +151,23 @@ class TasksInTraining:
 
 def describe_tasks(
     config: RunConfig,
-    warn: Callable[[str], object],
     names: Sequence[str] = (),
     lengths: Sequence[int] = (),
     adapter: Path | None = None,
+    *,
+    warn: Callable[[str], object],
 ) -> str:
-    """How many items every task has, for `--dry-run`; makes them all.
+    """How many items every task has, for `--dry-run`; makes them all. `warn` is told what a run would be.
 
     Raises:
         SSMLoRAError: whatever would stop the evaluation before the weights are read.
     """
     check_tracking(config, warn)
-    check_model(config)
+    check_model(config, for_training=False)
     if adapter is not None:
-        _check_adapter(config, adapter, build_fingerprint(config))
+        _check_adapter(config, adapter, build_fingerprint(config), warn)
     lines = []
-    for task in build_tasks(config, build_tokenizer(config.model), names, lengths):
+    for task in build_tasks(config, build_tokenizer(config.model, warn), names, lengths):
         items = list(task.items())
         failed = [item for item in items if isinstance(item, FailedItem)]
         lines.append(f"{task.name}: {len(items) - len(failed)} items, {len(failed)} that cannot be used")
@@ -176,17 +180,28 @@ def _with_items(tasks: Sequence[Task]) -> list[Task]:
     return [replace(task, items=partial(iter, list(task.items()))) for task in tasks]
 
 
-def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str) -> str:
+def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str, warn: Callable[[str], object]) -> str:
     """What of an adapter decides answers, once it has been loaded on a model without storage.
+
+    An adapter may be answered with on another precision than it was trained on; `warn` is told.
 
     Raises:
         AdapterError: it cannot be read, or belongs to another base model.
     """
-    section = config.model
-    shapes = load_config(section.path, config=section.config, revision=section.revision)
-    saved = read_adapter(adapter, num_layers=shapes.num_hidden_layers)
+    saved = read_adapter(adapter, num_layers=shapes_of(config.model).num_hidden_layers)
     model = meta_model(config.model_copy(update={"adapter": saved.config}))
     load_adapter(model, adapter, base_fingerprint=fingerprint)
+    settings = backbone_settings(config)
+    keys = ["quantization", "compute_dtype"]
+    if saved.base.get("quantization") == settings["quantization"] in ("nf4", "fp4"):
+        keys.append("double_quantization")
+    differing = [
+        f"{key} {saved.base.get(key, 'that is not recorded')}, here {settings[key]}"
+        for key in keys
+        if saved.base.get(key) != settings[key]
+    ]
+    if differing:
+        warn(f"{adapter}: was trained on {'; '.join(differing)}: scores may differ from those in training")
     weights = hashlib.sha256((adapter / WEIGHTS_FILE).read_bytes()).hexdigest()
     return json.dumps([weights, saved.config.model_dump(mode="json")])
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -197,10 +198,12 @@ def build_engine(
     place: Place,
     plan: StagePlan | None,
     checkpoint: Checkpoint | None = None,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> BuiltEngine:
     """Loads this rank's part of the backbone, adapts it and hands it to the topology's engine.
 
-    With a checkpoint, parameters and optimiser are as they were in it.
+    With a checkpoint, parameters and optimiser are as they were in it. `warn` is told of logits that
+    cannot be made in chunks.
 
     Raises:
         CheckpointError: its tensors do not fit.
@@ -244,6 +247,7 @@ def build_engine(
     engine: TopologyEngine
     if stage is None:
         module = CausalLMLoss(model, training.loss_chunk_size)
+        uses_own_logits = module.uses_own_logits
         engine = DataParallelEngine(
             module, parameters, optimizer, engine_config, group, training.max_grad_norm
         )
@@ -251,8 +255,10 @@ def build_engine(
         # Imported here, as it imports deepspeed.
         from ssmlora_dist.distributed.pipeline import PipelineParallelEngine
 
+        pipeline_stage = PipelineStage(model, stage, training.loss_chunk_size, num_ahead)
+        uses_own_logits = pipeline_stage.loss is not None and pipeline_stage.loss.uses_own_logits
         engine = PipelineParallelEngine(
-            PipelineStage(model, stage, training.loss_chunk_size, num_ahead),
+            pipeline_stage,
             getattr(torch, config.model.compute_dtype),
             place.num_stages,
             parameters,
@@ -264,6 +270,11 @@ def build_engine(
         )
     if checkpoint is not None:
         engine.restore(Moments(checkpoint.progress["num_updates"], checkpoint.moments))
+    if group.max([float(uses_own_logits)])[0]:
+        warn(
+            f"{model.config.model_type} models do more to their logits than the output head: they are taken "
+            "as the model makes them, all of a micro-batch at once, whatever training.loss_chunk_size is"
+        )
     return BuiltEngine(engine, model.config, num_trainable)
 
 

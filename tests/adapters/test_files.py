@@ -294,3 +294,91 @@ def test_features_that_are_named_and_not_used_are_no_obstacle(
 def test_rank_stabilised_scaling_is_carried_over(peft_directory: Callable[..., Path]) -> None:
     config = read_adapter(peft_directory(EVERYWHERE, use_rslora=True), NUM_LAYERS).config
     assert config.scaling == pytest.approx(4 / 2**0.5)
+
+
+def rename_keys(directory: Path, rename: Callable[[str], str]) -> None:
+    tensors = {rename(key): tensor.clone() for key, tensor in load_file(directory / WEIGHTS).items()}
+    save_file(tensors, directory / WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["default", "my_adapter"])
+def test_keys_with_the_name_of_the_adapter_are_read(peft_directory: Callable[..., Path], name: str) -> None:
+    directory = peft_directory(EVERYWHERE)
+    expected = read_adapter(directory, NUM_LAYERS)
+    rename_keys(directory, lambda key: key.replace(".weight", f".{name}.weight"))
+    found = read_adapter(directory, NUM_LAYERS)
+    assert found.config == expected.config
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found.tensors[key], expected.tensors[key]) for key in expected.tensors)
+
+
+def test_several_adapters_in_one_file_are_refused(peft_directory: Callable[..., Path]) -> None:
+    directory = peft_directory(EVERYWHERE)
+    tensors = load_file(directory / WEIGHTS)
+    both = {
+        key.replace(".weight", f".{name}.weight"): t.clone() for name in "xy" for key, t in tensors.items()
+    }
+    save_file(both, directory / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: holds several adapters: x, y; "):
+        read_adapter(directory, NUM_LAYERS)
+
+
+def add_tensor(directory: Path, name: str, tensor: Tensor) -> Path:
+    save_file(load_file(directory / WEIGHTS) | {name: tensor}, directory / WEIGHTS)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("base_model.model.lm_head.lora_A.weight", "an adapter of lm_head, which is no linear layer of a"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "an adapter of model.embed_tokens, which"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A.default", "an adapter of model.embed_tokens,"),
+        ("base_model.model.model.norm.weight", "model.norm.weight, which is no part of an adapter"),
+        (
+            "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+            "q_proj.base_layer.weight, which is no part of an adapter",
+        ),
+    ],
+)
+def test_what_is_adapted_outside_of_decoder_layers_is_named(
+    peft_directory: Callable[..., Path], name: str, message: str
+) -> None:
+    directory = add_tensor(peft_directory(EVERYWHERE), name, torch.zeros(2, 6))
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(directory, NUM_LAYERS)
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(0), r"q_proj\.lora_B\.weight is empty.*ZeRO 3"),
+        (torch.full((6, 2), torch.nan), r"q_proj\.lora_B\.weight holds numbers that are not finite"),
+    ],
+)
+def test_tensors_that_say_nothing(
+    tensor: Tensor, message: str, ours: bool, peft_directory: Callable[..., Path]
+) -> None:
+    directory = peft_directory(EVERYWHERE)
+    if ours:
+        lora = AdapterConfig(method="lora", rank=2, alternate=(), every_layer=("q_proj",))
+        write_adapter(directory, lora, lora_tensors(EVERYWHERE))
+    add_tensor(directory, f"base_model.model.{Q_PROJ}", tensor)
+    with pytest.raises(AdapterError, match=rf"adapter_model\.safetensors: .*{message}"):
+        read_adapter(directory, NUM_LAYERS)
+
+
+def test_sharded_parameters_are_not_saved(tmp_path: Path) -> None:
+    tensors = lora_tensors(ALTERNATING) | {Q_PROJ: torch.zeros(0)}
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_B\.weight is empty.*ZeRO 3"):
+        write_adapter(tmp_path / "adapter", LORA, tensors)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_revision_that_peft_records_is_that_of_the_base(peft_directory: Callable[..., Path]) -> None:
+    directory = peft_directory(EVERYWHERE, base_model_name_or_path="org/base", revision="v2")
+    assert read_base(directory) == {"path": "org/base", "revision": "v2"}

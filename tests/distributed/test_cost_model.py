@@ -84,8 +84,9 @@ def counted_flops(model: Any, checkpointing: bool) -> tuple[int, int]:
     input_ids = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) % model.config.vocab_size
     labels = torch.full_like(input_ids, -100)
     labels[:, -SUPERVISED:] = input_ids[:, -SUPERVISED:]
+    module = CausalLMLoss(model, CHUNK)
     with FlopCounterMode(display=False, custom_mapping=FLOPS_OF_ADAPTERS) as counter:
-        loss = CausalLMLoss(model, CHUNK)(input_ids=input_ids, labels=labels)
+        loss = module(input_ids=input_ids, labels=labels)
         forward = counter.get_total_flops()
         loss.backward()
     return forward, counter.get_total_flops() - forward

@@ -131,13 +131,14 @@ def test_one_item_s_error_is_a_row_of_its_own(model: Any, tokenizer: Any) -> Non
         ChoiceItem("empty", "x", ("", " b"), 0),
         ChoiceItem("none", None, (" a", " b"), 0),  # type: ignore[arg-type]
     ]
-    rows = runner.run([task_of("t", items, score)], model, tokenizer, max_batch_tokens=BUDGET)
+    task = task_of("t", items, score)
+    rows = runner.run([task], model, tokenizer, max_batch_tokens=BUDGET, max_length=64)
     errors = {row["id"]: row["error"] for row in rows if "error" in row}
     assert errors == {
         "c1": "KeyError: 'label'",
         "c2": "ValueError: scores are not finite: {'acc': nan}",
         "long": (
-            "the prompt and its longest choice are 71 tokens; the model takes 64 (max_position_embeddings): "
+            "the prompt and its longest choice are 71 tokens; the model takes 64: "
             "shorten the item or choose a model that takes more"
         ),
         "empty": "the choice '' adds no token to the prompt; give it a text",

@@ -129,6 +129,21 @@ BAD: dict[str, Case] = {
     "tokenizer-missing": overriding(
         "model.tokenizer=model", says=("model.tokenizer: no tokenizer can be read from model", 'or "bytes"')
     ),
+    "tokenizer-of-more-tokens": overriding(
+        "model.tokenizer=more_tokens",
+        says=("model.tokenizer: the tokenizer of more_tokens has ids up to 259", "259 rows", "<|im_start|>"),
+    ),
+    "tokenizer-of-more-tokens-in-a-dry-run": Case(
+        ("--config", CONFIG_FILE, "--dry-run", "--set", "model.tokenizer=more_tokens"),
+        ("model.tokenizer: the tokenizer of more_tokens has ids up to 259", "name the model's own tokenizer"),
+    ),
+    "rows-longer-than-positions": overriding(
+        "data.max_length=257", says=("data.max_length: 257 given; allowed: at most 256", "lower it")
+    ),
+    "rows-longer-than-positions-in-a-dry-run": Case(
+        ("--config", CONFIG_FILE, "--dry-run", "--set", "data.max_length=257"),
+        ("data.max_length: 257 given; allowed: at most 256", "rope_parameters"),
+    ),
     # The data
     "file-missing": training_on(
         "row.jsonl", says=("data.train.path: row.jsonl: no such file", "nearest: rows.jsonl")

@@ -93,7 +93,7 @@ def prepare(directory: Path) -> None:
         ("rescaled/adapter", 1, AdapterConfig(rank=2, alpha=8), fingerprints[0]),
         ("foreign/adapter", 1, ADAPTER, fingerprints[1]),
     ):
-        model = load_model(init="random", config=MODEL, quantization="none", compute_dtype=torch.float32)
+        model = load_model(init="random", config=MODEL, quantization="nf4", compute_dtype=torch.float32)
         add_adapters(model, config)
         randomize_adapters(model, seed)
         save_adapter(model, directory / name, base_fingerprint=fingerprint)

@@ -105,3 +105,5 @@ def _models(directory: Path) -> None:
     tokenizer = load_tokenizer("bytes")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(directory / "no_chat_template")
+    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    tokenizer.save_pretrained(directory / "more_tokens")

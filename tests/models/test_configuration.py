@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ssmlora_dist.errors import ModelError
-from ssmlora_dist.models import FAMILIES, load_config
+from ssmlora_dist.models import FAMILIES, load_config, max_positions
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -83,3 +83,52 @@ def test_quantised_checkpoints_are_refused(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="stored quantised; name the original model"):
         load_config(str(tmp_path))
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions", "expected"),
+    [
+        ({}, 128, 128),
+        ({"rope_type": "default"}, 128, 128),
+        # The positions are those before scaling.
+        ({"rope_type": "linear", "factor": 2.0}, 128, 256),
+        ({"type": "linear", "factor": 2.5}, 128, 320),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128, 256),
+        (YARN, 128, 512),
+        (YARN | {"original_max_position_embeddings": 128}, 128, 512),
+        # They are those after scaling.
+        (YARN | {"original_max_position_embeddings": 32}, 128, 128),
+        (LLAMA3 | {"original_max_position_embeddings": 8}, 128, 128),
+        (LLAMA3 | {"original_max_position_embeddings": 32}, 32, 256),
+        (LONGROPE | {"original_max_position_embeddings": 32}, 128, 128),
+        (LONGROPE | {"original_max_position_embeddings": 32, "factor": 8.0}, 32, 256),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_the_positions_of_a_model(
+    rope: dict[str, Any], positions: int, expected: int, tiny_config: Callable[..., dict[str, Any]]
+) -> None:
+    values = tiny_config("llama", max_position_embeddings=positions)
+    assert max_positions(load_config(config=values | ({"rope_scaling": rope} if rope else {}))) == expected
+
+
+def test_positions_that_differ_by_layer_and_none_at_all() -> None:
+    from transformers import AutoConfig
+
+    by_layer = AutoConfig.for_model("gemma3_text", max_position_embeddings=128)
+    by_layer.rope_parameters = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert max_positions(by_layer) == 128
+    assert max_positions(AutoConfig.for_model("mamba")) is None
+
+
+def test_a_padding_token_that_the_model_does_not_have(tiny_config: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(ModelError, match=r"`pad_token_id` is 67, .*`vocab_size` 67"):
+        load_config(config=tiny_config("llama", pad_token_id=67))

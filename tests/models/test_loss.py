@@ -8,11 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssmlora_dist.models import load_config
+from ssmlora_dist.models.loading import build_skeleton
 from ssmlora_dist.models.loss import IGNORED_LABEL, CausalLMLoss, Scores, checkpoint_layers
-from tests.tiny import FAMILY_NAMES, VOCAB_SIZE, adapted_model, layers_of, token_ids
+from tests.tiny import (
+    FAMILY_NAMES,
+    VOCAB_SIZE,
+    adapted_model,
+    layers_of,
+    tiny_config,
+    tiny_model,
+    token_ids,
+)
 
 SEED = 17
 # Float32: sums of some twenty losses of order 5, and their gradients, in another order.
@@ -212,3 +222,110 @@ def test_layers_are_checkpointed_in_training_only() -> None:
     assert set(calls.values()) == {1}
     module.train()(**batch()).backward()
     assert set(calls.values()) == {1 + 2}
+
+
+def scaled_forward(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model of a family multiplies its logits by 3 from now on."""
+    owner = type(tiny_model(model_type, num_layers=1))
+    forward = owner.forward
+
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = 3 * output.logits
+        return output
+
+    monkeypatch.setattr(owner, "forward", scaled)
+
+
+def scale_one_forward(model: Any) -> None:
+    forward = model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits / 3
+        return output
+
+    model.forward = scaled
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def scale_the_head(model: Any) -> None:
+    model.lm_head.__class__ = ScaledLinear
+
+
+def hook_the_head(model: Any) -> None:
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: output - output.mean(-1, True).exp())
+
+
+def assert_loss_is_the_models_own(model: Any, module: CausalLMLoss) -> None:
+    inputs = batch()
+    total = module(**inputs)
+    seen = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    logits, targets = model(**seen, use_cache=False).logits[:, :-1], inputs["labels"][:, 1:]
+    expected = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="sum")
+    torch.testing.assert_close(total, expected, rtol=LOSS_TOLERANCE, atol=0)
+    assert_near(gradients(total, model), gradients(expected, model))
+    scores = module(scored=inputs["labels"] != IGNORED_LABEL, **inputs)
+    torch.testing.assert_close(scores.loss_sums.sum(), total, rtol=LOSS_TOLERANCE, atol=0)
+    assert scores.num_targets.tolist() == NUM_TARGETS
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_a_family_that_does_more_to_its_logits(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = adapted_model(model_type)
+    assert not CausalLMLoss(plain, chunk_size=4).uses_own_logits
+    scaled_forward(model_type, monkeypatch)
+    model = adapted_model(model_type)
+    module = CausalLMLoss(model, chunk_size=4)
+    assert module.uses_own_logits
+    assert_loss_is_the_models_own(model, module)
+
+
+@pytest.mark.parametrize("change", [scale_one_forward, scale_the_head, hook_the_head])
+def test_a_model_that_does_more_to_its_logits(change: Callable[[Any], None]) -> None:
+    model = adapted_model()
+    change(model)
+    module = CausalLMLoss(model, chunk_size=4)
+    assert module.uses_own_logits
+    assert_loss_is_the_models_own(model, module)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scale"), [("granite", {"logits_scaling": 4.0}), ("cohere2", {"logit_scale": 0.25})]
+)
+def test_families_that_scale_their_logits(model_type: str, scale: dict[str, float]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(SEED)
+    for changes, uses_own_logits in ((scale, True), (dict.fromkeys(scale, 1.0), False)):
+        config = AutoConfig.for_model(**tiny_config(model_type, num_layers=2, layer_types=None, **changes))
+        model = AutoModelForCausalLM.from_config(config).eval()
+        model.get_input_embeddings().requires_grad_(model.config.tie_word_embeddings)
+        module = CausalLMLoss(model, chunk_size=4)
+        assert module.uses_own_logits == uses_own_logits
+        assert_loss_is_the_models_own(model, module)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_the_comparison_of_heads_leaves_no_trace(model_type: str) -> None:
+    """Neither in random numbers nor in the model, of which it needs no weight."""
+    config = load_config(config=tiny_config(model_type))
+    model = build_skeleton(config, torch.bfloat16, "eager", torch.device("cpu"))
+    modules, random = dict(model.named_modules()), torch.get_rng_state()
+    assert not CausalLMLoss(model, chunk_size=4).uses_own_logits
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_own_logits_without_targets() -> None:
+    model = adapted_model()
+    scale_one_forward(model)
+    inputs = batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], IGNORED_LABEL)
+    total = CausalLMLoss(model, chunk_size=4)(**inputs)
+    assert total == 0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(total, model).values())

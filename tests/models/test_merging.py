@@ -302,3 +302,16 @@ def test_a_merged_model_takes_an_adapter_again(adapter: Path, tmp_path: Path) ->
     merge_adapter(adapter, tmp_path / "merged")
     model = load_model(str(tmp_path / "merged"), quantization="none", compute_dtype=torch.float32)
     assert not torch.equal(logits(load_adapter(model, adapter)), logits(loaded(tmp_path / "merged")))
+
+
+def test_a_merged_weight_beyond_the_range_of_its_dtype(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base", dtype=torch.float16)
+    model = adapted(base, dtype=torch.float16)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.down_proj.lora_B.weight").fill_(1e6)
+    adapter_of(model, tmp_path / "adapter")
+    with pytest.raises(
+        AdapterError, match=r"layers\.1\.mlp\.down_proj\.weight: .*not finite in torch\.float16"
+    ):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", str(base))
+    assert not (tmp_path / "out").exists()

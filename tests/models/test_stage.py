@@ -43,6 +43,25 @@ def received_by(stage: PipelineStage) -> Tensor | None:
     return torch.randn(2, 12, stage.boundary_width, generator=generator).requires_grad_()
 
 
+def test_the_last_stage_takes_the_models_own_logits_where_its_head_does_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner = type(tiny_model(num_layers=1))
+    forward = owner.forward
+
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = 3 * output.logits
+        return output
+
+    plain = stage_of(0, NUM_LAYERS, None)(None, labels=INPUT_IDS, **INPUTS)
+    monkeypatch.setattr(owner, "forward", scaled)
+    whole, first, last = (stage_of(*place, None) for place in ((0, NUM_LAYERS), (0, 2), (2, NUM_LAYERS)))
+    expected = whole(None, labels=INPUT_IDS, **INPUTS)
+    assert abs(expected - plain) > 1
+    assert torch.equal(last(first(None, labels=INPUT_IDS, **INPUTS), labels=INPUT_IDS, **INPUTS), expected)
+
+
 @pytest.mark.parametrize("num_ahead", [None, 0, 1, 2, 3, 4])
 @pytest.mark.parametrize(("first", "stop"), [(0, 3), (1, 4)])
 def test_two_pieces_compute_what_one_does(first: int, stop: int, num_ahead: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,58 @@ def test_bytes_chat_template() -> None:
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     assert text.startswith(prompt)
     assert tokenizer.eos_token_id in tokenizer(text)["input_ids"]
+
+
+def save_bpe(directory: Path, *added: str, **special_tokens: str) -> None:
+    """The tokenizer of bytes with more tokens, the first of which gets the id 259."""
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    for role, token in special_tokens.items():
+        setattr(tokenizer, role, token)
+    tokenizer.save_pretrained(directory)
+
+
+def test_a_padding_token_beyond_the_embedding_is_replaced_and_that_is_said(tmp_path: Path) -> None:
+    save_bpe(tmp_path, "[PAD]", pad_token="[PAD]")
+    warnings: list[str] = []
+    tokenizer = load_tokenizer(str(tmp_path), num_embeddings=259, warn=warnings.append)
+    assert (tokenizer.pad_token_id, max(tokenizer.get_vocab().values())) == (257, 258)
+    # Spelled in a text it is text.
+    assert tokenizer("a[PAD]")["input_ids"] == list(b"a[PAD]")
+    assert tokenizer(["ab", "c"], padding=True)["input_ids"] == [[97, 98], [99, 257]]
+    assert warnings == [
+        f"model.tokenizer: the padding token '[PAD]' of {tmp_path} has the id 259, and the model's embedding "
+        "259 rows; padded with '<|eos|>' instead"
+    ]
+    kept = load_tokenizer(str(tmp_path), num_embeddings=260, warn=warnings.append)
+    assert (kept.pad_token_id, kept("[PAD]")["input_ids"], len(warnings)) == (259, [259], 1)
+
+
+@pytest.mark.parametrize(
+    ("added", "special_tokens"),
+    [
+        (("<|im_start|>",), {}),
+        (("[PAD]", "<|im_start|>"), {"pad_token": "[PAD]"}),
+        (("<|end|>",), {"eos_token": "<|end|>"}),
+        (("<|end|>",), {"eos_token": "<|end|>", "pad_token": "<|end|>"}),
+        (("<|begin|>",), {"bos_token": "<|begin|>"}),
+    ],
+)
+def test_other_tokens_beyond_the_embedding_are_refused(
+    added: tuple[str, ...], special_tokens: dict[str, str], tmp_path: Path
+) -> None:
+    save_bpe(tmp_path, *added, **special_tokens)
+    with pytest.raises(ModelError, match=rf"model\.tokenizer: .*259 rows.*{re.escape(added[-1])}"):
+        load_tokenizer(str(tmp_path), num_embeddings=259)
+
+
+def test_a_vocabulary_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    save_word_tokenizer(tmp_path, eos_token="</s>")
+    with pytest.raises(
+        ModelError, match=r"ids up to 3, .* 3 rows.*lacks 'b' \(3\); name the model's own tokenizer"
+    ):
+        load_tokenizer(str(tmp_path), num_embeddings=3)
+    save_word_tokenizer(tmp_path, eos_token="</s>", pad_token="b")
+    with pytest.raises(ModelError, match=r"'b' \(3\)"):
+        load_tokenizer(str(tmp_path), num_embeddings=3)
+    assert len(load_tokenizer(str(tmp_path), num_embeddings=4)) == 4
