@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from ssmlora_dist.config.arguments import build_parser, run_command
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.ranks import read_place
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     add("--out", type=Path, metavar="DIR", help="by default beside the adapter, or beside the run")
     add("--no-base", action="store_true", help="do not evaluate the base model beside the adapter")
     arguments = parser.parse_args()
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = read_place().is_main
     quiet_libraries(arguments.log_level, is_main)
     if arguments.adapter is not None and not arguments.adapter.is_dir():
         raise DataError(f"--adapter {arguments.adapter}: no such directory; name that of an adapter")

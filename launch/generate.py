@@ -103,4 +103,4 @@ def _retrieval(tokenizer: Any, length: int) -> tuple[list[int], str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, alone=True))

@@ -107,4 +107,4 @@ def _check(arguments: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, alone=True))

@@ -94,4 +94,4 @@ def convert(gguf: Path, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, alone=True))

@@ -27,6 +27,7 @@ def main() -> int:
     from ssmlora_dist.sweep.execute import Place, run_sweep
     from ssmlora_dist.sweep.plan import plan_sweep, standing
     from ssmlora_dist.sweep.process import visible_devices
+    from ssmlora_dist.sweep.recording import check_stores
     from ssmlora_dist.sweep.table import counts, outcome_table, plan_text
 
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -34,6 +35,8 @@ def main() -> int:
     plan = plan_sweep(arguments.config, devices=devices)
     num_cpus = len(os.sched_getaffinity(0))
     place = Place(devices, num_cpus, Path(__file__).resolve().parent)
+    for store in check_stores(plan, lambda text: print(f"warning: {text}", file=sys.stderr)):
+        print(f"MLflow: {store}")
     if arguments.dry_run:
         todo = standing(plan, plan.directory.read_rows(), retry_failed=arguments.retry_failed)
         print(plan_text(plan, todo, place.points_at_once(plan)))
@@ -48,4 +51,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, alone=True))

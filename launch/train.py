@@ -1,6 +1,6 @@
 """Trains an adapter: `deepspeed launch/train.py --config configs/llama_ssmlora.json`.
 
-Also runs under torchrun and plain python.
+Also runs under torchrun, srun and plain python.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from ssmlora_dist.config.arguments import build_parser, run_command
+from ssmlora_dist.ranks import read_place
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
@@ -25,8 +26,8 @@ def main() -> None:
         "directory (default: %(default)s)",
     )
     arguments = parser.parse_args()
-    is_main = os.environ.get("RANK", "0") == "0"
-    quiet_libraries(arguments.log_level, is_main)
+    place = read_place()
+    quiet_libraries(arguments.log_level, place.is_main)
 
     import torch
 
@@ -36,19 +37,15 @@ def main() -> None:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(arguments.config, arguments.overrides, device_type=device_type)
 
-    from ssmlora_dist.distributed.process_group import (
-        start_process_group,
-        stop_process_group,
-        world_size_from_environment,
-    )
+    from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group
     from ssmlora_dist.tracking import Console
 
-    console = Console(enabled=is_main)
+    console = Console(enabled=place.is_main)
     if arguments.dry_run:
         from ssmlora_dist.training.describe import describe
 
         config = config.with_auto_dtype(machine_dtype(device_type))
-        console.message(describe(config, world_size_from_environment(), console.warn))
+        console.message(describe(config, place.world_size, console.warn))
         return
 
     from ssmlora_dist.training.run import run_training
@@ -56,7 +53,7 @@ def main() -> None:
     group = start_process_group(
         config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug")
     )
-    quiet_libraries(arguments.log_level, is_main)
+    quiet_libraries(arguments.log_level, place.is_main)
     try:
         run_training(config, group, console, arguments.resume)
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+LONGEST_LINE = 900
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
 EXIT_TRAINING_FAILED = 3
@@ -37,7 +38,7 @@ class ConfigError(SSMLoRAError):
     """
 
     def __init__(self, problems: Sequence[str], source: str = "configuration") -> None:
-        self.problems, self.source = list(problems), source
+        self.problems, self.source = [_one_line(problem) for problem in problems], _one_line(source)
         count = len(self.problems)
         heading = f"{source}: {count} problem{'s' if count != 1 else ''}"
         super().__init__("\n".join([heading, *(f"  {problem}" for problem in self.problems)]))
@@ -45,6 +46,14 @@ class ConfigError(SSMLoRAError):
     def __reduce__(self) -> tuple[Any, ...]:
         # Sent from rank to rank.
         return type(self), (self.problems, self.source)
+
+
+def _one_line(text: str) -> str:
+    """`text` as one line that can be shown, with what somebody may have put into a name or value."""
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    # The place stands at the beginning, the remedy at the end.
+    half = LONGEST_LINE // 2
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 class DataError(SSMLoRAError):

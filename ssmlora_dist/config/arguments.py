@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, SSMLoRAError
+from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, SSMLoRAError
+from ssmlora_dist.ranks import Place, read_place
 from ssmlora_dist.signals import StopRequested, raising
 
 EXIT_INTERRUPTED = 130
@@ -24,7 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """An argument parser that names its usage on one rank only."""
 
     def error(self, message: str) -> NoReturn:
-        if _rank() != "0":
+        if _place().rank != 0:
             time.sleep(SECONDS_FOR_RANK_0)
             sys.exit(EXIT_BAD_INPUT)
         super().error(message)
@@ -75,33 +76,46 @@ def build_adapter_parser(description: str) -> ArgumentParser:
     return parser
 
 
-def run_command(main: Callable[[], int | None]) -> int:
+def run_command(main: Callable[[], int | None], *, alone: bool = False) -> int:
     """Runs a script's `main` and gives the exit code: `sys.exit(run_command(main))`.
 
     An error that the user can mend is shown without traceback, by rank 0: as a rule every rank meets it, and
     the launcher ends those that wait. One that is still there after a while met it alone, and shows it. A
     signal that the script does not heed by itself ends it with 128 and the signal's number. Any other
     exception passes through with its traceback (exit code 1).
+
+    Args:
+        main: of the script.
+        alone: whether the script does its work in one process, of which several would do the same.
     """
     try:
+        if alone and (number := _place().world_size) > 1:
+            problem = (
+                f"{number} processes were started; allowed: one; start it with plain python, or `srun -n 1`"
+            )
+            raise ConfigError([problem], source=Path(sys.argv[0]).name)
         with raising():
             return main() or EXIT_DONE
     except SSMLoRAError as error:
         place = ""
-        if _rank() != "0":
+        if _place().rank != 0:
             if error.met_by_all:
                 return error.exit_code
             time.sleep(SECONDS_FOR_RANK_0)
-            place = f" on rank {_rank()}"
+            place = f" on rank {_place().rank}"
         print(f"{error.label}{place}: {error}", file=sys.stderr)
         return error.exit_code
     except StopRequested as request:
-        if _rank() == "0":
+        if _place().rank == 0:
             print(f"stopped: by {signal.Signals(request.signum).name}", file=sys.stderr)
         return 128 + request.signum
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
 
-def _rank() -> str:
-    return os.environ.get("RANK", "0")
+def _place() -> Place:
+    try:
+        return read_place()
+    except ConfigError:
+        # Whoever does not know who it is speaks.
+        return Place()

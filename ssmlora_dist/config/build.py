@@ -35,6 +35,7 @@ from ssmlora_dist.models import (
 from ssmlora_dist.models.location import locate_base
 from ssmlora_dist.models.stage import StageLayers
 from ssmlora_dist.tokenization import end_token_ids
+from ssmlora_dist.tracking import Store, check_store, choose_store
 
 ENDINGS = ("end_token_ids", "stop_texts")
 """What is recorded with an adapter beside how to load its base model, see `TextEncoder.endings`."""
@@ -67,6 +68,24 @@ def check_model(config: RunConfig, *, for_training: bool = True) -> None:
     family = require_supported(model_config.model_type)
     for projection in config.adapter.targets:
         projection_path(family, projection)
+
+
+def build_store(config: RunConfig) -> Store | None:
+    """Where the run is recorded besides its directory; None: nowhere."""
+    tracking = config.tracking
+    if tracking.tracker == "none":
+        return None
+    return choose_store(config.run.output_dir, tracking.uri, tracking.experiment)
+
+
+def check_tracking(config: RunConfig, warn: Callable[[str], object]) -> None:
+    """Finds what is wrong with the tracker's store and experiment, before any long work.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if (store := build_store(config)) is not None:
+        check_store(store, warn)
 
 
 def shapes_of(section: ModelSection) -> PreTrainedConfig:

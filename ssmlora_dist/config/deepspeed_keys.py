@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ssmlora_dist.config.problems import nearest, shown
+from ssmlora_dist.config.problems import nearest
+from ssmlora_dist.config.shown import shown
 
 DECIDED_BY = {
     "train_batch_size": "training.global_batch_size",

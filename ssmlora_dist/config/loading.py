@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from ssmlora_dist.config.problems import Doubtful, Problem, describe, dotted, nearest, shown
+from ssmlora_dist.config.problems import Doubtful, Problem, describe, dotted, nearest
 from ssmlora_dist.config.rules import rule_problems
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.shown import shown
 from ssmlora_dist.config.topology import topology_problems
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.precision import machine_dtype
+from ssmlora_dist.ranks import read_place
+
+# More of either is a slip, and more than what reads them can take.
+DEEPEST, MOST_DIGITS = 50, 100
+_TOO_DEEP = f"more than {DEEPEST} lists or objects inside each other; take some out"
 
 # What stands in for a required field that is missing or wrong, so that the rest can still be judged.
 _STAND_INS: dict[tuple[str, ...], Any] = {
@@ -46,7 +51,7 @@ def load_config(
     Args:
         path: the JSON file.
         overrides: `a.b=value` each; the value is JSON, or else taken as text.
-        world_size: number of ranks; by default the launcher's `WORLD_SIZE`, or 1.
+        world_size: number of ranks; by default as many as were started.
         device_type: `cuda` or `cpu`, where the run will compute; None leaves the rules about it, and about a
             compute dtype that is "auto", unjudged.
         check_files: whether the files and directories that the configuration names must exist.
@@ -68,7 +73,7 @@ def load_config(
     lines += rule_problems(config, doubtful, check_files=check_files, for_training=for_training)
     lines += topology_problems(
         config if device_type is None else config.with_auto_dtype(machine_dtype(device_type)),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size,
+        world_size=read_place().world_size if world_size is None else world_size,
         device_type=device_type,
         flash_attention_installed=importlib.util.find_spec("flash_attn") is not None,
         doubtful=doubtful,
@@ -109,7 +114,7 @@ def read_json(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         )
         raise ConfigError([problem], source=f"{path}:{error.lineno}:{error.colno}") from None
     except ValueError as error:
-        raise ConfigError([f"not JSON: {error}; write finite numbers"], source=str(path)) from None
+        raise ConfigError([f"not JSON: {error}"], source=str(path)) from None
     if not isinstance(data, dict):
         problem = f"{shown(data)} given; allowed: one JSON object with sections; put it into {{ }}"
         raise ConfigError([problem], source=str(path))
@@ -122,7 +127,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]
     for override in overrides:
         name, equals, text = override.partition("=")
         parts = name.strip().split(".")
-        if not equals or not all(parts):
+        if not equals or not all(parts) or len(parts) > DEEPEST:
             lines.append(
                 f"--set {override}: not of the form section.key=value, such as training.max_steps=100"
             )
@@ -160,9 +165,27 @@ def _parse(text: str, repeated: list[tuple[dict[str, Any], str]] | None = None) 
         return collected
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a number that JSON has")
+        raise ValueError(f"{constant} is not a number that JSON has; write finite numbers")
 
-    return json.loads(text, object_pairs_hook=collect, parse_constant=refuse)
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            raise ValueError(f"a number of {len(digits)} digits; write at most {MOST_DIGITS}")
+        return int(digits)
+
+    try:
+        value = json.loads(text, object_pairs_hook=collect, parse_constant=refuse, parse_int=whole)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for holder in level if isinstance(holder, dict | list) for inner in _values(holder)]
+    if level:
+        raise ValueError(_TOO_DEEP)
+    return value
+
+
+def _values(holder: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, dict) else holder
 
 
 def _twice(data: Any, holder: dict[str, Any], key: str) -> str:

@@ -17,11 +17,11 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.shown import shown
 
 Place = tuple[str | int, ...]
 Node = dict[str, Any]
 
-SHOWN_CHARACTERS = 60
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _TYPE_NAMES = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
 
@@ -66,12 +66,6 @@ def describe(errors: Iterable[ErrorDetails], data: Node) -> list[Problem]:
 def dotted(place: Sequence[str | int]) -> str:
     """`("data", "train", "path", 0)` as `data.train.path.0`."""
     return ".".join(str(part) for part in place)
-
-
-def shown(value: Any) -> str:
-    """`value` as JSON, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
 
 
 def close_to(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
@@ -264,7 +258,7 @@ def _unquoted(text: str, kinds: set[Any]) -> str | None:
     """`text` as the number or truth value that it spells, when one is allowed."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if isinstance(value, bool):
         return json.dumps(value) if "boolean" in kinds else None

@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ssmlora_dist.config.problems import dotted, field_places, shown
+from ssmlora_dist.config.problems import dotted, field_places
 from ssmlora_dist.config.schema import RetrievalSection, RunConfig
+from ssmlora_dist.config.shown import shown
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssmlora_dist.config.deepspeed_keys import deepspeed_problems
-from ssmlora_dist.config.problems import NONE_DOUBTFUL, Doubtful, did_you_mean, nearest, shown
+from ssmlora_dist.config.paths import refusal
+from ssmlora_dist.config.problems import NONE_DOUBTFUL, Doubtful, did_you_mean, nearest
 from ssmlora_dist.config.schema import RetrievalSection, RunConfig, SourceSection
+from ssmlora_dist.config.shown import shown
 from ssmlora_dist.config.task_rules import task_problems
 from ssmlora_dist.errors import DataError
 
@@ -52,6 +54,7 @@ def rule_problems(
         lines += _streaming(place, source, config, doubtful)
         lines += _retrieval(place, source, config.data.max_length, doubtful)
     if check_files:
+        lines += _run_directory(config, doubtful)
         lines += _model_files(config)
     if check_files and for_training:
         for place, source in _sources(config):
@@ -279,13 +282,32 @@ def _each(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names or ()
 
 
+def _run_directory(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+    if not doubtful.clear_of("run.name", "run.output_dir"):
+        return
+    output_dir, name = config.run.output_dir, config.run.name
+    reason = refusal(output_dir)
+    if reason is not None:
+        yield (f"run.output_dir: {shown(str(output_dir))} given; {reason}; name another directory")
+    elif (reason := refusal(output_dir / name)) is not None:
+        yield f"run.name: {shown(name)} given; {reason} as a directory; change it"
+    else:
+        parents = (output_dir, *output_dir.absolute().parents)
+        there = next(parent for parent in parents if parent.exists())
+        if not there.is_dir():
+            given = shown(str(output_dir))
+            yield f"run.output_dir: {given} given; {shown(str(there))} is a file; name a directory"
+
+
 def _model_files(config: RunConfig) -> Iterator[str]:
     for key in ("path", "tokenizer"):
         name = getattr(config.model, key)
         if name is None or (key == "tokenizer" and name == "bytes"):
             continue
-        path = Path(name).expanduser()
-        if path.is_file():
+        path = Path(name)
+        if (reason := refusal(path)) is not None:
+            yield f"model.{key}: {shown(name)} given; {reason}; name another directory"
+        elif path.is_file():
             yield f"model.{key}: {shown(name)} is a file; needed: a directory; name the one that holds it"
         elif not path.exists() and _looks_like_path(name):
             yield (

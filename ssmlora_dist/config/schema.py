@@ -10,13 +10,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ssmlora_dist.adapters.config import AdapterConfig
+from ssmlora_dist.config.paths import expanded
 from ssmlora_dist.precision import DTypeName
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Names = NonEmpty | Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
+UserPath = Annotated[NonEmpty, AfterValidator(expanded)]
+"""A file, directory or glob; a leading `~` is a home directory."""
+UserPaths = UserPath | Annotated[tuple[UserPath, ...], Field(min_length=1)]
+UserDirectory = Annotated[Path, AfterValidator(lambda path: Path(expanded(str(path))))]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Length = Annotated[int, Field(ge=64)]
@@ -41,7 +46,7 @@ class RunSection(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
     """Name of the run and of its directory: letters, digits, `_`, `-` and (not first) `.`."""
-    output_dir: Path = Path("runs")
+    output_dir: UserDirectory = Path("runs")
     """Directory that holds the run directories, relative to the working directory."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of initialisation, data order, generated data and dropout."""
@@ -50,7 +55,7 @@ class RunSection(Section):
 class ModelSection(Section):
     """The backbone, whose weights stay frozen."""
 
-    path: NonEmpty | None = None
+    path: UserPath | None = None
     """Directory or hub name of the model; with `init: "random"` only its shapes are read."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` loads the weights; `random` draws them from the seed, for tests and speed."""
@@ -58,7 +63,7 @@ class ModelSection(Section):
     """Bare transformers configuration with `model_type`, in place of `path`; needs `init: "random"`."""
     revision: NonEmpty | None = None
     """Branch, tag or commit of a hub model."""
-    tokenizer: NonEmpty | None = None
+    tokenizer: UserPath | None = None
     """Directory, hub name or the built-in `bytes` (one token per byte); by default that of `path`."""
     compute_dtype: Literal["auto"] | DTypeName = "auto"
     """Dtype of activations, unquantised layers and arithmetic; `auto`: the fastest that the device has."""
@@ -95,7 +100,7 @@ class SourceSection(Section):
 
     format: Literal["instruction", "chat", "text", "multiple_choice", "long_document_qa", "retrieval"]
     """What the records are; `retrieval` is generated and needs no records."""
-    path: Names | None = None
+    path: UserPaths | None = None
     """One or more files or globs, relative to the working directory: .jsonl, .parquet or .txt."""
     hub: NonEmpty | None = None
     """Name of a data set for the `datasets` library, in place of `path`."""
@@ -218,9 +223,9 @@ class TaskSection(Section):
     """Tokens of prompt and answer together, for generated tasks; by default 1024."""
     depths: Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = None
     """Places of the fact in generated tasks, 0 the start and 1 the end, each used in turn."""
-    background: Names | None = None
+    background: UserPaths | None = None
     """Text files in which generated tasks hide their facts; by default Python's language reference."""
-    path: Names | None = None
+    path: UserPaths | None = None
     """Files of records, as in `data`; of the `babilong` tasks the bAbI file."""
     hub: NonEmpty | None = None
     """Name of a data set for the `datasets` library; by default that of the published task."""
@@ -267,9 +272,9 @@ class TrackingSection(Section):
     tracker: Literal["mlflow", "none"] = "mlflow"
     """`mlflow`, or `none` for the run directory's files alone."""
     uri: NonEmpty | None = None
-    """MLflow tracking URI; null: a sqlite file."""
-    experiment: NonEmpty = "ssmlora_dist"
-    """MLflow experiment."""
+    """MLflow tracking URI; null: that in MLFLOW_TRACKING_URI, else a sqlite file in `run.output_dir`."""
+    experiment: NonEmpty | None = None
+    """MLflow experiment; null: that in MLFLOW_EXPERIMENT_ID or _NAME, else `ssmlora_dist`."""
     tags: dict[NonEmpty, str] = {}
     """Tags of the run in MLflow, beside versions and git commit."""
     every_steps: int = Field(default=1, ge=1)

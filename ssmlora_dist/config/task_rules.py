@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssmlora_dist.config.problems import Doubtful, did_you_mean, shown
+from ssmlora_dist.config.paths import refusal
+from ssmlora_dist.config.problems import Doubtful, did_you_mean
 from ssmlora_dist.config.schema import RunConfig, TaskSection
+from ssmlora_dist.config.shown import shown
 from ssmlora_dist.errors import DataError
 
 # Of files, metrics and cells of a table.
@@ -85,7 +87,9 @@ def _task(place: str, section: TaskSection, check_files: bool) -> Iterator[str]:
         for name in (names,) if isinstance(names, str) else names or ():
             if key == "path" and section.task in BABILONG:
                 # Of any suffix.
-                if not Path(name).is_file():
+                if (reason := refusal(name)) is not None:
+                    yield f"{place}.path: {shown(name)} given; {reason}; name another file"
+                elif not Path(name).is_file():
                     yield f"{place}.path: {name}: no such file; name the bAbI file with its questions"
                 continue
             try:

@@ -64,10 +64,16 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for pattern in patterns:
         # A name that exists wins over its reading as a glob: brackets are common in file names.
-        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        if not found:
+        try:
+            found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
             parent = Path(pattern).parent
-            siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+            siblings = [entry.name for entry in parent.iterdir()] if not found and parent.is_dir() else []
+        except OSError as error:
+            raise DataError(
+                f"{pattern}: cannot be looked for ({error.strerror}); name another file, or mend its access "
+                "rights"
+            ) from None
+        if not found:
             near = nearest_name(Path(pattern).name, siblings)
             raise DataError(
                 f"{pattern}: no such file{near}; paths are taken from the directory of the command"

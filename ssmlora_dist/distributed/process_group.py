@@ -23,7 +23,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from ssmlora_dist.distributed.liveness import Peer, PeerWatch, meet
-from ssmlora_dist.errors import SSMLoRAError, TrainingError
+from ssmlora_dist.errors import ConfigError, SSMLoRAError, TrainingError
+from ssmlora_dist.ranks import VARIABLES, Place, read_place
 
 LONGEST_SILENCE_SECONDS = 60.0
 
@@ -40,7 +41,7 @@ class ProcessGroup:
     Attributes:
         rank: index of this process.
         world_size: number of processes.
-        local_rank: index of this process on its node; the index of its GPU.
+        local_rank: index of this process on its node; of its GPU too, unless it sees that one alone.
         device: where this process computes.
         watch: of the other ranks; None where there are none, or where they cannot be watched.
     """
@@ -109,13 +110,8 @@ class ProcessGroup:
             self.watch.note_checkpoint(path)
 
 
-def world_size_from_environment() -> int:
-    """Number of processes that the launcher has started: 1 under plain python."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessGroup:
-    """Joins the processes started by the DeepSpeed launcher, torchrun, or a plain python command.
+    """Joins the processes started by the DeepSpeed launcher, torchrun or srun, or a plain python command.
 
     From here to `stop_process_group` the ranks watch each other (`liveness.PeerWatch`).
 
@@ -125,18 +121,24 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
         verbose: shows what DeepSpeed says while it starts.
 
     Raises:
+        ConfigError: the environment does not say who this process is.
         TrainingError: when the processes cannot find each other.
     """
     import deepspeed
 
     global _host
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    place = read_place()
+    values = (place.rank, place.world_size, place.local_rank)
+    meeting = (place.address, place.port) if place.address else ("127.0.0.1", _free_port())
+    # Where torch and DeepSpeed look.
+    os.environ.update(zip(VARIABLES, map(str, (*values, *meeting)), strict=True))
+    os.environ["LOCAL_WORLD_SIZE"] = str(place.local_world_size)
     cuda = torch.cuda.is_available()
+    device = (
+        torch.device("cuda", _device_index(place, torch.cuda.device_count())) if cuda else torch.device("cpu")
+    )
     if cuda:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(device)
     # DeepSpeed would compile shared-memory collectives for CPUs at the first run: a minute, and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_seconds)
@@ -148,8 +150,7 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
             f"the processes of this run could not connect ({error}); check that MASTER_ADDR and MASTER_PORT "
             "are reachable and that no other run uses the port (deepspeed --master_port N)"
         ) from error
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    group = ProcessGroup(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    group = ProcessGroup(dist.get_rank(), dist.get_world_size(), place.local_rank, device)
     return replace(group, watch=_start_watch(group, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2)))
 
 
@@ -186,6 +187,23 @@ def _start_watch(group: ProcessGroup, silence_seconds: float) -> PeerWatch | Non
     speaks = group.rank <= 1 or group.local_rank == 0
     _watch = PeerWatch(group.rank, peers, silence_seconds, speaks)
     return _watch
+
+
+def _device_index(place: Place, num_devices: int) -> int:
+    """The GPU of a process: by its number on the node, or the one that a scheduler has left it.
+
+    Raises:
+        ConfigError: the node has fewer GPUs than processes.
+    """
+    if num_devices == 1:
+        return 0
+    if place.local_rank >= num_devices:
+        problem = (
+            f"LOCAL_RANK: {place.local_rank} given; allowed: below {num_devices}, the number of GPUs that "
+            "this process sees; start as many processes on a node as it has GPUs"
+        )
+        raise ConfigError([problem], source="environment")
+    return place.local_rank
 
 
 def _free_port() -> int:

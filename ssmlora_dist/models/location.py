@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,16 @@ def locate(path: str, revision: str | None = None, *, weights: bool, place: str 
     Raises:
         ModelError: there is no such directory or model, it is gated, or the hub cannot be reached.
     """
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    if directory.exists():
+    directory = Path(os.path.expanduser(path))
+    try:
+        if directory.is_dir():
+            return directory
+        is_file = directory.exists()
+    except OSError as error:
+        raise ModelError(
+            f"{place}: the system refuses {path} ({error.strerror}); name another directory"
+        ) from None
+    if is_file:
         raise ModelError(f"{place}: {path} is a file; name the directory that holds the model")
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise ModelError(

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssmlora_dist.config.problems import nearest, shown
+from ssmlora_dist.config.problems import nearest
+from ssmlora_dist.config.shown import shown
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.sweep.cases import LENGTH_KEYS
 from ssmlora_dist.sweep.schema import SweepConfig

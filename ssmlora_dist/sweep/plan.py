@@ -16,7 +16,7 @@ from ssmlora_dist.sweep.digest import digest_of
 from ssmlora_dist.sweep.expansion import RANKS_KEY, Point, expand
 from ssmlora_dist.sweep.schema import SweepConfig, load_sweep
 from ssmlora_dist.sweep.state import FINAL, Row, SweepDirectory
-from ssmlora_dist.tracking import store_uri
+from ssmlora_dist.tracking import choose_store
 
 SHOWN_POINTS = 3
 
@@ -113,8 +113,9 @@ def _load(sweep: SweepConfig, point: Point, directory: SweepDirectory, device_ty
         world_size=point.ranks,
         device_type=device_type,
     )
-    uri = store_uri(sweep.output_dir, config.tracking.uri)
-    tracking = config.tracking.model_copy(update={"uri": uri})
+    tracking = config.tracking
+    if (store := choose_store(sweep.output_dir, tracking.uri)).uri_from == "run.output_dir":
+        tracking = tracking.model_copy(update={"uri": store.uri})
     config = config.model_copy(update={"schema_": None, "tracking": tracking})
     # Here, as a point that has an outcome is not run again unless it would compute something else.
     return config.with_auto_dtype(machine_dtype(device_type))

@@ -14,10 +14,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ssmlora_dist.durable import explained
+from ssmlora_dist.ranks import OF_A_RANK
 
 # In the environment of everything that a sweep starts: its directory.
 MARK = "SSMLORA_SWEEP"
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Over the time that a run takes to save: for launchers, libraries and trackers to end.
 EXTRA_GRACE_SECONDS = 60.0
 _PAUSE_SECONDS = 0.1
@@ -40,7 +40,7 @@ def command(script: Path, arguments: Sequence[str], *, ranks: int, port: int, on
 
 def environment(directory: Path, variables: Mapping[str, str | None]) -> dict[str, str]:
     """This process's environment, without what would make a rank of the child; None removes a variable."""
-    changes = {**dict.fromkeys(_RANK_VARIABLES), MARK: str(directory.resolve()), **variables}
+    changes = {**dict.fromkeys(OF_A_RANK), MARK: str(directory.resolve()), **variables}
     kept = {name: value for name, value in os.environ.items() if name not in changes}
     return kept | {name: value for name, value in changes.items() if value is not None}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from ssmlora_dist.config.build import build_store
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.sweep.plan import Plan, PlannedPoint
 from ssmlora_dist.sweep.state import Begun, Outcome, Row
@@ -12,6 +13,7 @@ from ssmlora_dist.tracking import (
     NullTracker,
     RunStatus,
     Tracker,
+    check_store,
     environment_record,
     flat_parameters,
     mlflow_tracker,
@@ -26,6 +28,18 @@ _STATUS: dict[Outcome, RunStatus] = {
     "stopped": "KILLED",
     "not_run": "KILLED",
 }
+
+
+def check_stores(plan: Plan, warn: Callable[[str], object]) -> list[str]:
+    """The stores and experiments that points are to be recorded in, after a look at each.
+
+    Raises:
+        ConfigError: nothing can be recorded there.
+    """
+    stores = {str(store): store for one in plan.points if (store := build_store(one.config)) is not None}
+    for store in stores.values():
+        check_store(store, warn)
+    return list(stores)
 
 
 class Recorder:
@@ -135,11 +149,11 @@ class Recorder:
             self._begun.write()
 
     def _tracker(self, name: str, config: RunConfig, run_id: str | None) -> Tracker:
-        tracking, output_dir = config.tracking, self._plan.sweep.output_dir
-        if tracking.tracker == "none":
+        store = build_store(config)
+        if store is None:
             return NullTracker()
 
         def warn(text: str) -> None:
             self._warn(f"{name}: {text}")
 
-        return mlflow_tracker(output_dir, tracking.uri, tracking.experiment, warn, run_id)
+        return mlflow_tracker(store, warn, run_id)

@@ -13,8 +13,9 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from ssmlora_dist.config.loading import read_json
-from ssmlora_dist.config.problems import dotted, nearest, place_of, shown
-from ssmlora_dist.config.schema import LARGEST_SEED, NonEmpty, Section
+from ssmlora_dist.config.problems import dotted, nearest, place_of
+from ssmlora_dist.config.schema import LARGEST_SEED, NonEmpty, Section, UserDirectory, UserPath
+from ssmlora_dist.config.shown import shown
 from ssmlora_dist.durable import write_text
 from ssmlora_dist.errors import ConfigError
 
@@ -53,9 +54,9 @@ class SweepConfig(Section):
     """Path of the JSON schema, for editors."""
     name: str = Field(pattern=NAME_PATTERN)
     """Name of the sweep and of its directory: letters, digits, `_`, `-` and (not first) `.`."""
-    output_dir: Path = Path("sweeps")
+    output_dir: UserDirectory = Path("sweeps")
     """Directory that holds the sweep directories, relative to the working directory."""
-    base: NonEmpty
+    base: UserPath
     """Path of the run configuration that every point starts from, relative to the working directory."""
     overrides: Overrides = Field(default={})
     """Values by dotted key that all points share."""
@@ -112,6 +113,8 @@ def _line(place: str, error: ErrorDetails) -> str:
         )
     if error["type"] == "missing":
         return f'{place}: missing; add "{key}" {f"to {section}" if section else "at the top level"}'
+    if error["type"] == "value_error":
+        return f"{place}: {error['ctx']['error']}"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
     return f"{place}: {shown(error['input'])} given; allowed: {wanted}; write a value that is allowed"
 

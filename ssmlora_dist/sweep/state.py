@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from ssmlora_dist.config.problems import dotted, shown
+from ssmlora_dist.config.problems import dotted
+from ssmlora_dist.config.shown import shown
 from ssmlora_dist.durable import explained, sync, write_text
 from ssmlora_dist.errors import CheckpointError, DataError
 

@@ -31,8 +31,7 @@ _OTHERWISE = "or begin anew under another run.name"
 def tokenizer_of(
     config: RunConfig, group: ProcessGroup, continuation: Continuation, warn: Callable[[str], object]
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
-    """The tokenizer, whose chat templates print the date of the run's first start, and its contents; `warn` as of
-    `build_tokenizer`.
+    """The tokenizer, whose chat templates print the date of the run's first start, and its contents.
 
     Raises:
         ModelError: there is none.

@@ -6,11 +6,19 @@ import json
 from collections.abc import Callable
 
 from ssmlora_dist.adapters.injection import adapter_parameters
-from ssmlora_dist.config.build import build_data, build_tokenizer, check_model, meta_model
+from ssmlora_dist.config.build import (
+    build_data,
+    build_store,
+    build_tokenizer,
+    check_model,
+    check_tracking,
+    meta_model,
+)
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import Dataset, ExampleStream
 from ssmlora_dist.tokenization import TextEncoder
+from ssmlora_dist.tracking import is_installed
 from ssmlora_dist.training.contents import pinned, revisions
 from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.data import account_lines
@@ -22,6 +30,7 @@ def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) 
     Raises:
         SSMLoRAError: whatever would stop the run before the weights are read.
     """
+    check_tracking(config, warn)
     check_model(config)
     tokenizer = build_tokenizer(config.model, warn)
     as_of_now = pinned(config, revisions(config, Continuation()))
@@ -45,6 +54,8 @@ def describe(config: RunConfig, world_size: int, warn: Callable[[str], object]) 
         lines.append(f"warning      {doubt}")
     if validation is not None:
         lines += _source_lines("validation", validation)
+    if (store := build_store(config)) is not None:
+        lines.append(f"tracking     {store if is_installed() else 'none: MLflow is not installed'}")
     return "\n".join(lines)
 
 

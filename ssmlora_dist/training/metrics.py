@@ -9,6 +9,7 @@ import sys
 import torch
 
 from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.ranks import read_place
 
 GIB = 2**30
 # Dense bf16 tensor-core peaks by device name, TFLOP/s, from the makers' data sheets.
@@ -27,10 +28,7 @@ def usable_memory_bytes(group: ProcessGroup) -> float:
     """What is free on this rank's GPU; on a CPU its share of the host's memory."""
     if group.device.type == "cuda":
         return float(torch.cuda.mem_get_info(group.device)[0])
-    ranks_on_host = int(
-        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or group.world_size
-    )
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_on_host
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / read_place().local_world_size
 
 
 def peak_memory_gib(group: ProcessGroup) -> list[float]:

@@ -7,11 +7,12 @@ import os
 from dataclasses import asdict
 from typing import Any
 
+from ssmlora_dist.config.build import build_store
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.evaluation.teacher_forced import OVERALL, Score
-from ssmlora_dist.tracking import BeforeAfter, Console, NullTracker, Tracker, mlflow_tracker
+from ssmlora_dist.tracking import BeforeAfter, Console, NullTracker, Tracker, check_store, mlflow_tracker
 from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.loop import StepRecord
 from ssmlora_dist.training.metrics import peak_tflops
@@ -98,15 +99,22 @@ def environment_tags(environment: dict[str, Any]) -> dict[str, str]:
 def tracker_of(
     config: RunConfig, group: ProcessGroup, console: Console, continuation: Continuation
 ) -> Tracker:
-    """Rank 0's tracker; none on the other ranks.
+    """Rank 0's tracker; none on the other ranks. Every rank calls it.
 
     It goes on with the run that is continued in place, or else with that in MLflow's own variable
     MLFLOW_RUN_ID, by which whoever starts this process says which run it is.
+
+    Raises:
+        ConfigError: nothing can be recorded there.
     """
-    if config.tracking.tracker == "none" or not group.is_main:
+    store = build_store(config)
+    if store is None:
         return NullTracker()
+    group.on_main(lambda: check_store(store, console.warn))
+    if not group.is_main:
+        return NullTracker()
+    console.message(f"MLflow: {store}")
     checkpoint = continuation.checkpoint if continuation.in_place else None
     continued = checkpoint.progress["tracker_run_id"] if checkpoint else None
     run_id = continued or os.environ.get("MLFLOW_RUN_ID")
-    tracking = config.tracking
-    return mlflow_tracker(config.run.output_dir, tracking.uri, tracking.experiment, console.warn, run_id)
+    return mlflow_tracker(store, console.warn, run_id)

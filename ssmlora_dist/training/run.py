@@ -15,7 +15,7 @@ from torch import Tensor
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
-from ssmlora_dist.config.build import backbone_settings, check_model
+from ssmlora_dist.config.build import backbone_settings, build_store, check_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup
@@ -31,7 +31,6 @@ from ssmlora_dist.tracking import (
     environment_record,
     flat_parameters,
     plot_curves,
-    store_uri,
 )
 from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 from ssmlora_dist.training.contents import tokenizer_of
@@ -87,6 +86,7 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     directory = RunDirectory(config.run.output_dir / config.run.name)
     continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
     config = settle_compute_dtype(config, group, console, kept=continuation.compute_dtype)
+    tracker = tracker_of(config, group, console, continuation)
     check_settings(continuation, config)
     check_model(config)
     tokenizer, contents = tokenizer_of(config, group, continuation, console.warn)
@@ -94,7 +94,6 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     data = RunData(config, tokenizer, group, place, continuation, console.warn)
     contents |= data.contents
     tasks = TasksInTraining(config, tokenizer, group, data.endings)
-    tracker = tracker_of(config, group, console, continuation)
     parts = (tracker, directory, continuation, tokenizer, contents, place, data, tasks)
     run = _Run(config, group, console, *parts)
     if run.is_complete():
@@ -146,6 +145,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
         self.num_steps = self.data.num_steps
+        self.store = build_store(self.config)
         checkpoint = self.continuation.checkpoint
         progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
         self.totals = Totals(**progress["totals"])
@@ -242,6 +242,7 @@ class _Run:
                 "validation": asdict(self.data.validation.report) if self.data.validation else None,
                 "revisions": self.contents["revisions"],
             },
+            "tracking": self.store.record() if self.store else None,
             "environment": environment_record(),
         }
         if self.group.is_main:
@@ -396,8 +397,7 @@ class _Run:
             self.tracker.log_directory(self.directory.adapter, "adapter")
         self.tracker.log_directory(self.directory.plots, "plots")
         self.tracker.log_artifact(self.directory.summary_file)
-        tracking = self.config.tracking
-        uri = store_uri(self.config.run.output_dir, tracking.uri) if tracking.tracker == "mlflow" else None
         if before and after:
             self.console.print_before_after(before_and_after(before, after))
+        uri = self.store.uri if self.store else None
         self.console.print_where_to_look(self.directory.path, self.directory.adapter, uri)

@@ -17,8 +17,10 @@ from ssmlora_dist.config.build import (
     backbone_settings,
     build_backbone,
     build_fingerprint,
+    build_store,
     build_tokenizer,
     check_model,
+    check_tracking,
     meta_model,
     set_endings,
     shapes_of,
@@ -35,6 +37,7 @@ from ssmlora_dist.models import max_positions, tokenizer_digests
 from ssmlora_dist.tracking import (
     Console,
     ProgressBar,
+    Store,
     environment_record,
     flat_parameters,
     mlflow_tracker,
@@ -80,6 +83,7 @@ def run_evaluation(
     """
     kept = None if adapter is None else read_base(adapter).get("compute_dtype")
     config = settle_compute_dtype(config, group, console, kept=kept, for_training=False)
+    group.on_main(lambda: check_tracking(config, console.warn))
     check_model(config, for_training=False)
     tokenizer = build_tokenizer(config.model, console.warn)
     tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
@@ -182,6 +186,7 @@ def describe_tasks(
     Raises:
         SSMLoRAError: whatever would stop the evaluation before the weights are read.
     """
+    check_tracking(config, warn)
     check_model(config, for_training=False)
     if adapter is not None:
         _check_adapter(config, adapter, build_fingerprint(config), warn)
@@ -268,9 +273,12 @@ def _report(
         _warn_of_failures(console, task.name, rows)
     reports = build_reports(tasks, rows)
     table = markdown_table(reports)
+    store = build_store(config)
+    recorded = store.record() if store is not None else None
     summary = {
         "tasks": plain(reports),
         "compute_dtype": config.model.compute_dtype,
+        "tracking": recorded,
         "environment": environment_record(),
     }
     with explained(directory, "choose another --out"):
@@ -280,8 +288,8 @@ def _report(
     console.message(table)
     files = [directory / SUMMARY_FILE, directory / TABLE_FILE, *plots]
     files += [directory / model / RESULTS_FILE for model in rows]
-    if config.tracking.tracker == "mlflow":
-        _track(config, console, metrics_of(reports), directory, files)
+    if store is not None:
+        _track(config, store, console, metrics_of(reports), directory, files)
     drawn = f", {PLOTS}/" if plots else ""
     console.message(f"{directory}: {SUMMARY_FILE}, {TABLE_FILE}{drawn} and every item's row")
 
@@ -299,13 +307,18 @@ def _warn_of_failures(console: Console, task: str, rows: Mapping[str, Sequence[R
 
 
 def _track(
-    config: RunConfig, console: Console, metrics: Mapping[str, float], directory: Path, files: Sequence[Path]
+    config: RunConfig,
+    store: Store,
+    console: Console,
+    metrics: Mapping[str, float],
+    directory: Path,
+    files: Sequence[Path],
 ) -> None:
     """A run of its own, once all is there: an evaluation that is cut short and goes on is one run."""
-    tracking, environment = config.tracking, environment_record()
-    tracker = mlflow_tracker(config.run.output_dir, tracking.uri, tracking.experiment, console.warn)
+    console.message(f"MLflow: {store}")
+    tracker = mlflow_tracker(store, console.warn)
     parameters = config.model_dump(mode="json", include={"run", "model", "quantization", "evaluation"})
-    tags = environment_tags(environment) | tracking.tags
+    tags = environment_tags(environment_record()) | config.tracking.tags
     tracker.start(f"{config.run.name}-evaluation", flat_parameters(parameters), tags)
     tracker.log_metrics(metrics, step=0)
     for file in files:

@@ -8,6 +8,7 @@ import pytest
 
 from ssmlora_dist.config.arguments import EXIT_INTERRUPTED, build_parser, run_command
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_TRAINING_FAILED, ConfigError, TrainingError
+from ssmlora_dist.ranks import read_place
 
 
 def test_overrides_are_gathered_in_order() -> None:
@@ -51,7 +52,7 @@ def test_other_ranks_let_rank_0_speak_first(
         raise ConfigError(["run.name: missing"])
 
     for rank, usage, start, waits in (("0", "usage:", "error: ", []), ("1", "", "error on rank 1: ", [30.0])):
-        monkeypatch.setenv("RANK", rank)
+        set_rank(monkeypatch, rank)
         assert run_command(fail) == EXIT_BAD_INPUT
         shown = capsys.readouterr().err
         assert shown.startswith(start)
@@ -62,6 +63,36 @@ def test_other_ranks_let_rank_0_speak_first(
         assert caught.value.code == EXIT_BAD_INPUT
         assert usage in capsys.readouterr().err
         assert waited == waits * 2
+
+
+def set_rank(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+    launch = {"LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+    for name, value in {**launch, "RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_script_of_one_process_is_not_run_by_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_rank(monkeypatch, "0")
+    assert run_command(lambda: None) == 0
+    assert run_command(lambda: None, alone=True) == EXIT_BAD_INPUT
+    assert "2 processes were started; allowed: one" in capsys.readouterr().err
+    # What says half of it says nothing that matters to one process.
+    monkeypatch.delenv("RANK")
+    assert run_command(lambda: None, alone=True) == 0
+
+
+def test_a_rank_that_does_not_know_itself_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+
+    def start() -> None:
+        read_place()
+
+    assert run_command(start) == EXIT_BAD_INPUT
+    assert "RANK: given without WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err
 
 
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,12 @@ def test_the_launcher_says_how_many_ranks(
     write: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(changed(("training.global_batch_size", 6)))
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
     monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="WORLD_SIZE: given without RANK"):
+        load_config(path)
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
     assert load_config(path).training.global_batch_size == 6
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(Exception, match="micro_batch_size 2 and 2 ranks"):

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssmlora_dist.distributed.process_group import ProcessGroup, world_size_from_environment
+from ssmlora_dist.distributed.process_group import ProcessGroup, _device_index
+from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.ranks import Place
 
-from ..launch.processes import run
+from ..launch.processes import finish, free_port, run
 from .conftest import WORLD_SIZES, Results
 
 
@@ -45,11 +47,31 @@ def test_numbers_are_agreed_on_in_host_memory(monkeypatch: pytest.MonkeyPatch) -
     assert found == [torch.device("cpu")] * 2
 
 
-def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert world_size_from_environment() == 1
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert world_size_from_environment() == 4
+def test_srun_s_tasks_find_each_other(tmp_path: Path) -> None:
+    script = (
+        "from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group\n"
+        "group = start_process_group(60)\n"
+        "print(group.gather((group.rank, group.local_rank, group.is_main)))\n"
+        "stop_process_group()\n"
+    )
+    # The port follows from the job's number.
+    job = str(free_port())
+    step = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}
+    step |= {"SLURM_STEP_NODELIST": "localhost", "CUDA_VISIBLE_DEVICES": ""}
+    tasks = [{**step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")]
+    both = finish([[sys.executable, "-c", script]] * 2, tmp_path, tasks)
+    for finished in both:
+        assert finished.exit_code == 0, finished.stderr
+        assert finished.stdout.splitlines()[-1] == "[(0, 0, True), (1, 1, False)]"
+
+
+def test_which_gpu_a_process_takes() -> None:
+    node_of_four = [_device_index(Place(rank, 8, rank % 4, "host", 1), 4) for rank in range(8)]
+    assert node_of_four == [0, 1, 2, 3] * 2
+    # A scheduler may show every task one GPU alone.
+    assert _device_index(Place(3, 8, 3, "host", 1), 1) == 0
+    with pytest.raises(ConfigError, match="LOCAL_RANK: 4 given; allowed: below 4"):
+        _device_index(Place(4, 8, 4, "host", 1), 4)
 
 
 def test_a_port_in_use_is_an_error_with_a_remedy(tmp_path: Path) -> None:

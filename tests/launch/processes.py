@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ssmlora_dist.ranks import OF_A_RANK
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT = ROOT / "launch" / "train.py"
 GENERATE_SCRIPT = ROOT / "launch" / "generate.py"
@@ -23,7 +25,6 @@ DEBUG_TINY = ROOT / "configs" / "debug_tiny.json"
 # Many times what the slowest takes on two busy cores: only a process that hangs reaches it.
 TIMEOUT_SECONDS = 400.0
 
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SETTINGS_OF_THE_USER = ("HF_", "TRANSFORMERS_", "DATASETS_", "MLFLOW_", "DS_ACCELERATOR", "DEEPSPEED_")
 
 
@@ -41,7 +42,7 @@ def environment(directory: Path, **variables: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in _RANK_VARIABLES and not name.startswith(_SETTINGS_OF_THE_USER)
+        if name not in OF_A_RANK and not name.startswith(_SETTINGS_OF_THE_USER)
     }
     return {
         **kept,

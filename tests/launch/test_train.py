@@ -124,7 +124,9 @@ def test_progress_is_shown_once_and_nobody_chatters(runs: Runs) -> None:
 
 
 def test_the_end_shows_a_table_and_where_everything_is(runs: Runs) -> None:
-    train, validation, heading, rule, *table = own_lines(runs.finished["debug_tiny"].stdout)
+    recorded, train, validation, heading, rule, *table = own_lines(runs.finished["debug_tiny"].stdout)
+    assert recorded.startswith("MLflow: sqlite:///")
+    assert recorded.endswith('mlflow.db (run.output_dir), experiment "debug" (tracking.experiment)')
     assert (train.split()[0], validation.split()[0]) == ("train", "validation")
     assert heading.split()[:2] == ["length", "examples"]
     assert set(rule) == {"-"}
@@ -242,7 +244,8 @@ def test_training_that_diverges_ends_with_3(runs: Runs, name: str) -> None:
     assert [row["loss"] is None for row in rows] == [False, True, True]
     assert not (runs.path(name) / "adapter").exists()
     assert not (runs.path(name) / "summary.json").exists()
-    assert [line.split()[0] for line in own_lines(finished.stdout)] == ["train"]
+    recorded, train = own_lines(finished.stdout)
+    assert (recorded.split()[0], train.split()[0]) == ("MLflow:", "train")
 
 
 def test_bad_input_under_the_launcher_ends_with_2_and_one_message(runs: Runs) -> None:

@@ -87,7 +87,7 @@ class FakeTracker:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     found = Store()
-    monkeypatch.setattr(recording, "mlflow_tracker", lambda *arguments: FakeTracker(found, arguments[-1]))
+    monkeypatch.setattr(recording, "mlflow_tracker", lambda store, warn, run_id: FakeTracker(found, run_id))
     monkeypatch.setenv("FAKES", "{}")
     return found
 
