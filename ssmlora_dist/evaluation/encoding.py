@@ -95,7 +95,7 @@ class PromptEncoder:
 
     def _check_size(self, prompt: str) -> None:
         """Refuses a prompt that is far too long by its beginning and its end."""
-        if len(prompt) > PIECE:
+        if self._max_length is not None and len(prompt) > PIECE:
             num_tokens = len(encode_ends(self._encoder, prompt, False, self._max_length))
             self._check(num_tokens, f"the prompt is at least {num_tokens} tokens")
 
