@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         # A name that exists wins over its reading as a glob: brackets are common in file names.
         try:
-            found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+            found = [pattern] if _exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             parent = Path(pattern).parent
             siblings = [entry.name for entry in parent.iterdir()] if not found and parent.is_dir() else []
         except OSError as error:
@@ -79,6 +80,15 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
                 f"{file}: unknown kind of file; convert it to one whose suffix is {', '.join(READERS)}"
             )
     return files
+
+
+def _exists(path: str) -> bool:
+    """As `Path.exists`, which takes some of what the system refuses for nothing there."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _read_file(file: Path) -> Iterator[Record]:
