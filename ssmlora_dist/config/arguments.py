@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from ssmlora_dist.config.paths import name_argument, path_argument
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, SSMLoRAError
 from ssmlora_dist.ranks import Place, read_place
 from ssmlora_dist.signals import StopRequested, raising
@@ -37,8 +38,9 @@ def build_parser(description: str) -> ArgumentParser:
     Parsed, they are `config`, `overrides` (a list of `a.b=value`), `dry_run`, `log_level` and `local_rank`.
     """
     parser = ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="run configuration (JSON)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", type=path_argument, required=True, metavar="FILE", help="run configuration (JSON)")
+    add(
         "--set",
         dest="overrides",
         action="extend",
@@ -47,10 +49,10 @@ def build_parser(description: str) -> ArgumentParser:
         metavar="KEY=VALUE",
         help="override a field of the configuration, such as training.max_steps=100; repeatable",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything and stop before the work")
-    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="(default: %(default)s)")
+    add("--dry-run", action="store_true", help="check everything and stop before the work")
+    add("--log-level", choices=LOG_LEVELS, default="warning", help="(default: %(default)s)")
     # DeepSpeed's launcher passes it; ranks are read from the environment.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
@@ -61,8 +63,19 @@ def build_adapter_parser(description: str) -> ArgumentParser:
     """
     parser = ArgumentParser(description=description)
     add = parser.add_argument
-    add("--adapter", required=True, metavar="DIR", help="adapter directory of a run, or PEFT's LoRA")
-    add("--model", metavar="PATH", help="the base model, where it is not where it was in training")
+    add(
+        "--adapter",
+        type=path_argument,
+        required=True,
+        metavar="DIR",
+        help="adapter directory of a run, or PEFT's LoRA",
+    )
+    add(
+        "--model",
+        type=name_argument,
+        metavar="PATH",
+        help="the base model, where it is not where it was in training",
+    )
     add(
         "--quantization",
         choices=("nf4", "fp4", "int8", "none"),

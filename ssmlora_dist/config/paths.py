@@ -38,12 +38,26 @@ def refusal(path: str | Path) -> str | None:
     return None
 
 
+def directory_refusal(path: Path) -> str | None:
+    """That no directory can be made at a path, and why; None where it can, or is there."""
+    reason = refusal(path)
+    if reason is None:
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+        reason = None if there.is_dir() else f"{shown(str(there))} is a file"
+    return reason
+
+
 def path_argument(text: str) -> Path:
     """The type of every path on a command line: expanded, and one that the operating system takes."""
+    return Path(name_argument(text))
+
+
+def name_argument(text: str) -> str:
+    """As `path_argument`, of what may be a hub's name or a word too; the rest of it stays as it is."""
     try:
         path = expanded(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if (reason := refusal(path)) is not None:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: {reason}; name another path")
-    return Path(path)
+        raise argparse.ArgumentTypeError(f"{shown(text)} given; {reason}; name another path")
+    return path

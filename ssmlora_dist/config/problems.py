@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.schema import LONGEST_NAME, RunConfig
 from ssmlora_dist.config.shown import shown
 
 Place = tuple[str | int, ...]
@@ -103,7 +103,8 @@ def place_of(error: ErrorDetails, data: Any) -> Place:
 
 def _problem(place: Place, error: ErrorDetails) -> Problem:
     kind = error["type"]
-    doubtful = [dotted(place)]
+    # A list with one wrong value in it is left out as a whole.
+    doubtful = [dotted(tuple(itertools.takewhile(lambda part: isinstance(part, str), place)))]
     if kind == "extra_forbidden":
         line, meant = _unknown_key(place, error["input"])
         doubtful.extend(meant)
@@ -215,8 +216,9 @@ def _allowed_one(node: Node) -> str:
         bounds = [f"{sign} {node[key]}" for key, sign in _BOUNDS.items() if key in node]
         return " ".join([_TYPE_NAMES[kind], " and ".join(bounds)]).strip()
     if kind == "string":
+        most = f" of at most {node['maxLength']} characters" if "maxLength" in node else ""
         if "pattern" in node:
-            return f"text of the form {node['pattern']}"
+            return f"text{most} of the form {node['pattern']}"
         return "text that is not empty" if node.get("minLength") else "text"
     if kind == "array":
         if "prefixItems" in node:
@@ -242,7 +244,7 @@ def _remedy(value: Any, node: Node) -> str:
     if isinstance(value, str) and "array" in kinds and value:
         return f"write a list: {json.dumps([part.strip() for part in value.split(',')])}"
     if isinstance(value, str) and any("pattern" in alt for alt in _alternatives(node)):
-        mended = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-.")
+        mended = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-.")[:LONGEST_NAME]
         return f"write {json.dumps(mended)}" if mended else "choose a name"
     if isinstance(value, int | float) and not isinstance(value, bool) and "string" in kinds:
         return f'write it in quotes: "{value}"'

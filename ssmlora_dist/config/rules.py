@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssmlora_dist.config.deepspeed_keys import deepspeed_problems
-from ssmlora_dist.config.paths import refusal
+from ssmlora_dist.config.paths import directory_refusal, refusal
 from ssmlora_dist.config.problems import NONE_DOUBTFUL, Doubtful, did_you_mean, nearest
 from ssmlora_dist.config.schema import RetrievalSection, RunConfig, SourceSection
 from ssmlora_dist.config.shown import shown
@@ -283,20 +283,10 @@ def _each(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _run_directory(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
-    if not doubtful.clear_of("run.name", "run.output_dir"):
-        return
-    output_dir, name = config.run.output_dir, config.run.name
-    reason = refusal(output_dir)
+    output_dir = config.run.output_dir
+    reason = directory_refusal(output_dir) if doubtful.clear_of("run.output_dir") else None
     if reason is not None:
-        yield (f"run.output_dir: {shown(str(output_dir))} given; {reason}; name another directory")
-    elif (reason := refusal(output_dir / name)) is not None:
-        yield f"run.name: {shown(name)} given; {reason} as a directory; change it"
-    else:
-        parents = (output_dir, *output_dir.absolute().parents)
-        there = next(parent for parent in parents if parent.exists())
-        if not there.is_dir():
-            given = shown(str(output_dir))
-            yield f"run.output_dir: {given} given; {shown(str(there))} is a file; name a directory"
+        yield f"run.output_dir: {shown(str(output_dir))} given; {reason}; name another directory"
 
 
 def _model_files(config: RunConfig) -> Iterator[str]:

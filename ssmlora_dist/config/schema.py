@@ -26,6 +26,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Length = Annotated[int, Field(ge=64)]
 Metric = Literal["f1", "exact_match", "rouge_l", "string_match_all", "string_match_part"]
+# With the endings that directories and files get, within what file systems take.
+LONGEST_NAME = 180
 LARGEST_SEED = 2**32 - 1  # the widest that every random generator in use accepts
 
 
@@ -44,7 +46,7 @@ class Section(BaseModel):
 class RunSection(Section):
     """Name, place and seed of a run; its files lie in `output_dir/name`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=LONGEST_NAME)
     """Name of the run and of its directory: letters, digits, `_`, `-` and (not first) `.`."""
     output_dir: UserDirectory = Path("runs")
     """Directory that holds the run directories, relative to the working directory."""

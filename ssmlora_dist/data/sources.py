@@ -6,6 +6,7 @@ import glob
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,7 +66,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         # A name that exists wins over its reading as a glob: brackets are common in file names.
         try:
-            found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+            found = [pattern] if _exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             parent = Path(pattern).parent
             siblings = [entry.name for entry in parent.iterdir()] if not found and parent.is_dir() else []
         except OSError as error:
@@ -96,6 +97,15 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(part) for key, part in value.items()}
     return [_finite(part) for part in value] if isinstance(value, list) else value
+
+
+def _exists(path: str) -> bool:
+    """As `Path.exists`, which takes some of what the system refuses for nothing there."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _read_file(file: Path) -> Iterator[Record]:

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssmlora_dist.config.problems import nearest
+from ssmlora_dist.config.schema import LONGEST_NAME
 from ssmlora_dist.config.shown import shown
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.sweep.cases import LENGTH_KEYS
 from ssmlora_dist.sweep.schema import SweepConfig
 
 RANKS_KEY = "launcher.ranks"
-# With the endings that logs and directories get, within what file systems take.
-LONGEST_NAME = 180
 
 
 @dataclass(frozen=True)

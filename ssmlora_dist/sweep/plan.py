@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ssmlora_dist.config.loading import load_config, read_json
+from ssmlora_dist.config.paths import directory_refusal
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.shown import shown
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.sweep.digest import digest_of
@@ -83,6 +85,8 @@ def plan_sweep(path: str, *, devices: Sequence[str] = ()) -> Plan:
         said = [f"base: {error.source}: {line.replace(' with --config', '')}" for line in error.problems]
         raise ConfigError(said, path) from None
     points = expand(sweep, path)
+    if (reason := directory_refusal(sweep.output_dir)) is not None:
+        raise ConfigError([f"output_dir: {shown(str(sweep.output_dir))} given; {reason}; name another"], path)
     directory = SweepDirectory(sweep.output_dir / sweep.name)
     planned: list[PlannedPoint] = []
     lines: dict[str, list[str]] = {}

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from ssmlora_dist.config.loading import read_json
 from ssmlora_dist.config.problems import dotted, nearest, place_of
-from ssmlora_dist.config.schema import LARGEST_SEED, NonEmpty, Section, UserDirectory, UserPath
+from ssmlora_dist.config.schema import LARGEST_SEED, LONGEST_NAME, NonEmpty, Section, UserDirectory, UserPath
 from ssmlora_dist.config.shown import shown
 from ssmlora_dist.durable import write_text
 from ssmlora_dist.errors import ConfigError
@@ -52,7 +52,7 @@ class SweepConfig(Section):
 
     schema_: str | None = Field(default=None, alias="$schema")
     """Path of the JSON schema, for editors."""
-    name: str = Field(pattern=NAME_PATTERN)
+    name: str = Field(pattern=NAME_PATTERN, max_length=LONGEST_NAME)
     """Name of the sweep and of its directory: letters, digits, `_`, `-` and (not first) `.`."""
     output_dir: UserDirectory = Path("sweeps")
     """Directory that holds the sweep directories, relative to the working directory."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -16,7 +17,7 @@ def test_overrides_are_gathered_in_order() -> None:
         "--config c.json --set a.b=1 c.d=2 --local_rank=3 --set e.f=x --dry-run --log-level info".split()
     )
     arguments = build_parser("test").parse_args(command)
-    assert arguments.config == "c.json"
+    assert arguments.config == Path("c.json")
     assert arguments.overrides == ["a.b=1", "c.d=2", "e.f=x"]
     assert arguments.dry_run
     assert arguments.log_level == "info"
