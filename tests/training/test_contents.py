@@ -164,8 +164,8 @@ def test_a_changed_setting_is_named_before_the_data_that_it_changes(runs: Runs) 
 
 
 def test_generated_data_are_compared_with_their_text(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = {"format": "retrieval", "retrieval": {"lengths": [600], "num_examples": 2, "num_lookalikes": 1}}
-    generated = [f"data.train={json.dumps(source)}", "data.max_length=600"]
+    source = {"format": "retrieval", "retrieval": {"lengths": [500], "num_examples": 2, "num_lookalikes": 1}}
+    generated = [f"data.train={json.dumps(source)}", "data.max_length=500"]
     runs.train(1, *generated)
     runs.train(2, *generated)
     monkeypatch.setattr(
