@@ -226,7 +226,7 @@ BAD: dict[str, Case] = {
     # The place
     "output-in-a-file": overriding(
         "run.output_dir=rows.jsonl/runs",
-        says=("rows.jsonl/runs", "is a file", "choose another run.output_dir"),
+        says=("rows.jsonl/runs", "is a file", "name another directory"),
     ),
 }
 
