@@ -10,8 +10,13 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, SSMLoRAError
+from ssmlora_dist.progress import shown_by
+from ssmlora_dist.tracking.console import ProgressDisplay
+from ssmlora_dist.tracking.streams import UnreadError, make_lenient
 
 EXIT_INTERRUPTED = 130
+# What a shell says of a command that SIGPIPE has ended.
+EXIT_UNREAD = 141
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # Launchers end every rank as soon as one has ended: the others leave rank 0 this time to say why and to close
 # its run at the tracker.
@@ -51,15 +56,25 @@ def build_parser(description: str) -> ArgumentParser:
     return parser
 
 
-def run_command(main: Callable[[], int | None]) -> int:
+def run_command(main: Callable[[], int | None], *, ends_unread: bool = False) -> int:
     """Runs a script's `main` and gives the exit code: `sys.exit(run_command(main))`.
+
+    Rank 0 shows the progress of long work. Output that cannot be written is given up, and changes neither the
+    work nor the exit code.
 
     An error that the user can mend is shown without traceback, by rank 0: as a rule every rank meets it, and
     the launcher ends those that wait. One that is still there after a while met it alone, and shows it. Any
     other exception passes through with its traceback (exit code 1).
+
+    Args:
+        main: gives the exit code, or None for 0.
+        ends_unread: of a command that does nothing but write to the standard output: it ends, with 141, when
+            nobody reads that any more.
     """
+    make_lenient(ends_unread=ends_unread)
     try:
-        return main() or EXIT_DONE
+        with ProgressDisplay(sys.stderr if _rank() == "0" else None) as display, shown_by(display.show):
+            return main() or EXIT_DONE
     except SSMLoRAError as error:
         place = ""
         if _rank() != "0":
@@ -71,6 +86,8 @@ def run_command(main: Callable[[], int | None]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except UnreadError:
+        return EXIT_UNREAD
 
 
 def _rank() -> str:
