@@ -81,9 +81,7 @@ def progress(
         shown.close(is_done=is_done)
 
 
-def counted(
-    items: Iterable[T], description: str, total: int | None = None, *, unit: str = ""
-) -> Iterator[T]:
+def counted(items: Iterable[T], description: str, total: int | None = None, *, unit: str = "") -> Iterator[T]:
     """Gives `items` on; each is a unit of work, done when the next one is asked for."""
     with progress(description, total, unit=unit) as shown:
         for done, item in enumerate(items, start=1):

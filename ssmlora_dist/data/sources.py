@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.progress import progress
 from ssmlora_dist.records import Record, nearest_name
 
 
@@ -165,7 +166,8 @@ def _load_hub(hub: str, subset: str | None, split: str, streaming: bool, name: s
     import datasets
 
     try:
-        return datasets.load_dataset(hub, subset, split=split, streaming=streaming)
+        with progress(f"fetching {name} from the hub"):
+            return datasets.load_dataset(hub, subset, split=split, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError:
         raise DataError(
             f"{name}: no such data set on the hub, or a private one; check `hub`, or use `hf auth login`"

@@ -20,6 +20,7 @@ import torch.distributed.nn.functional
 
 from ssmlora_dist.distributed.liveness import Peer, PeerWatch, meet
 from ssmlora_dist.errors import SSMLoRAError, TrainingError
+from ssmlora_dist.progress import progress
 
 LONGEST_SILENCE_SECONDS = 60.0
 
@@ -121,7 +122,8 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
     Raises:
         TrainingError: when the processes cannot find each other.
     """
-    import deepspeed
+    with progress("loading DeepSpeed"):
+        import deepspeed
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if "RANK" not in os.environ:
@@ -133,9 +135,10 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
     # DeepSpeed would compile shared-memory collectives for CPUs at the first run: a minute, and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        deepspeed.init_distributed(
-            "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=verbose
-        )
+        with progress("waiting for all ranks"):
+            deepspeed.init_distributed(
+                "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=verbose
+            )
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"the processes of this run could not connect ({error}); check that MASTER_ADDR and MASTER_PORT "

@@ -30,6 +30,7 @@ from ssmlora_dist.models.weights import (
     initializer_std,
     rows_of_half,
 )
+from ssmlora_dist.progress import counted
 from ssmlora_dist.quantization import QuantizationMode, quantize_linear
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def load_model(
     names = part_names(model_config, family) if stage is None else stage.part_names(model_config, family)
     parts = {name: model.get_submodule(name) for name in names}
     source.check(_shapes(parts))
-    for name, part in parts.items():
+    doing = "loading" if quantize is None else "loading and quantising"
+    for name, part in counted(parts.items(), f"{doing} the base model", len(parts)):
         fill(part, name, source, family, device=device, dtype=compute_dtype, quantize=quantize)
         if on_part is not None:
             on_part(part)

@@ -20,6 +20,7 @@ from ssmlora_dist.models.families import Family, projection_path, require_suppor
 from ssmlora_dist.models.fingerprint import base_fingerprint
 from ssmlora_dist.models.location import METADATA_PATTERNS, locate
 from ssmlora_dist.models.weights import SafetensorsWeights
+from ssmlora_dist.progress import counted
 
 LoRA = tuple[Tensor, Tensor]
 """`lora_A` [R,D] and `lora_B` [O,R] of one linear layer."""
@@ -127,14 +128,15 @@ def _write(weights: SafetensorsWeights, adapters: Mapping[str, LoRA], scaling: f
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.mkdir()
-            for file in (*metadata, *weights.files):
+            copied = (*metadata, *weights.files)
+            for file in counted(copied, "copying the base model", len(copied)):
                 shutil.copyfile(file, beside / file.name)
-            for name, (lora_A, lora_B) in adapters.items():
+            for name, (lora_A, lora_B) in counted(adapters.items(), "merging", len(adapters)):
                 stored = weights.stored(name)
                 _overwrite(
                     beside / stored.file.name, stored.begin, merged(stored.read(), lora_A, lora_B, scaling)
                 )
-            for file in beside.iterdir():
+            for file in counted(beside.iterdir(), "waiting for the disk", len(copied)):
                 sync(file)
             sync(beside)
             beside.rename(out)

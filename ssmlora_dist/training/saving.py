@@ -9,6 +9,7 @@ from typing import Any
 
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.progress import progress
 from ssmlora_dist.training.checkpoint_writer import BackgroundWriter
 from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.continuation import Continuation
@@ -77,12 +78,12 @@ class Saver:
             return False
         return math.isfinite(validation_loss) and (best is None or validation_loss < best)
 
-    def save(self, step: int, progress: Mapping[str, Any], validation_loss: float | None = None) -> None:
+    def save(self, step: int, standing: Mapping[str, Any], validation_loss: float | None = None) -> None:
         """Copies out what is trained, and has it written while training goes on.
 
         Args:
             step: steps done.
-            progress: what else the run needs to go on, in JSON types.
+            standing: what else the run needs to go on, in JSON types.
             validation_loss: of these parameters, if they have been evaluated.
         """
         if self.is_best(validation_loss):
@@ -97,7 +98,7 @@ class Saver:
                 parameters=parameters,
                 moments=moments.tensors,
                 progress={
-                    **progress,
+                    **standing,
                     "num_updates": moments.num_updates,
                     "samples_consumed": step * self._config.training.global_batch_size,
                     "best_validation_loss": self.best_validation_loss,
@@ -115,7 +116,8 @@ class Saver:
 
     def last_good(self) -> str:
         """Says, on rank 0, where the last good checkpoint is, once what is being written has been."""
-        self._writer.wait()
+        with progress("waiting for the checkpoint"):
+            self._writer.wait()
         if self._writer.last_good is None:
             return "no checkpoint has been saved"
         return f"the last good checkpoint is {self._writer.last_good}"

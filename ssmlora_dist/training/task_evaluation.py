@@ -25,13 +25,13 @@ from ssmlora_dist.config.tasks import build_tasks, output_directory
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.evaluation.item_rows import RESULTS_FILE, Row
-from ssmlora_dist.evaluation.items import FailedItem, Task
+from ssmlora_dist.evaluation.items import FailedItem, Item, Task
 from ssmlora_dist.evaluation.report import build_reports, draw, markdown_table, metrics_of, plain
 from ssmlora_dist.evaluation.runner import run
 from ssmlora_dist.models import load_config
+from ssmlora_dist.progress import counted, progress
 from ssmlora_dist.tracking import (
     Console,
-    ProgressBar,
     environment_record,
     flat_parameters,
     mlflow_tracker,
@@ -95,7 +95,7 @@ def run_evaluation(
             rank=group.rank,
             size=group.world_size,
             gather=group.gather,
-            progress=_Progress(console, name),
+            label=name,
         )
 
     if adapter is None or with_base:
@@ -155,7 +155,7 @@ def describe_tasks(
         _check_adapter(config, adapter, build_fingerprint(config))
     lines = []
     for task in build_tasks(config, build_tokenizer(config.model), names, lengths):
-        items = list(task.items())
+        items = _items_of(task)
         failed = [item for item in items if isinstance(item, FailedItem)]
         lines.append(f"{task.name}: {len(items) - len(failed)} items, {len(failed)} that cannot be used")
         lines += [f"  {item.id}: {item.error}" for item in failed[:SHOWN_FAILURES]]
@@ -164,7 +164,11 @@ def describe_tasks(
 
 def _with_items(tasks: Sequence[Task]) -> list[Task]:
     """The tasks with their items at hand: what is wrong with their data shows now, and they are made once."""
-    return [replace(task, items=partial(iter, list(task.items()))) for task in tasks]
+    return [replace(task, items=partial(iter, _items_of(task))) for task in tasks]
+
+
+def _items_of(task: Task) -> list[Item | FailedItem]:
+    return list(counted(task.items(), f"making items of {task.name}", unit="items"))
 
 
 def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str) -> str:
@@ -189,24 +193,6 @@ def _digest(config: RunConfig, fingerprint: str, adapted: str) -> str:
     return json.dumps([fingerprint, adapted, {key: settings[key] for key in keys}])
 
 
-class _Progress:
-    """A bar for each task."""
-
-    def __init__(self, console: Console, model: str) -> None:
-        self._console, self._model = console, model
-        self._task: str | None = None
-        self._bar: ProgressBar
-
-    def __call__(self, task: str, done: int, total: int) -> None:
-        if total == 0:
-            return
-        if task != self._task:
-            self._task, self._bar = task, self._console.progress(total, f"{self._model}: {task}")
-        self._bar.update(done)
-        if done == total:
-            self._bar.close()
-
-
 def _report(
     config: RunConfig,
     console: Console,
@@ -222,7 +208,8 @@ def _report(
     with explained(directory, "choose another --out"):
         write_text(directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         write_text(directory / TABLE_FILE, table + "\n")
-        plots = draw(reports, directory / PLOTS)
+        with progress("drawing the plots"):
+            plots = draw(reports, directory / PLOTS)
     console.message(table)
     files = [directory / SUMMARY_FILE, directory / TABLE_FILE, *plots]
     files += [directory / model / RESULTS_FILE for model in rows]
@@ -252,8 +239,10 @@ def _track(
     tracker = mlflow_tracker(config.run.output_dir, tracking.uri, tracking.experiment, console.warn)
     parameters = config.model_dump(mode="json", include={"run", "model", "quantization", "evaluation"})
     tags = environment_tags(environment) | tracking.tags
-    tracker.start(f"{config.run.name}-evaluation", flat_parameters(parameters), tags)
+    with progress("beginning the record of the evaluation"):
+        tracker.start(f"{config.run.name}-evaluation", flat_parameters(parameters), tags)
     tracker.log_metrics(metrics, step=0)
     for file in files:
         tracker.log_artifact(file, str(Path("evaluation") / file.parent.relative_to(directory)))
-    tracker.finish("FINISHED")
+    with progress("completing the record of the evaluation"):
+        tracker.finish("FINISHED")

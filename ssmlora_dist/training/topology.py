@@ -41,6 +41,7 @@ from ssmlora_dist.errors import CheckpointError
 from ssmlora_dist.models.families import decoder_layers
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
+from ssmlora_dist.progress import progress
 from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.loop import Engine
 from ssmlora_dist.training.optimizer import build_optimizer
@@ -242,26 +243,28 @@ def build_engine(
     )
     num_trainable = sum(parameter.numel() for parameter in parameters.values())
     engine: TopologyEngine
-    if stage is None:
-        module = CausalLMLoss(model, training.loss_chunk_size)
-        engine = DataParallelEngine(
-            module, parameters, optimizer, engine_config, group, training.max_grad_norm
-        )
-    else:
-        # Imported here, as it imports deepspeed.
-        from ssmlora_dist.distributed.pipeline import PipelineParallelEngine
+    # Where it offloads, DeepSpeed compiles its optimiser once.
+    with progress("setting up DeepSpeed"):
+        if stage is None:
+            module = CausalLMLoss(model, training.loss_chunk_size)
+            engine = DataParallelEngine(
+                module, parameters, optimizer, engine_config, group, training.max_grad_norm
+            )
+        else:
+            # Imported here, as it imports deepspeed.
+            from ssmlora_dist.distributed.pipeline import PipelineParallelEngine
 
-        engine = PipelineParallelEngine(
-            PipelineStage(model, stage, training.loss_chunk_size, num_ahead),
-            getattr(torch, config.model.compute_dtype),
-            place.num_stages,
-            parameters,
-            optimizer,
-            engine_config,
-            group,
-            training.max_grad_norm,
-            recompute_ahead=num_ahead > 0,
-        )
+            engine = PipelineParallelEngine(
+                PipelineStage(model, stage, training.loss_chunk_size, num_ahead),
+                getattr(torch, config.model.compute_dtype),
+                place.num_stages,
+                parameters,
+                optimizer,
+                engine_config,
+                group,
+                training.max_grad_norm,
+                recompute_ahead=num_ahead > 0,
+            )
     if checkpoint is not None:
         engine.restore(Moments(checkpoint.progress["num_updates"], checkpoint.moments))
     return BuiltEngine(engine, model.config, num_trainable)
