@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from ssmlora_dist.config.arguments import build_parser, run_command
 from ssmlora_dist.errors import DataError
@@ -36,29 +37,31 @@ def main() -> None:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(arguments.config, arguments.overrides, device_type=device_type, for_training=False)
 
-    from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group
+    from ssmlora_dist.distributed.process_group import (
+        start_process_group,
+        stop_process_group,
+        world_size_from_environment,
+    )
     from ssmlora_dist.tracking import Console
-    from ssmlora_dist.training.task_evaluation import describe_tasks, run_evaluation
+    from ssmlora_dist.training.task_evaluation import describe_evaluation, run_evaluation
 
     console = Console(enabled=is_main)
+    chosen: dict[str, Any] = {
+        "adapter": arguments.adapter,
+        "out": arguments.out,
+        "names": arguments.tasks,
+        "lengths": arguments.lengths,
+    }
     if arguments.dry_run:
-        console.message(describe_tasks(config, arguments.tasks, arguments.lengths, arguments.adapter))
+        world_size = world_size_from_environment()
+        console.message(describe_evaluation(config, device_type, world_size, **chosen))
         return
     group = start_process_group(
         config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug")
     )
     quiet_libraries(arguments.log_level, is_main)
     try:
-        run_evaluation(
-            config,
-            group,
-            console,
-            adapter=arguments.adapter,
-            out=arguments.out,
-            names=arguments.tasks,
-            lengths=arguments.lengths,
-            with_base=not arguments.no_base,
-        )
+        run_evaluation(config, group, console, **chosen, with_base=not arguments.no_base)
     finally:
         stop_process_group()
 

@@ -49,7 +49,8 @@ def main() -> None:
     if arguments.dry_run:
         from ssmlora_dist.training.describe import describe
 
-        console.message(describe(config, world_size_from_environment()))
+        world_size = world_size_from_environment()
+        console.message(describe(config, device_type, world_size, arguments.resume, console.warn))
         return
 
     from ssmlora_dist.training.run import run_training

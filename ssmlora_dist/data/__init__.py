@@ -6,7 +6,13 @@ from ssmlora_dist.data.building import ExampleReader, Partition, generate_datase
 from ssmlora_dist.data.collation import collate
 from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, DatasetReport, Example
 from ssmlora_dist.data.formats import FORMATS
-from ssmlora_dist.data.loader import BatchShape, EvaluationBatch, GlobalBatches, evaluation_batches
+from ssmlora_dist.data.loader import (
+    BatchShape,
+    EvaluationBatch,
+    GlobalBatches,
+    evaluation_batches,
+    num_steps_of,
+)
 from ssmlora_dist.data.retrieval import generate_retrieval
 from ssmlora_dist.data.streaming import ExampleStream, StreamedBatches
 
@@ -27,5 +33,6 @@ __all__ = [
     "evaluation_batches",
     "generate_dataset",
     "generate_retrieval",
+    "num_steps_of",
     "read_dataset",
 ]

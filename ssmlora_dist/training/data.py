@@ -37,6 +37,7 @@ class RunData:
         validation: what is evaluated on, if anything.
         sample: of the training examples: all that are in memory, or the first of a stream.
         num_steps: optimiser steps of the run.
+        num_examples: that are trained on; None: of a stream, not known.
 
     Raises:
         DataError: anything that keeps the data from being used, with file and line.
@@ -56,6 +57,7 @@ class RunData:
             tokenizer.pad_token_id,
         )
         train, self.validation = build_data(config, tokenizer)
+        self.num_examples = None if isinstance(train, ExampleStream) else len(train)
         self.sample: Dataset
         self._batches: GlobalBatches | StreamedBatches
         if isinstance(train, ExampleStream):
@@ -85,6 +87,13 @@ class RunData:
         rows = self._shape.dropout_seeds(step, self._seed)
         return [{**batch, "dropout_seeds": seeds} for batch, seeds in zip(batches, rows, strict=True)]
 
+    def accounts(self) -> list[str]:
+        """Lines about what became of the records, of a stream the first ones."""
+        lines = account_lines("train", self.sample.report, is_streamed=self.num_examples is None)
+        if self.validation is not None:
+            lines += account_lines("validation", self.validation.report)
+        return lines
+
     @property
     def report(self) -> DatasetReport:
         """What became of the rows of the training data."""
@@ -97,3 +106,12 @@ class RunData:
     def close(self) -> None:
         """Ends the reading."""
         self._batches.close()
+
+
+def account_lines(name: str, report: DatasetReport, is_streamed: bool = False) -> list[str]:
+    """Lines about what became of the records of a source."""
+    line = (
+        f"{report.num_examples} examples of {report.num_rows} rows; {report.num_dropped_too_long} dropped as "
+        f"too long, {report.num_truncated} truncated, {report.num_without_target} without target"
+    )
+    return [f"{name:<13}{'streamed; of the first rows: ' if is_streamed else ''}{line}"]

@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
-from ssmlora_dist.adapters.injection import adapter_parameters
-from ssmlora_dist.config.build import build_data, build_tokenizer, check_model, meta_model
+import torch
+
+from ssmlora_dist.config.build import build_data, build_tokenizer, check_model
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.config.topology import gradient_accumulation_steps
-from ssmlora_dist.data import Dataset, ExampleStream
+from ssmlora_dist.data import ExampleStream, num_steps_of
+from ssmlora_dist.tracking import RunDirectory
+from ssmlora_dist.training.continuation import find_continuation
+from ssmlora_dist.training.data import account_lines
+from ssmlora_dist.training.header import run_header
 
 
-def describe(config: RunConfig, world_size: int) -> str:
+def describe(
+    config: RunConfig, device_type: str, world_size: int, resume: str, warn: Callable[[str], object]
+) -> str:
     """The resolved configuration and what follows from it, as text.
+
+    Args:
+        config: of the run.
+        device_type: where it would compute.
+        world_size: number of ranks.
+        resume: as for `run.run_training`.
+        warn: told of damaged checkpoints.
 
     Raises:
         SSMLoRAError: whatever would stop the run before the weights are read.
     """
+    directory = RunDirectory(config.run.output_dir / config.run.name)
+    continuation = find_continuation(resume, directory, warn, claim=False)
     check_model(config)
     train, validation = build_data(config, build_tokenizer(config.model))
-    model = meta_model(config)
-    trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
-    frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable
     training = config.training
-    accumulation = gradient_accumulation_steps(config, world_size)
-    lines = [
-        json.dumps(config.model_dump(mode="json", by_alias=True), indent=2),
-        f"parameters   {trainable:,} trained, {frozen:,} frozen",
-        f"batch        {training.global_batch_size} = {world_size} ranks x {accumulation} micro-batches x "
-        f"{training.micro_batch_size} sequences",
-        f"train        {_data_line(train)}",
-    ]
+    is_streamed = isinstance(train, ExampleStream)
+    sample = train.sample() if isinstance(train, ExampleStream) else train
+    accounts = account_lines("train", sample.report, is_streamed=is_streamed)
     if validation is not None:
-        lines.append(f"validation   {_data_line(validation)}")
-    return "\n".join(lines)
-
-
-def _data_line(dataset: Dataset | ExampleStream) -> str:
-    if isinstance(dataset, ExampleStream):
-        return f"streamed; of the first rows: {_data_line(dataset.sample())}"
-    report = dataset.report
-    return (
-        f"{report.num_examples} examples of {report.num_rows} rows; {report.num_dropped_too_long} dropped as "
-        f"too long, {report.num_truncated} truncated, {report.num_without_target} without target"
+        accounts += account_lines("validation", validation.report)
+    header = run_header(
+        config,
+        torch.device(device_type),
+        world_size,
+        num_steps=training.max_steps
+        or num_steps_of(training.num_epochs or 1.0, len(sample), training.global_batch_size),
+        num_examples=None if is_streamed else len(sample),
+        accounts=accounts,
+        continuation=continuation,
     )
+    return "\n".join([json.dumps(config.model_dump(mode="json", by_alias=True), indent=2), header])

@@ -41,6 +41,7 @@ from ssmlora_dist.tracking import (
 from ssmlora_dist.training.continuation import NEVER, Continuation, check_continuation, find_continuation
 from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
+from ssmlora_dist.training.header import run_header
 from ssmlora_dist.training.interrupts import Interrupts, StoppedError, StopRequested
 from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import peak_memory_gib, usable_memory_bytes
@@ -96,6 +97,18 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
             "to train on"
         )
         return
+    if group.is_main:
+        console.message(
+            run_header(
+                config,
+                group.device,
+                group.world_size,
+                num_steps=data.num_steps,
+                num_examples=data.num_examples,
+                accounts=data.accounts(),
+                continuation=continuation,
+            )
+        )
     run.build()
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
     if not continuation.in_place:

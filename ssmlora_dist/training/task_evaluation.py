@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ssmlora_dist.adapters.files import WEIGHTS_FILE, read_adapter
 from ssmlora_dist.api import load_adapter
 from ssmlora_dist.config.build import (
@@ -25,7 +27,7 @@ from ssmlora_dist.config.tasks import build_tasks, output_directory
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.evaluation.item_rows import RESULTS_FILE, Row
-from ssmlora_dist.evaluation.items import FailedItem, Item, Task
+from ssmlora_dist.evaluation.items import FailedItem, Task
 from ssmlora_dist.evaluation.report import build_reports, draw, markdown_table, metrics_of, plain
 from ssmlora_dist.evaluation.runner import run
 from ssmlora_dist.models import load_config
@@ -36,6 +38,7 @@ from ssmlora_dist.tracking import (
     flat_parameters,
     mlflow_tracker,
 )
+from ssmlora_dist.training.header import evaluation_header
 from ssmlora_dist.training.report import environment_tags
 
 if TYPE_CHECKING:
@@ -81,6 +84,17 @@ def run_evaluation(
     fingerprint: str = group.on_main(lambda: build_fingerprint(config))
     # What is wrong with it shows before the base model has answered everything.
     adapted = "" if adapter is None else _check_adapter(config, adapter, fingerprint)
+    if group.is_main:
+        console.message(
+            evaluation_header(
+                config,
+                group.device,
+                group.world_size,
+                adapter=adapter,
+                tasks=_task_lines(tasks),
+                directory=directory,
+            )
+        )
     model = build_backbone(config, group.device)
     rows: dict[str, Sequence[Row]] = {}
 
@@ -142,10 +156,17 @@ class TasksInTraining:
         return metrics_of(build_reports(self._tasks, {"task": rows}, with_majority=False))
 
 
-def describe_tasks(
-    config: RunConfig, names: Sequence[str] = (), lengths: Sequence[int] = (), adapter: Path | None = None
+def describe_evaluation(
+    config: RunConfig,
+    device_type: str,
+    world_size: int,
+    *,
+    adapter: Path | None = None,
+    out: Path | None = None,
+    names: Sequence[str] = (),
+    lengths: Sequence[int] = (),
 ) -> str:
-    """How many items every task has, for `--dry-run`; makes them all.
+    """What an evaluation would do, for `--dry-run`; makes all items.
 
     Raises:
         SSMLoRAError: whatever would stop the evaluation before the weights are read.
@@ -153,22 +174,36 @@ def describe_tasks(
     check_model(config)
     if adapter is not None:
         _check_adapter(config, adapter, build_fingerprint(config))
+    return evaluation_header(
+        config,
+        torch.device(device_type),
+        world_size,
+        adapter=adapter,
+        tasks=_task_lines(_with_items(build_tasks(config, build_tokenizer(config.model), names, lengths))),
+        directory=out or output_directory(config, adapter),
+    )
+
+
+def _task_lines(tasks: Sequence[Task]) -> list[str]:
+    """How many items every task has, and what is wrong with others."""
     lines = []
-    for task in build_tasks(config, build_tokenizer(config.model), names, lengths):
-        items = _items_of(task)
+    for task in tasks:
+        items = list(task.items())
         failed = [item for item in items if isinstance(item, FailedItem)]
         lines.append(f"{task.name}: {len(items) - len(failed)} items, {len(failed)} that cannot be used")
         lines += [f"  {item.id}: {item.error}" for item in failed[:SHOWN_FAILURES]]
-    return "\n".join(lines)
+    return lines
 
 
 def _with_items(tasks: Sequence[Task]) -> list[Task]:
     """The tasks with their items at hand: what is wrong with their data shows now, and they are made once."""
-    return [replace(task, items=partial(iter, _items_of(task))) for task in tasks]
-
-
-def _items_of(task: Task) -> list[Item | FailedItem]:
-    return list(counted(task.items(), f"making items of {task.name}", unit="items"))
+    return [
+        replace(
+            task,
+            items=partial(iter, list(counted(task.items(), f"making items of {task.name}", unit="items"))),
+        )
+        for task in tasks
+    ]
 
 
 def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str) -> str:

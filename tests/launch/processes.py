@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,9 +28,13 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAST
 _SETTINGS_OF_THE_USER = ("HF_", "TRANSFORMERS_", "DATASETS_", "MLFLOW_", "DS_ACCELERATOR", "DEEPSPEED_")
 
 
+# What of it a busy machine makes long enough to be shown is chance; training always is.
+_PROGRESS_LINE = re.compile(r"^(?!training ).*, ([\d:]+( left)?|\? left)\n", re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Finished:
-    """What a process left: its exit code and all that it wrote."""
+    """What a process left: its exit code and what it wrote, progress aside (see `without_progress`)."""
 
     exit_code: int
     stdout: str
@@ -109,7 +114,7 @@ def finish(
                 f"took longer than {TIMEOUT_SECONDS:g} seconds: {commands}\n{written}"
             ) from None
         return [
-            Finished(code, _content(stdout), _content(stderr))
+            Finished(code, _content(stdout), without_progress(_content(stderr)))
             for code, (stdout, stderr) in zip(codes, streams, strict=True)
         ]
 
@@ -146,6 +151,11 @@ def others_in_session(session: int) -> list[int]:
                 if int(own) == session and state != "Z":
                     found.append(int(entry.name))
     return found
+
+
+def without_progress(text: str) -> str:
+    """What was written, but for the progress of work other than training."""
+    return _PROGRESS_LINE.sub("", text)
 
 
 def _content(stream: IO[str]) -> str:

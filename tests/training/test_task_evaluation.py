@@ -21,7 +21,7 @@ from ssmlora_dist.errors import AdapterError, DataError
 from ssmlora_dist.models import load_model, load_tokenizer
 from ssmlora_dist.tracking import Console
 from ssmlora_dist.training import task_evaluation
-from ssmlora_dist.training.task_evaluation import TasksInTraining, describe_tasks, run_evaluation
+from ssmlora_dist.training.task_evaluation import TasksInTraining, describe_evaluation, run_evaluation
 from tests.tiny import adapted_model, randomize_adapters, tiny_config
 
 from ..launch.conftest import ON_CPU
@@ -205,7 +205,7 @@ def test_an_adapter_that_does_not_fit_is_found_before_the_weights_are_read(
     directory = saved_adapter(tmp_path / "adapter", **adapter)
     for start in (
         lambda: run_evaluation(config(), Group(), Console(enabled=False), adapter=directory),
-        lambda: describe_tasks(config(), adapter=directory),
+        lambda: describe_evaluation(config(), "cpu", 1, adapter=directory),
     ):
         with pytest.raises(AdapterError, match=message):
             start()
@@ -255,7 +255,9 @@ def test_a_dry_run_names_the_first_items_that_cannot_be_used(tmp_path: Path) -> 
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [COLOURS[0], *rows]))
     own = {"task": "multiple_choice", "name": "colours", "path": str(file)}
-    heading, *failed = describe_tasks(config(None, own)).splitlines()
-    assert heading == "colours: 1 items, 5 that cannot be used"
+    lines = describe_evaluation(config(None, own), "cpu", 1).splitlines()
+    begin = lines.index("colours: 1 items, 5 that cannot be used")
+    failed = lines[begin + 1 : begin + 4]
+    assert lines[begin + 4].startswith("writes to ")
     assert [line.split(":")[0] for line in failed] == ["  1", "  2", "  3"]
     assert all("field 'label' holds 'none'" in line for line in failed)
