@@ -197,13 +197,11 @@ def _task_lines(tasks: Sequence[Task]) -> list[str]:
 
 def _with_items(tasks: Sequence[Task]) -> list[Task]:
     """The tasks with their items at hand: what is wrong with their data shows now, and they are made once."""
-    return [
-        replace(
-            task,
-            items=partial(iter, list(counted(task.items(), f"making items of {task.name}", unit="items"))),
-        )
-        for task in tasks
-    ]
+    made = []
+    for task in tasks:
+        items = list(counted(task.items(), f"making items of {task.name}", unit="items"))
+        made.append(replace(task, items=partial(iter, items)))
+    return made
 
 
 def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str) -> str:

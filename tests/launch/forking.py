@@ -62,7 +62,10 @@ class Ranks:
             os.kill(self._pids[rank], signal.SIGKILL)
 
     def found(self) -> list[dict[str, Any]]:
-        """Of every rank what it wrote, progress aside, its exit code and when it ended, by the system's monotonic clock."""
+        """Of every rank what it wrote, progress aside, its exit code and when it ended.
+
+        The time is by the system's monotonic clock.
+        """
         return [
             {
                 "exit_code": self._codes[rank],

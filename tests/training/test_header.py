@@ -67,7 +67,7 @@ def test_all_facts_of_a_run() -> None:
         "computes in": "float32, attention sdpa",
         "quantised": "nf4 of the projections, scales in 8 bits too",
         # Three q_proj of 16 -> 16 and three v_proj of 16 -> 8 at rank 4, each with two matrices of the state.
-        "parameters": "768 trained, 13,632 frozen",
+        "parameters": "864 trained, 13,872 frozen",
         "batch": "8 = 1 ranks x 4 micro-batches x 2 sequences",
         "steps": "10 = 2.50 epochs of 32 examples",
         "train": "32 examples of 40 rows; 8 dropped as too long, 0 truncated, 0 without target",
