@@ -106,6 +106,9 @@ class ProgressDisplay:
         self._ended.set()
         if self._stream is not None:
             self._thread.join()
+        # What an error has left open: its message begins on a line of its own.
+        for bar in list(self._bars):
+            bar.close(is_done=False)
 
     def _run(self) -> None:
         while not self._ended.wait(self._tick_seconds):
@@ -134,7 +137,7 @@ class ProgressBar(Progress):
         self._began = self._shown_at = time.monotonic()
         # Tenths that are done and, as soon as there is a line, units that it has told of.
         self._tenths, self._told = self._tenths_done(), -1
-        self._is_terminal = stream.isatty()
+        self._is_terminal, self._is_closed = stream.isatty(), False
         self._bar: tqdm | None = None
         # Updated where the work is done, and looked after by another thread.
         self._lock = threading.RLock()
@@ -149,7 +152,7 @@ class ProgressBar(Progress):
         """Shows how far it is, where that is due; to be called now and then, from any thread."""
         with self._lock:
             now = time.monotonic()
-            if now - self._began < self._work.quiet_seconds:
+            if self._is_closed or now - self._began < self._work.quiet_seconds:
                 return
             if self._is_terminal:
                 if self._bar is None or now - self._shown_at >= REDRAW_SECONDS:
@@ -160,6 +163,9 @@ class ProgressBar(Progress):
     def close(self, *, is_done: bool) -> None:
         """Leaves the bar as it stands, or says that what was shown in lines is done."""
         with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
             self._on_close(self)
             now = time.monotonic()
             if self._bar is not None:

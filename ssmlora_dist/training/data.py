@@ -87,6 +87,14 @@ class RunData:
         rows = self._shape.dropout_seeds(step, self._seed)
         return [{**batch, "dropout_seeds": seeds} for batch, seeds in zip(batches, rows, strict=True)]
 
+    def facts(self) -> dict[str, Any]:
+        """What `header.run_header` says of the data."""
+        return {
+            "num_steps": self.num_steps,
+            "num_examples": self.num_examples,
+            "accounts": self.accounts(),
+        }
+
     def accounts(self) -> list[str]:
         """Lines about what became of the records, of a stream the first ones."""
         lines = account_lines("train", self.sample.report, is_streamed=self.num_examples is None)

@@ -98,17 +98,8 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
         )
         return
     if group.is_main:
-        console.message(
-            run_header(
-                config,
-                group.device,
-                group.world_size,
-                num_steps=data.num_steps,
-                num_examples=data.num_examples,
-                accounts=data.accounts(),
-                continuation=continuation,
-            )
-        )
+        facts = {"continuation": continuation, **data.facts()}
+        console.message(run_header(config, group.device, group.world_size, **facts))
     run.build()
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
     if not continuation.in_place:
@@ -352,8 +343,7 @@ class _Run:
             "data_position": self.data.position(step) if self.group.is_main else None,
             "tracker_run_id": self.tracker.run_id,
         }
-        with progress(f"saving step {step}"):
-            self.saver.save(step, standing, validation_loss)
+        self.saver.save(step, standing, validation_loss)
         if self.group.is_main:
             self._log({"checkpoint_seconds": time.perf_counter() - started}, step)
 

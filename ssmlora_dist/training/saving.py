@@ -88,26 +88,29 @@ class Saver:
         """
         if self.is_best(validation_loss):
             self.best_validation_loss = validation_loss
-        parameters, moments = self._engine.adapter_tensors(), self._engine.moments()
+        with progress("collecting what is trained"):
+            parameters, moments = self._engine.adapter_tensors(), self._engine.moments()
         self.last_step = step
         if not self._group.is_main:
             return
-        self._writer.save(
-            Checkpoint(
-                step=step,
-                parameters=parameters,
-                moments=moments.tensors,
-                progress={
-                    **standing,
-                    "num_updates": moments.num_updates,
-                    "samples_consumed": step * self._config.training.global_batch_size,
-                    "best_validation_loss": self.best_validation_loss,
-                },
-                config=self._config.model_dump(mode="json", by_alias=True),
-                base_fingerprint=self._base_fingerprint,
-                validation_loss=validation_loss,
+        # It waits for the one before.
+        with progress("waiting for the checkpoint before"):
+            self._writer.save(
+                Checkpoint(
+                    step=step,
+                    parameters=parameters,
+                    moments=moments.tensors,
+                    progress={
+                        **standing,
+                        "num_updates": moments.num_updates,
+                        "samples_consumed": step * self._config.training.global_batch_size,
+                        "best_validation_loss": self.best_validation_loss,
+                    },
+                    config=self._config.model_dump(mode="json", by_alias=True),
+                    base_fingerprint=self._base_fingerprint,
+                    validation_loss=validation_loss,
+                )
             )
-        )
 
     def finish(self) -> str:
         """Waits for what is being written; says on every rank what `last_good` says."""

@@ -180,6 +180,18 @@ def test_the_display_shows_work_until_it_ends(clock: Clock) -> None:
     assert stream.getvalue().splitlines() == ["counting 3/3 (100%), 00:00 left"]
 
 
+def test_what_an_error_leaves_open_is_closed_before_its_message(clock: Clock) -> None:
+    stream = Terminal()
+    with ProgressDisplay(stream, tick_seconds=3600) as display, shown_by(display.show):
+        items = counted(range(3), "counting", 3)
+        next(items)
+        clock.now += 5.0
+        next(items)
+    assert stream.getvalue().endswith("left\n")
+    items.close()
+    assert stream.getvalue().endswith("left\n")
+
+
 def test_a_thread_looks_after_work_that_says_nothing(clock: Clock) -> None:
     stream = io.StringIO()
     with ProgressDisplay(stream, tick_seconds=0.001) as display, shown_by(display.show), progress("waiting"):
