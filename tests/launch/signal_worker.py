@@ -93,7 +93,7 @@ FORKED = {
         {
             0: [
                 ("check", IN_STEP_2, lose_the_reader),
-                ("check", IN_STEP_5 - IN_STEP_2, partial(signal_self, INT)),
+                ("check", IN_STEP_5, partial(signal_self, INT)),
             ]
         },
     ),
