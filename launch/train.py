@@ -47,7 +47,7 @@ def main() -> None:
         from ssmlora_dist.training.describe import describe
 
         config = config.with_auto_dtype(machine_dtype(device_type))
-        console.message(describe(config, place.world_size, console.warn))
+        console.message(describe(config, device_type, place.world_size, arguments.resume, console.warn))
         return
 
     from ssmlora_dist.training.run import run_training

@@ -12,10 +12,15 @@ from typing import NoReturn
 
 from ssmlora_dist.config.paths import name_argument, path_argument
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, SSMLoRAError
+from ssmlora_dist.progress import shown_by
 from ssmlora_dist.ranks import Place, read_place
 from ssmlora_dist.signals import StopRequested, raising
+from ssmlora_dist.tracking.console import ProgressDisplay
+from ssmlora_dist.tracking.streams import UnreadError, make_lenient
 
 EXIT_INTERRUPTED = 130
+# What a shell says of a command that SIGPIPE has ended.
+EXIT_UNREAD = 141
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # Launchers end every rank as soon as one has ended: the others leave rank 0 this time to say why and to close
 # its run at the tracker.
@@ -89,8 +94,11 @@ def build_adapter_parser(description: str) -> ArgumentParser:
     return parser
 
 
-def run_command(main: Callable[[], int | None], *, alone: bool = False) -> int:
+def run_command(main: Callable[[], int | None], *, alone: bool = False, ends_unread: bool = False) -> int:
     """Runs a script's `main` and gives the exit code: `sys.exit(run_command(main))`.
+
+    Rank 0 shows the progress of long work. Output that cannot be written is given up, and changes neither the
+    work nor the exit code.
 
     An error that the user can mend is shown without traceback, by rank 0: as a rule every rank meets it, and
     the launcher ends those that wait. One that is still there after a while met it alone, and shows it. A
@@ -98,16 +106,20 @@ def run_command(main: Callable[[], int | None], *, alone: bool = False) -> int:
     exception passes through with its traceback (exit code 1).
 
     Args:
-        main: of the script.
+        main: gives the exit code, or None for 0.
         alone: whether the script does its work in one process, of which several would do the same.
+        ends_unread: of a command that does nothing but write to the standard output: it ends, with 141, when
+            nobody reads that any more.
     """
+    make_lenient(ends_unread=ends_unread)
     try:
         if alone and (number := _place().world_size) > 1:
             problem = (
                 f"{number} processes were started; allowed: one; start it with plain python, or `srun -n 1`"
             )
             raise ConfigError([problem], source=Path(sys.argv[0]).name)
-        with raising():
+        stream = sys.stderr if _place().rank == 0 else None
+        with raising(), ProgressDisplay(stream) as display, shown_by(display.show):
             return main() or EXIT_DONE
     except SSMLoRAError as error:
         place = ""
@@ -124,6 +136,8 @@ def run_command(main: Callable[[], int | None], *, alone: bool = False) -> int:
         return 128 + request.signum
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except UnreadError:
+        return EXIT_UNREAD
 
 
 def _place() -> Place:

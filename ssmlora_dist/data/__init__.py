@@ -9,7 +9,13 @@ from ssmlora_dist.data.collation import collate
 from ssmlora_dist.data.contents import examples_digest
 from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, Example
 from ssmlora_dist.data.formats import FORMATS
-from ssmlora_dist.data.loader import BatchShape, EvaluationBatch, GlobalBatches, evaluation_batches
+from ssmlora_dist.data.loader import (
+    BatchShape,
+    EvaluationBatch,
+    GlobalBatches,
+    evaluation_batches,
+    num_steps_of,
+)
 from ssmlora_dist.data.retrieval import generate_retrieval
 from ssmlora_dist.data.sources import resolve_revision
 from ssmlora_dist.data.streaming import ExampleStream, StreamedBatches
@@ -33,6 +39,7 @@ __all__ = [
     "examples_digest",
     "generate_dataset",
     "generate_retrieval",
+    "num_steps_of",
     "read_dataset",
     "resolve_revision",
 ]

@@ -13,6 +13,7 @@ from ssmlora_dist.data.retrieval import generate_retrieval
 from ssmlora_dist.data.rows import RowEncoder
 from ssmlora_dist.data.sources import read_records
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.progress import progress
 from ssmlora_dist.records import Paths, Record
 from ssmlora_dist.tokenization import TextEncoder
 
@@ -123,9 +124,11 @@ def read_dataset(reader: ExampleReader) -> Dataset:
     """
     examples: list[Example] = []
     report = DatasetReport()
-    for of_record, its_report in reader.read():
-        examples += of_record
-        report += its_report
+    with progress(f"reading {reader.name}", unit="records") as shown:
+        for of_record, its_report in reader.read():
+            examples += of_record
+            report += its_report
+            shown.update(report.num_rows, f"{len(examples):,} examples")
     if not examples:
         raise reader.nothing_left(report)
     return Dataset(examples, report, frozenset(reader.closings))

@@ -89,8 +89,7 @@ class GlobalBatches:
 
     def num_steps(self, num_epochs: float) -> int:
         """Steps that are needed for `num_epochs` passes over the examples."""
-        # Rounding first keeps 0.1 x 30 from being a hair over 3.
-        return max(1, math.ceil(round(num_epochs * len(self._dataset) / self._shape.global_batch_size, 6)))
+        return num_steps_of(num_epochs, len(self._dataset), self._shape.global_batch_size)
 
     def indices(self, step: int) -> list[int]:
         """The examples of global batch `step` (from 0), in order, the same on every rank."""
@@ -171,3 +170,9 @@ def evaluation_batches(
 
 def _without_labels(example: Example) -> Example:
     return replace(example, labels=np.full_like(example.labels, IGNORE_INDEX))
+
+
+def num_steps_of(num_epochs: float, num_examples: int, global_batch_size: int) -> int:
+    """Steps that are needed for `num_epochs` passes over so many examples."""
+    # Rounding first keeps 0.1 x 30 from being a hair over 3.
+    return max(1, math.ceil(round(num_epochs * num_examples / global_batch_size, 6)))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ssmlora_dist.data.examples import Example
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.progress import counted
 from ssmlora_dist.prose import KEYS, sentences, split_of
 from ssmlora_dist.tokenization import TextEncoder
 
@@ -98,7 +99,7 @@ def generate_retrieval(
         _draw_puzzle(
             encoder, split, keys, num_lookalikes, num_digits, random.Random(f"{seed}/{split}/{i}/puzzle")
         )
-        for i in range(num_examples)
+        for i in counted(range(num_examples), f"drawing facts for {split}", num_examples)
     ]
     least_length = len(encoder.bos_ids) + max((puzzle.least_length for puzzle in puzzles), default=0)
     for length in lengths:
@@ -110,7 +111,7 @@ def generate_retrieval(
     corpus = _encode_corpus(encoder)
     settings = list(itertools.product(lengths, depths))
     examples = []
-    for i, puzzle in enumerate(puzzles):
+    for i, puzzle in enumerate(counted(puzzles, f"generating examples for {split}", num_examples)):
         length, depth = settings[i % len(settings)]
         rng = random.Random(f"{seed}/{split}/{i}/passage")
         examples.append(_assemble(puzzle, corpus, encoder.bos_ids, length, depth, rng))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.progress import progress
 from ssmlora_dist.records import Record, nearest_name
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -259,7 +260,8 @@ def _explained(name: str) -> Iterator[None]:
     import datasets
 
     try:
-        yield
+        with progress(f"fetching {name} from the hub"):
+            yield
     except datasets.exceptions.DatasetNotFoundError as error:
         if "Revision" in str(error):
             raise DataError(f"{name}: {_first_line(error)}; name a branch, tag or commit") from None

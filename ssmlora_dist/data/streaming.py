@@ -15,6 +15,7 @@ from ssmlora_dist.data.contents import RecordsDigest
 from ssmlora_dist.data.examples import Dataset, Example
 from ssmlora_dist.data.loader import BatchShape, permutation
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.progress import progress
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class ExampleStream:
         Raises:
             DataError: as of `blocks`.
         """
-        first = next(block for block in self.blocks(Position()) if block.examples)
+        with progress(f"reading the first records of {self._reader.name}"):
+            first = next(block for block in self.blocks(Position()) if block.examples)
         return Dataset(first.examples, first.report, frozenset(self._reader.closings))
 
     def blocks(self, start: Position) -> Iterator[Block]:
@@ -237,7 +239,9 @@ class StreamedBatches:
         return taken
 
     def _advance(self) -> Block:
-        block = (self._next_block or self._thread.submit(next, self._blocks)).result()
+        next_block = self._next_block or self._thread.submit(next, self._blocks)
+        with progress("waiting for records"):
+            block = next_block.result()
         self._next_block = self._thread.submit(next, self._blocks)
         self._block, self._report = block, block.report
         return block

@@ -24,6 +24,7 @@ import torch.distributed.nn.functional
 
 from ssmlora_dist.distributed.liveness import Peer, PeerWatch, meet
 from ssmlora_dist.errors import ConfigError, SSMLoRAError, TrainingError
+from ssmlora_dist.progress import progress
 from ssmlora_dist.ranks import VARIABLES, Place, read_place
 
 LONGEST_SILENCE_SECONDS = 60.0
@@ -124,7 +125,8 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
         ConfigError: the environment does not say who this process is.
         TrainingError: when the processes cannot find each other.
     """
-    import deepspeed
+    with progress("loading DeepSpeed"):
+        import deepspeed
 
     global _host
     place = read_place()
@@ -143,8 +145,9 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_seconds)
     try:
-        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=verbose)
-        _host = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
+        with progress("waiting for all ranks"):
+            deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=verbose)
+            _host = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"the processes of this run could not connect ({error}); check that MASTER_ADDR and MASTER_PORT "

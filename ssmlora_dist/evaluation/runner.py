@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from ssmlora_dist.evaluation.items import (
     Item,
     Task,
 )
+from ssmlora_dist.progress import counted, progress
 
 Encoded = EncodedChoices | EncodedPrompt
 
@@ -52,7 +52,7 @@ def run(
     rank: int = 0,
     size: int = 1,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
-    progress: Callable[[str, int, int], object] = lambda task, done, total: None,
+    label: str = "",
 ) -> list[Row]:
     """Evaluates a model on every item of every task.
 
@@ -72,7 +72,7 @@ def run(
         rank: of this process.
         size: number of processes, which share the batches.
         gather: every process' value, by rank, on all of them.
-        progress: told the task, how many of this process' items are finished in this start, and of how many.
+        label: says whose answers these are, where progress is shown.
 
     Returns:
         The rows in the order of tasks and items, on every rank.
@@ -91,10 +91,11 @@ def run(
     loads = [0] * size
     with _evaluation_mode(model), PartFile(directory, rank) if directory else nullcontext() as file:
         for task in tasks:
+            description = f"{label}: {task.name}" if label else task.name
             plan = _prepare(task, encoder, (digests or {}).get(task.name, ""), max_batch_tokens)
             outline |= {plan.key(index): plan.failed.get(index) for index in range(len(plan.items))}
             share = _share(plan, _pending(plan, known), loads)[rank]
-            for rows in _evaluated(plan, share, model, tokenizer, partial(progress, task.name)):
+            for rows in _evaluated(plan, share, model, tokenizer, description):
                 if file is not None:
                     file.append(row for row in rows if "error" not in row)
                 own += rows
@@ -132,9 +133,10 @@ class _Plan:
 
 
 def _prepare(task: Task, encoder: PromptEncoder, digest: str, max_batch_tokens: int) -> _Plan:
-    plan = _Plan(task, list(task.items()), {}, {}, {}, [])
+    items = list(counted(task.items(), f"making items of {task.name}", unit="items"))
+    plan = _Plan(task, items, {}, {}, {}, [])
     seen: set[str] = set()
-    for index, item in enumerate(plan.items):
+    for index, item in enumerate(counted(items, f"encoding items of {task.name}", len(items))):
         if item.id in seen:
             raise DataError(f"evaluation: task {task.name!r} has two items with the id {item.id!r}")
         seen.add(item.id)
@@ -193,18 +195,18 @@ def _share(plan: _Plan, pending: Sequence[_Pending], loads: list[int]) -> list[l
 
 
 def _evaluated(
-    plan: _Plan, share: Sequence[_Pending], model: Any, tokenizer: Any, tell: Callable[[int, int], object]
+    plan: _Plan, share: Sequence[_Pending], model: Any, tokenizer: Any, description: str
 ) -> Iterator[list[Row]]:
-    """The rows that each batch lacks; all of it is computed. Tells how many are done, and of how many."""
+    """The rows that each batch lacks; all of it is computed."""
     done, total = 0, sum(len(missing) for _, missing in share)
-    tell(done, total)
-    for batch, missing in share:
-        answers = _answers(model, tokenizer, [plan.encoded[index] for index in batch])
-        answered = dict(zip(batch, answers, strict=True))
-        yield [_scored(plan, index, answered[index]) for index in missing]
-        # Not before they have been taken, and written.
-        done += len(missing)
-        tell(done, total)
+    with progress(description, total) as shown:
+        for batch, missing in share:
+            answers = _answers(model, tokenizer, [plan.encoded[index] for index in batch])
+            answered = dict(zip(batch, answers, strict=True))
+            yield [_scored(plan, index, answered[index]) for index in missing]
+            # Not before they have been taken, and written.
+            done += len(missing)
+            shown.update(done)
 
 
 def _answers(model: Any, tokenizer: Any, encoded: Sequence[Encoded]) -> list[Answer | str]:

@@ -31,6 +31,7 @@ from ssmlora_dist.models.weights import (
     rows_of_half,
 )
 from ssmlora_dist.precision import machine_dtype
+from ssmlora_dist.progress import counted
 from ssmlora_dist.quantization import QuantizationMode, quantize_linear
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def load_model(
     parts = {name: model.get_submodule(name) for name in names}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     source.check(_shapes(parts), model.state_dict().keys(), ignored)
-    for name, part in parts.items():
+    doing = "loading" if quantize is None else "loading and quantising"
+    for name, part in counted(parts.items(), f"{doing} the base model", len(parts)):
         fill(part, name, source, family, device=device, dtype=compute_dtype, quantize=quantize)
         if on_part is not None:
             on_part(part)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmlora_dist.errors import ModelError
+from ssmlora_dist.progress import progress
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -73,7 +74,9 @@ def _download(name: str, revision: str | None, weights: bool, place: str) -> Pat
     patterns = [*METADATA_PATTERNS, *(WEIGHTS_PATTERNS if weights else ())]
     local = "or give the path of a local directory"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        # The library's own bars, of bytes, are for terminals alone.
+        with progress(f"fetching {name} from the hub"):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
         raise ModelError(
             f"{place}: the hub gives {name} only to those who were granted access; ask for it on the model's "

@@ -22,6 +22,7 @@ from ssmlora_dist.models.fingerprint import base_fingerprint
 from ssmlora_dist.models.loading import GENERATION_CONFIG_FILE
 from ssmlora_dist.models.location import METADATA_PATTERNS, locate_base
 from ssmlora_dist.models.weights import SafetensorsWeights, is_finite
+from ssmlora_dist.progress import counted
 from ssmlora_dist.tokenization import end_token_ids
 
 if TYPE_CHECKING:
@@ -163,11 +164,12 @@ def _write(
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.mkdir()
-            for file in (*metadata, *weights.files):
+            copied = (*metadata, *weights.files)
+            for file in counted(copied, "copying the base model", len(copied)):
                 shutil.copyfile(file, beside / file.name)
             if generation is not None:
                 (beside / GENERATION_CONFIG_FILE).write_text(json.dumps(generation, indent=2) + "\n")
-            for name, (lora_A, lora_B) in adapters.items():
+            for name, (lora_A, lora_B) in counted(adapters.items(), "merging", len(adapters)):
                 stored = weights.stored(name)
                 weight = merged(stored.read(), lora_A, lora_B, scaling)
                 if not is_finite(weight):
@@ -176,7 +178,7 @@ def _write(
                         "stored; name a copy of it in a wider dtype with --model, or use the adapter unmerged"
                     )
                 _overwrite(beside / stored.file.name, stored.begin, weight)
-            for file in beside.iterdir():
+            for file in counted(beside.iterdir(), "waiting for the disk", len(copied)):
                 sync(file)
             sync(beside)
             beside.rename(out)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.location import locate
+from ssmlora_dist.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,11 +55,14 @@ def load_tokenizer(
 
 
 def _read(path: str, revision: str | None, place: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     directory = locate(path, revision, weights=False, place=place)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        with progress("loading the tokenizer"):
+            from transformers import AutoTokenizer
+
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False
+            )
     # Between a missing file, broken JSON and a missing package, every tokenizer raises its own.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

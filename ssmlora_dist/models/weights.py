@@ -16,6 +16,7 @@ from torch import Tensor
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.location import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from ssmlora_dist.models.safetensors_file import DTYPES, FETCH_AGAIN, StoredTensor, stored_tensors
+from ssmlora_dist.progress import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -158,7 +159,7 @@ class SafetensorsWeights:
         The same for any sharding of the same tensors.
         """
         digests: dict[str, bytes] = {}
-        for file in self.files:
+        for file in counted(self.files, "taking the fingerprint of the base model", len(self.files)):
             for name, tensor in self._in_file(file).items():
                 digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
                 digest.update(tensor.ends(num_bytes))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmlora_dist.errors import SSMLoRAError
+from ssmlora_dist.progress import progress
 from ssmlora_dist.sweep.measures import SUMMARY_FILE, measures, run_seconds
 from ssmlora_dist.sweep.outcome import outcome_of, stopped_reason
 from ssmlora_dist.sweep.plan import Plan, PlannedPoint, Standing, estimate_seconds, standing
@@ -319,7 +320,9 @@ def run_sweep(plan: Plan, place: Place, *, retry_failed: bool = False) -> Result
         todo = standing(plan, directory.read_rows(), retry_failed=retry_failed)
         begun = directory.begun()
         grace = max(planned.config.checkpoint.grace_seconds for planned in plan.points) + EXTRA_GRACE_SECONDS
-        if number := end_leftovers(directory.path, grace):
+        with progress("ending what a killed sweep has left running"):
+            number = end_leftovers(directory.path, grace)
+        if number:
             table.say(f"{number} processes of a sweep that was killed were ended")
         directory.keep_rows(todo.replaced)
         directory.write_rows(todo.rows.values())
@@ -328,18 +331,21 @@ def run_sweep(plan: Plan, place: Place, *, retry_failed: bool = False) -> Result
         status: RunStatus = "FAILED"
         result = Result(dict(todo.rows), None)
         try:
-            recorder.start()
+            with progress("beginning the record of the sweep"):
+                recorder.start()
             rows = Execution(plan, place, table, signals).run(begun, recorder, todo)
             result = Result(rows, signals.stopped_by)
             status = "KILLED" if result.stopped_by else "FINISHED" if result.num_finished else "FAILED"
             if not result.stopped_by:
                 _report(directory, table)
         finally:
+            files = [directory.sweep_file, directory.points_file]
             report = directory.report if directory.report.is_dir() else None
             try:
                 recorder.end_open_runs(result.rows)
             finally:
-                recorder.finish(status, result.rows, [directory.sweep_file, directory.points_file], report)
+                with progress("completing the record of the sweep"):
+                    recorder.finish(status, result.rows, files, report)
     return result
 
 

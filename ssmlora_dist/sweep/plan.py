@@ -14,6 +14,7 @@ from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.shown import shown
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.precision import machine_dtype
+from ssmlora_dist.progress import counted
 from ssmlora_dist.sweep.digest import digest_of
 from ssmlora_dist.sweep.expansion import RANKS_KEY, Point, expand
 from ssmlora_dist.sweep.schema import SweepConfig, load_sweep
@@ -90,7 +91,7 @@ def plan_sweep(path: str, *, devices: Sequence[str] = ()) -> Plan:
     directory = SweepDirectory(sweep.output_dir / sweep.name)
     planned: list[PlannedPoint] = []
     lines: dict[str, list[str]] = {}
-    for point in points:
+    for point in counted(points, "checking the points and their data", len(points)):
         try:
             config = _load(sweep, point, directory, "cuda" if devices else "cpu")
         except ConfigError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.progress import progress
 from ssmlora_dist.records import nearest_name
 from ssmlora_dist.sweep import report_tables as tables
 from ssmlora_dist.sweep.cases import Sweep, ordered_sweep
@@ -40,7 +41,8 @@ def write_report(sweep: Path, out: Path | None = None, baseline: str | None = No
     directory = out if out is not None else (sweep if sweep.is_dir() else sweep.parent) / "report"
     with explained(directory, "choose another --out"):
         directory.mkdir(parents=True, exist_ok=True)
-        report = build_report(read, directory / "plots")
+        with progress("drawing the report"):
+            report = build_report(read, directory / "plots")
         page, text = directory / "report.html", directory / "report.md"
         outdated = _plots_in(text)
         write_text(page, page_text(report))

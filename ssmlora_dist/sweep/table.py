@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -137,10 +136,8 @@ class LiveTable:
         self._num_lines = 0
 
     def _write(self, text: str) -> None:
-        # A terminal that has been closed, or a pipe that nobody reads, must not end the sweep.
-        with suppress(OSError):
-            self._stream.write(text)
-            self._stream.flush()
+        self._stream.write(text)
+        self._stream.flush()
 
 
 def ended_line(row: Row, num_left: int) -> str:

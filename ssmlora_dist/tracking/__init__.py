@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssmlora_dist.tracking.console import BeforeAfter, Console, ProgressBar
+from ssmlora_dist.tracking.console import BeforeAfter, Console
 from ssmlora_dist.tracking.curves import plot_curves
 from ssmlora_dist.tracking.environment import environment_record
 from ssmlora_dist.tracking.mlflow import mlflow_tracker
@@ -16,7 +16,6 @@ __all__ = [
     "BeforeAfter",
     "Console",
     "NullTracker",
-    "ProgressBar",
     "RunDirectory",
     "RunStatus",
     "Store",

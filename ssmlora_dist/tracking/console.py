@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
 
-LINE_EVERY_FRACTION = 0.1
-LINE_EVERY_SECONDS = 60.0
+from ssmlora_dist.progress import Progress, Work
+
+LINE_EVERY_SECONDS = 30.0
+REDRAW_SECONDS = 0.1
+TICK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,6 @@ class Console:
         if self._enabled:
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
-    def progress(self, total: int, description: str, initial: int = 0) -> ProgressBar:
-        """A progress bar over `total` steps or examples, of which `initial` are done already."""
-        return ProgressBar(total, description, sys.stderr if self._enabled else None, initial)
-
     def print_before_after(self, rows: Sequence[BeforeAfter]) -> None:
         """Shows the table of `before_after_table`."""
         self.message(before_after_table(rows))
@@ -74,75 +73,160 @@ class Console:
         self.message(where_to_look(run_directory, adapter, tracking_uri))
 
 
-class ProgressBar:
-    """Progress with loss, tokens per second and time left.
+class ProgressDisplay:
+    """Shows how far pieces of work are, each by a `ProgressBar`, while it is entered.
 
-    On a terminal it is a bar; elsewhere (a log file) a line at every tenth of the way, and every minute
-    when a tenth takes longer.
+    A thread of its own looks after them: time passes too where a unit of work takes minutes.
 
     Args:
-        total: steps or examples in all.
-        description: what is going on.
-        stream: where to draw; None shows nothing.
-        initial: how many are done already.
+        stream: where to show it; None shows nothing.
+        tick_seconds: how often the thread looks.
     """
 
-    def __init__(self, total: int, description: str, stream: TextIO | None, initial: int = 0) -> None:
-        self._total = total
-        self._description = description
-        self._stream = stream
-        self._initial = initial
-        self._began = self._last_line = time.monotonic()
-        self._last_fraction = initial / total if total else 1.0
-        self._bar: tqdm | None = None
-        if stream is not None and stream.isatty():
-            self._bar = tqdm(
-                total=total,
-                initial=initial,
-                desc=description,
-                file=stream,
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
-            )
+    def __init__(self, stream: TextIO | None, tick_seconds: float = TICK_SECONDS) -> None:
+        self._stream, self._tick_seconds = stream, tick_seconds
+        self._bars: list[ProgressBar] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
-    def update(self, done: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
-        """Shows that `done` of the total are done, with the figures of the latest step."""
-        figures = _figures(loss, tokens_per_second)
-        if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(figures), refresh=False)
-            self._bar.update(done - self._bar.n)
-        elif self._stream is not None and self._line_is_due(done):
-            parts = [f"{self._description} {done}/{self._total} ({done / self._total:.0%})", *figures]
-            print(", ".join([*parts, f"{self._time_left(done)} left"]), file=self._stream, flush=True)
+    def show(self, work: Work) -> Progress:
+        """Begins to show a piece of work."""
+        if self._stream is None:
+            return Progress()
+        bar = ProgressBar(work, self._stream, on_close=self._bars.remove)
+        self._bars.append(bar)
+        return bar
 
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> ProgressDisplay:
+        if self._stream is not None:
+            self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._stream is not None:
+            self._thread.join()
+        # What an error has left open: its message begins on a line of its own.
+        for bar in list(self._bars):
+            bar.close(is_done=False)
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._tick_seconds):
+            for bar in list(self._bars):
+                bar.tick()
+
+
+class ProgressBar(Progress):
+    """One piece of work, with the figures of its latest unit and the time left.
+
+    On a terminal it is a bar; elsewhere (a log file) a line at every tenth of the way, though not more often
+    than every `work.quiet_seconds`, and every half minute when a tenth takes longer. What is done sooner than
+    that is not shown at all.
+
+    Args:
+        work: what is shown.
+        stream: where.
+        on_close: told of this bar at its end.
+    """
+
+    def __init__(
+        self, work: Work, stream: TextIO, on_close: Callable[[ProgressBar], object] = lambda bar: None
     ) -> None:
-        self.close()
+        self._work, self._stream, self._on_close = work, stream, on_close
+        self._done, self._figures = work.initial, tuple[str, ...]()
+        self._began = self._shown_at = time.monotonic()
+        # Tenths that are done and, as soon as there is a line, units that it has told of.
+        self._tenths, self._told = self._tenths_done(), -1
+        self._is_terminal, self._is_closed = stream.isatty(), False
+        self._bar: tqdm | None = None
+        # Updated where the work is done, and looked after by another thread.
+        self._lock = threading.RLock()
 
-    def _line_is_due(self, done: int) -> bool:
-        now = time.monotonic()
+    def update(self, done: int, *figures: str) -> None:
+        """Shows that `done` units are done, with figures of the latest, where that is due."""
+        with self._lock:
+            self._done, self._figures = done, figures
+            self.tick()
+
+    def tick(self) -> None:
+        """Shows how far it is, where that is due; to be called now and then, from any thread."""
+        with self._lock:
+            now = time.monotonic()
+            if self._is_closed or now - self._began < self._work.quiet_seconds:
+                return
+            if self._is_terminal:
+                if self._bar is None or now - self._shown_at >= REDRAW_SECONDS:
+                    self._draw(now)
+            elif self._line_is_due(now):
+                self._write(now)
+
+    def close(self, *, is_done: bool) -> None:
+        """Leaves the bar as it stands, or says that what was shown in lines is done."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._on_close(self)
+            now = time.monotonic()
+            if self._bar is not None:
+                self._draw(now)
+                self._bar.close()
+            elif is_done and self._told not in (-1, self._work.total):
+                parts = [f"{self._work.description}: done", *self._counted(), _duration(now - self._began)]
+                self._print(parts)
+
+    def _draw(self, now: float) -> None:
+        self._shown_at = now
+        figures = ", ".join([*self._counted(), *self._figures, self._time(now)])
+        if self._bar is not None:
+            self._bar.n = self._done
+            self._bar.set_postfix_str(figures)
+            return
+        form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+        self._bar = tqdm(
+            total=self._work.total,
+            initial=self._done,
+            desc=self._work.description,
+            postfix=figures,
+            file=self._stream,
+            dynamic_ncols=True,
+            # Below another one it does not stay.
+            leave=None,
+            bar_format=form if self._work.total else "{desc}{postfix}",
+        )
+
+    def _write(self, now: float) -> None:
+        self._shown_at, self._tenths, self._told = now, self._tenths_done(), self._done
+        head, total = self._work.description, self._work.total
+        if total:
+            head = f"{head} {self._done}/{total} ({self._done / total:.0%})"
+        self._print([head, *self._counted(), *self._figures, self._time(now)])
+
+    def _print(self, parts: Sequence[str]) -> None:
+        print(", ".join(parts), file=self._stream, flush=True)
+
+    def _line_is_due(self, now: float) -> bool:
+        waited, quiet = now - self._shown_at, self._work.quiet_seconds
+        if quiet and self._told == -1:
+            return True
+        has_passed_tenth = self._tenths_done() > self._tenths and waited >= quiet
+        return has_passed_tenth or waited >= LINE_EVERY_SECONDS
+
+    def _tenths_done(self) -> int:
         # Counted in whole tenths, so that rounding makes no line come early or twice.
-        passed = math.floor(done / self._total / LINE_EVERY_FRACTION + 1e-9)
-        passed_before = math.floor(self._last_fraction / LINE_EVERY_FRACTION + 1e-9)
-        if passed == passed_before and now - self._last_line < LINE_EVERY_SECONDS:
-            return False
-        self._last_line, self._last_fraction = now, done / self._total
-        return True
+        return math.floor(10 * self._done / self._work.total + 1e-9) if self._work.total else 0
 
-    def _time_left(self, done: int) -> str:
-        if done <= self._initial:
-            return "?"
-        seconds_each = (time.monotonic() - self._began) / (done - self._initial)
-        return str(tqdm.format_interval(seconds_each * (self._total - done)))
+    def _counted(self) -> list[str]:
+        """Of work whose end is not known."""
+        return [f"{self._done:,} {self._work.unit}"] if self._done and not self._work.total else []
+
+    def _time(self, now: float) -> str:
+        """The time left, or that passed where the end is not known."""
+        seconds, done = now - self._began, self._done - self._work.initial
+        if not self._work.total:
+            return _duration(seconds)
+        left = _duration(seconds / done * (self._work.total - self._done)) if done > 0 else "?"
+        return f"{left} left"
 
 
 def before_after_table(rows: Sequence[BeforeAfter]) -> str:
@@ -187,13 +271,8 @@ def where_to_look(run_directory: Path, adapter: Path | None, tracking_uri: str |
     return "\n".join(f"{name:<8}{value}" for name, value in lines)
 
 
-def _figures(loss: float | None, tokens_per_second: float | None) -> list[str]:
-    figures = []
-    if loss is not None:
-        figures.append(f"loss {loss:.4f}")
-    if tokens_per_second is not None:
-        figures.append(f"{tokens_per_second:,.0f} tokens/s")
-    return figures
+def _duration(seconds: float) -> str:
+    return str(tqdm.format_interval(seconds))
 
 
 def _number(value: float | None) -> str:

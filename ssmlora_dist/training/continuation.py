@@ -47,7 +47,9 @@ class Continuation:
         return self.checkpoint.config["model"]["compute_dtype"] if self.checkpoint else None
 
 
-def find_continuation(resume: str, directory: RunDirectory, warn: Callable[[str], object]) -> Continuation:
+def find_continuation(
+    resume: str, directory: RunDirectory, warn: Callable[[str], object], *, claim: bool = True
+) -> Continuation:
     """Finds and reads the checkpoint to continue from; on rank 0.
 
     Args:
@@ -56,6 +58,7 @@ def find_continuation(resume: str, directory: RunDirectory, warn: Callable[[str]
             new run.
         directory: of this run; claimed if it is written on.
         warn: told of damaged checkpoints.
+        claim: whether anything is claimed and made, or everything only looked at.
 
     Raises:
         CheckpointError: the directory is taken, or nothing can be continued from there.
@@ -67,11 +70,12 @@ def find_continuation(resume: str, directory: RunDirectory, warn: Callable[[str]
     in_place = directory.metrics_file.exists() and (
         resume == AUTO or (source is not None and source.resolve().is_relative_to(own))
     )
-    if in_place:
+    if in_place and claim:
         directory.claim(resume=True)
         remove_leftovers(directory.checkpoints)
-    else:
-        RunDirectory.check_free(directory.path)
+    elif not in_place:
+        if claim or directory.path.exists():
+            RunDirectory.check_free(directory.path)
         if source is None:
             return Continuation()
     place = directory.checkpoints if source is None else _checkpoints_of(source)

@@ -50,6 +50,7 @@ class RunData:
         validation: what is evaluated on, if anything.
         sample: of the training examples: all that are in memory, or the first of a stream.
         num_steps: optimiser steps of the run.
+        num_examples: that are trained on; None: of a stream, not known.
         contents: of the data, as checkpoints keep them (`training.contents`).
         compares: whether validation losses in the checkpoint are of the same data.
 
@@ -81,9 +82,9 @@ class RunData:
         train, self.validation = build_data(pinned(config, commits), tokenizer)
         self.contents = self._compared(config, train, commits, group, continuation)
         self.compares = same_validation(continuation, self.contents["validation"], warn)
+        self.num_examples = None if isinstance(train, ExampleStream) else len(train)
         self.sample: Dataset
         self._batches: GlobalBatches | StreamedBatches
-        self._is_streamed = isinstance(train, ExampleStream)
         if isinstance(train, ExampleStream):
             assert training.max_steps, "refused by config.rules"
             self.num_steps = training.max_steps
@@ -141,7 +142,7 @@ class RunData:
 
     def accounts(self) -> list[str]:
         """Lines about what became of the records, of a stream the first ones."""
-        lines = account_lines("train", self.sample.report, is_streamed=self._is_streamed)
+        lines = account_lines("train", self.sample.report, is_streamed=self.num_examples is None)
         if self.validation is not None:
             lines += account_lines("validation", self.validation.report)
         return lines
@@ -162,7 +163,9 @@ class RunData:
         read = self.report if self.report.num_rows else self.sample.report
         if not self._warned and (warning := read.warning()) is not None:
             self._warned = True
-            self._warn(f"data.train: {'of what is read so far, ' if self._is_streamed else ''}{warning}")
+            self._warn(
+                f"data.train: {'of what is read so far, ' if self.num_examples is None else ''}{warning}"
+            )
 
     @property
     def report(self) -> DatasetReport:

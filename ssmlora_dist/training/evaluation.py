@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssmlora_dist.data import IGNORE_INDEX, Dataset, Example, evaluation_batches
 from ssmlora_dist.evaluation.teacher_forced import ExampleScore, Score, summarize
+from ssmlora_dist.progress import Progress, progress
 
 
 def evaluate(
@@ -21,6 +22,7 @@ def evaluate(
     data_parallel_rank: int,
     data_parallel_size: int,
     sum_over_ranks: Callable[[Sequence[float]], list[float]],
+    description: str = "evaluation",
 ) -> dict[str, Score]:
     """Loss and teacher-forced exact match by input length and over all; every rank must call it.
 
@@ -32,15 +34,21 @@ def evaluate(
         data_parallel_rank: which share of the examples this rank scores.
         data_parallel_size: number of shares.
         sum_over_ranks: adds values up over the shares.
+        description: of this evaluation, where its progress is shown.
     """
     batches = list(
         evaluation_batches(dataset, micro_batch_size, data_parallel_rank, data_parallel_size, pad_token_id)
     )
     rows_of = [[dataset[i] if i is not None else None for i in batch.indices] for batch in batches]
-    results = score(
-        {**batch.tensors, "scored": _scored(batch.tensors["labels"], rows)}
-        for batch, rows in zip(batches, rows_of, strict=True)
-    )
+
+    def scored(shown: Progress) -> Iterator[dict[str, Tensor]]:
+        for done, (batch, rows) in enumerate(zip(batches, rows_of, strict=True)):
+            shown.update(done)
+            yield {**batch.tensors, "scored": _scored(batch.tensors["labels"], rows)}
+
+    with progress(description, len(batches)) as shown:
+        results = score(scored(shown))
+        shown.update(len(batches))
     scores = [
         ExampleScore(_group(example), loss, num_targets, exact)
         for rows, result in zip(rows_of, results, strict=True)

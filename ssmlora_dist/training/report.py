@@ -113,7 +113,6 @@ def tracker_of(
     group.on_main(lambda: check_store(store, console.warn))
     if not group.is_main:
         return NullTracker()
-    console.message(f"MLflow: {store}")
     checkpoint = continuation.checkpoint if continuation.in_place else None
     continued = checkpoint.progress["tracker_run_id"] if checkpoint else None
     run_id = continued or os.environ.get("MLFLOW_RUN_ID")

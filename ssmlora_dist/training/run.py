@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
+from ssmlora_dist.progress import Progress, progress
 from ssmlora_dist.signals import StopRequested
 from ssmlora_dist.tracking import (
     Console,
@@ -43,6 +44,7 @@ from ssmlora_dist.training.continuation import (
 )
 from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
+from ssmlora_dist.training.header import run_header
 from ssmlora_dist.training.interrupts import Interrupts, StoppedError
 from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import peak_memory_gib, usable_memory_bytes
@@ -102,8 +104,18 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
             "to train on"
         )
         return
+    if group.is_main:
+        header = run_header(
+            config,
+            group.device,
+            group.world_size,
+            num_steps=data.num_steps,
+            num_examples=data.num_examples,
+            accounts=[*data.accounts(), *tasks.notes],
+            continuation=continuation,
+        )
+        console.message(header)
     run.build()
-    console.message("\n".join([*data.accounts(), *tasks.notes]))
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
     if not continuation.in_place:
         group.on_main(directory.claim)
@@ -120,7 +132,8 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
         finally:
             group.about_to_stop()
             data.close()
-            tracker.finish(status)
+            with progress("completing the record of the run"):
+                tracker.finish(status)
             if status == "KILLED":
                 # A launcher ends the others once one has ended: none does before rank 0 has said all.
                 group.share(None)
@@ -147,10 +160,10 @@ class _Run:
         self.num_steps = self.data.num_steps
         self.store = build_store(self.config)
         checkpoint = self.continuation.checkpoint
-        progress = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
-        self.totals = Totals(**progress["totals"])
-        self.before = scores_from_plain(progress["before"]) if self.data.compares else None
-        self.seconds_before: float = progress["wall_seconds"]
+        stood = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
+        self.totals = Totals(**stood["totals"])
+        self.before = scores_from_plain(stood["before"]) if self.data.compares else None
+        self.seconds_before: float = stood["wall_seconds"]
         self.warned_of_metrics = False
 
     def is_complete(self) -> bool:
@@ -182,7 +195,8 @@ class _Run:
             self.saver.finish()
         if self.group.is_main:
             tags = environment_tags(environment_record()) | self.config.tracking.tags
-            self.tracker.start(self.config.run.name, flat_parameters(resolved), tags)
+            with progress("beginning the record of the run"):
+                self.tracker.start(self.config.run.name, flat_parameters(resolved), tags)
             self.tracker.log_metrics(self.data.metrics(), self.continuation.step)
 
     def execute(self, interrupts: Interrupts) -> None:
@@ -208,14 +222,15 @@ class _Run:
             self.before = self._evaluate(step=0)
         if self.continuation.step == 0:
             self._answer_tasks(0)
-        with self.console.progress(self.num_steps, "training", self.continuation.step) as progress:
+        # From the first step on: its lines tell what becomes of the loss.
+        with progress("training", self.num_steps, initial=self.continuation.step, quiet_seconds=0) as shown:
             train(
                 self.engine,
                 self.data.micro_batches,
                 self._learning_rate,
                 num_steps=self.num_steps,
                 max_nonfinite_steps=self.config.training.max_nonfinite_steps,
-                on_step=partial(self._on_step, progress.update),
+                on_step=partial(self._on_step, shown),
                 first_step=self.continuation.step,
                 skipped_steps=self.totals.skipped_steps,
                 check=self.interrupts.check,
@@ -294,6 +309,7 @@ class _Run:
                 data_parallel_size=place.data_parallel_size,
                 # Every stage has the scores of its replica.
                 sum_over_ranks=lambda values: [v / place.num_stages for v in self.group.sum(values)],
+                description=f"evaluation after step {step}" if step else "evaluation before training",
             )
         row = health.metrics(self.group.sum(health.sums.flatten().tolist()))
         if self.group.is_main:
@@ -313,10 +329,11 @@ class _Run:
                 self.interrupts.check()
             yield batch
 
-    def _on_step(self, show: Callable[..., None], record: StepRecord) -> None:
+    def _on_step(self, shown: Progress, record: StepRecord) -> None:
         self.totals.add(record)
         row = step_row(record, self.group, self.shape, self.config.training.global_batch_size)
-        show(record.step, loss=record.result.loss, tokens_per_second=row["tokens_per_second"])
+        speed = row["tokens_per_second"]
+        shown.update(record.step, f"loss {record.result.loss:.4f}", f"{speed:,.0f} tokens/s")
         if self.group.is_main and record.step % self.config.tracking.every_steps == 0:
             self._log(row, record.step)
         every = self.config.evaluation.every_steps
@@ -331,14 +348,14 @@ class _Run:
 
     def _save(self, step: int, validation_loss: float | None = None) -> None:
         started = time.perf_counter()
-        progress = {
+        standing = {
             "totals": self.totals.plain(),
             "wall_seconds": self._wall_seconds(),
             "before": plain_scores(self.before),
             "data_position": self.data.position(step) if self.group.is_main else None,
             "tracker_run_id": self.tracker.run_id,
         }
-        self.saver.save(step, progress, validation_loss)
+        self.saver.save(step, standing, validation_loss)
         if self.group.is_main:
             self._log({"checkpoint_seconds": time.perf_counter() - started}, step)
 
@@ -367,7 +384,7 @@ class _Run:
         tensors = self.engine.adapter_tensors()
 
         def write() -> None:
-            with self._writing_results():
+            with self._writing_results(), progress("saving the adapter"):
                 write_adapter(
                     self.directory.adapter,
                     self.config.adapter,
@@ -390,7 +407,8 @@ class _Run:
     def _finish(self, summary: dict[str, Any], before: Scores | None, after: Scores | None) -> None:
         with self._writing_results():
             self.directory.plots.mkdir(exist_ok=True)
-            plot_curves(self.directory.read_metrics(), self.directory.plots / "curves.png")
+            with progress("drawing the curves"):
+                plot_curves(self.directory.read_metrics(), self.directory.plots / "curves.png")
             # Last, as it marks a run that is done.
             self.directory.write_summary(summary)
         if self.config.tracking.log_adapter:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.progress import progress
 from ssmlora_dist.training.checkpoint_writer import BackgroundWriter
 from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.continuation import Continuation
@@ -85,39 +86,42 @@ class Saver:
             return False
         return math.isfinite(validation_loss) and (best is None or validation_loss < best)
 
-    def save(self, step: int, progress: Mapping[str, Any], validation_loss: float | None = None) -> None:
+    def save(self, step: int, standing: Mapping[str, Any], validation_loss: float | None = None) -> None:
         """Copies out what is trained, and has it written while training goes on.
 
         Args:
             step: steps done.
-            progress: what else the run needs to go on, in JSON types.
+            standing: what else the run needs to go on, in JSON types.
             validation_loss: of these parameters, if they have been evaluated.
         """
         if self.is_best(validation_loss):
             self.best_validation_loss = validation_loss
-        parameters, moments = self._engine.adapter_tensors(), self._engine.moments()
+        with progress("collecting what is trained"):
+            parameters, moments = self._engine.adapter_tensors(), self._engine.moments()
         loss_scale = self._engine.loss_scale
         self.last_step = step
         if not self._group.is_main:
             return
-        self._writer.save(
-            Checkpoint(
-                step=step,
-                parameters=parameters,
-                moments=moments.tensors,
-                progress={
-                    **progress,
-                    "num_updates": moments.num_updates,
-                    "loss_scale": asdict(loss_scale) if loss_scale else None,
-                    "samples_consumed": step * self._config.training.global_batch_size,
-                    "best_validation_loss": self.best_validation_loss,
-                },
-                config=self._config.model_dump(mode="json", by_alias=True),
-                contents=self._contents,
-                base_fingerprint=self._base_fingerprint,
-                validation_loss=validation_loss,
+        # It waits for the one before.
+        with progress("waiting for the checkpoint before"):
+            self._writer.save(
+                Checkpoint(
+                    step=step,
+                    parameters=parameters,
+                    moments=moments.tensors,
+                    progress={
+                        **standing,
+                        "num_updates": moments.num_updates,
+                        "loss_scale": asdict(loss_scale) if loss_scale else None,
+                        "samples_consumed": step * self._config.training.global_batch_size,
+                        "best_validation_loss": self.best_validation_loss,
+                    },
+                    config=self._config.model_dump(mode="json", by_alias=True),
+                    contents=self._contents,
+                    base_fingerprint=self._base_fingerprint,
+                    validation_loss=validation_loss,
+                )
             )
-        )
 
     def finish(self) -> str:
         """Waits for what is being written; says on every rank what `last_good` says."""
@@ -126,7 +130,8 @@ class Saver:
 
     def last_good(self) -> str:
         """Says, on rank 0, where the last good checkpoint is, once what is being written has been."""
-        self._writer.wait()
+        with progress("waiting for the checkpoint"):
+            self._writer.wait()
         if self._writer.last_good is None:
             return "no checkpoint has been saved"
         return f"the last good checkpoint is {self._writer.last_good}"

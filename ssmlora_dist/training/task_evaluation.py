@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ssmlora_dist.adapters.files import WEIGHTS_FILE, read_adapter, read_base
 from ssmlora_dist.api import load_adapter
 from ssmlora_dist.config.build import (
@@ -34,15 +36,16 @@ from ssmlora_dist.evaluation.items import FailedItem, Task
 from ssmlora_dist.evaluation.report import build_reports, draw, markdown_table, metrics_of, plain
 from ssmlora_dist.evaluation.runner import run
 from ssmlora_dist.models import max_positions, tokenizer_digests
+from ssmlora_dist.progress import counted, progress
 from ssmlora_dist.tracking import (
     Console,
-    ProgressBar,
     Store,
     environment_record,
     flat_parameters,
     mlflow_tracker,
 )
 from ssmlora_dist.training.compute_dtype import settle_compute_dtype
+from ssmlora_dist.training.header import evaluation_header
 from ssmlora_dist.training.report import environment_tags
 
 if TYPE_CHECKING:
@@ -87,14 +90,23 @@ def run_evaluation(
     check_model(config, for_training=False)
     tokenizer = build_tokenizer(config.model, console.warn)
     tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
-    for line in unused_field_lines(tasks):
-        console.message(line)
     directory = out or output_directory(config, adapter)
     names_of_tasks = [task.name for task in tasks]
     parts = tokenizer_digests(tokenizer)
     fingerprint: str = group.on_main(lambda: build_fingerprint(config))
     # What is wrong with it shows before the base model has answered everything.
     adapted = "" if adapter is None else _check_adapter(config, adapter, fingerprint, console.warn)
+    if group.is_main:
+        console.message(
+            evaluation_header(
+                config,
+                group.device,
+                group.world_size,
+                adapter=adapter,
+                tasks=_task_lines(tasks),
+                directory=directory,
+            )
+        )
     model = build_backbone(config, group.device)
     rows: dict[str, Sequence[Row]] = {}
 
@@ -110,7 +122,7 @@ def run_evaluation(
             rank=group.rank,
             size=group.world_size,
             gather=group.gather,
-            progress=_Progress(console, name),
+            label=name,
         )
 
     if adapter is None or with_base:
@@ -173,15 +185,18 @@ class TasksInTraining:
         return metrics_of(build_reports(self._tasks, {"task": rows}, with_majority=False))
 
 
-def describe_tasks(
+def describe_evaluation(
     config: RunConfig,
+    device_type: str,
+    world_size: int,
+    *,
+    adapter: Path | None = None,
+    out: Path | None = None,
     names: Sequence[str] = (),
     lengths: Sequence[int] = (),
-    adapter: Path | None = None,
-    *,
     warn: Callable[[str], object],
 ) -> str:
-    """How many items every task has, for `--dry-run`; makes them all. `warn` is told what a run would be.
+    """What an evaluation would do, for `--dry-run`; makes all items. `warn` is told what it would be.
 
     Raises:
         SSMLoRAError: whatever would stop the evaluation before the weights are read.
@@ -190,14 +205,27 @@ def describe_tasks(
     check_model(config, for_training=False)
     if adapter is not None:
         _check_adapter(config, adapter, build_fingerprint(config), warn)
+    tasks = _with_items(build_tasks(config, build_tokenizer(config.model, warn), names, lengths))
+    return evaluation_header(
+        config,
+        torch.device(device_type),
+        world_size,
+        adapter=adapter,
+        tasks=_task_lines(tasks),
+        directory=out or output_directory(config, adapter),
+    )
+
+
+def _task_lines(tasks: Sequence[Task]) -> list[str]:
+    """How many items every task has, what is wrong with others, and what of their records nobody reads."""
     lines = []
-    for task in build_tasks(config, build_tokenizer(config.model, warn), names, lengths):
+    for task in tasks:
         items = list(task.items())
         failed = [item for item in items if isinstance(item, FailedItem)]
         lines.append(f"{task.name}: {len(items) - len(failed)} items, {len(failed)} that cannot be used")
         lines += [f"  {item.id}: {item.error}" for item in failed[:SHOWN_FAILURES]]
         lines += unused_field_lines([task])
-    return "\n".join(lines)
+    return lines
 
 
 def unused_field_lines(tasks: Sequence[Task]) -> list[str]:
@@ -207,7 +235,11 @@ def unused_field_lines(tasks: Sequence[Task]) -> list[str]:
 
 def _with_items(tasks: Sequence[Task]) -> list[Task]:
     """The tasks with their items at hand: what is wrong with their data shows now, and they are made once."""
-    return [replace(task, items=partial(iter, list(task.items()))) for task in tasks]
+    made = []
+    for task in tasks:
+        items = list(counted(task.items(), f"making items of {task.name}", unit="items"))
+        made.append(replace(task, items=partial(iter, items)))
+    return made
 
 
 def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str, warn: Callable[[str], object]) -> str:
@@ -244,24 +276,6 @@ def _digest(config: RunConfig, tokenizer: Mapping[str, str], fingerprint: str, a
     return json.dumps([fingerprint, adapted, {key: settings[key] for key in keys}])
 
 
-class _Progress:
-    """A bar for each task."""
-
-    def __init__(self, console: Console, model: str) -> None:
-        self._console, self._model = console, model
-        self._task: str | None = None
-        self._bar: ProgressBar
-
-    def __call__(self, task: str, done: int, total: int) -> None:
-        if total == 0:
-            return
-        if task != self._task:
-            self._task, self._bar = task, self._console.progress(total, f"{self._model}: {task}")
-        self._bar.update(done)
-        if done == total:
-            self._bar.close()
-
-
 def _report(
     config: RunConfig,
     console: Console,
@@ -284,7 +298,8 @@ def _report(
     with explained(directory, "choose another --out"):
         write_text(directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         write_text(directory / TABLE_FILE, table + "\n")
-        plots = draw(reports, directory / PLOTS)
+        with progress("drawing the plots"):
+            plots = draw(reports, directory / PLOTS)
     console.message(table)
     files = [directory / SUMMARY_FILE, directory / TABLE_FILE, *plots]
     files += [directory / model / RESULTS_FILE for model in rows]
@@ -315,12 +330,13 @@ def _track(
     files: Sequence[Path],
 ) -> None:
     """A run of its own, once all is there: an evaluation that is cut short and goes on is one run."""
-    console.message(f"MLflow: {store}")
     tracker = mlflow_tracker(store, console.warn)
     parameters = config.model_dump(mode="json", include={"run", "model", "quantization", "evaluation"})
     tags = environment_tags(environment_record()) | config.tracking.tags
-    tracker.start(f"{config.run.name}-evaluation", flat_parameters(parameters), tags)
+    with progress("beginning the record of the evaluation"):
+        tracker.start(f"{config.run.name}-evaluation", flat_parameters(parameters), tags)
     tracker.log_metrics(metrics, step=0)
     for file in files:
         tracker.log_artifact(file, str(Path("evaluation") / file.parent.relative_to(directory)))
-    tracker.finish("FINISHED")
+    with progress("completing the record of the evaluation"):
+        tracker.finish("FINISHED")

@@ -43,6 +43,7 @@ from ssmlora_dist.errors import CheckpointError
 from ssmlora_dist.models.families import decoder_layers
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
+from ssmlora_dist.progress import progress
 from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.loop import Engine
 from ssmlora_dist.training.optimizer import build_optimizer
@@ -253,30 +254,32 @@ def build_engine(
         loss_scale = LossScale(**checkpoint.progress["loss_scale"]) if checkpoint else LossScale()
     num_trainable = sum(parameter.numel() for parameter in parameters.values())
     engine: TopologyEngine
-    if stage is None:
-        module = CausalLMLoss(model, training.loss_chunk_size)
-        uses_own_logits = module.uses_own_logits
-        engine = DataParallelEngine(
-            module, parameters, optimizer, engine_config, group, training.max_grad_norm, loss_scale
-        )
-    else:
-        # Imported here, as it imports deepspeed.
-        from ssmlora_dist.distributed.pipeline import PipelineParallelEngine
+    # Where it offloads, DeepSpeed compiles its optimiser once.
+    with progress("setting up DeepSpeed"):
+        if stage is None:
+            module = CausalLMLoss(model, training.loss_chunk_size)
+            uses_own_logits = module.uses_own_logits
+            engine = DataParallelEngine(
+                module, parameters, optimizer, engine_config, group, training.max_grad_norm, loss_scale
+            )
+        else:
+            # Imported here, as it imports deepspeed.
+            from ssmlora_dist.distributed.pipeline import PipelineParallelEngine
 
-        pipeline_stage = PipelineStage(model, stage, training.loss_chunk_size, num_ahead)
-        uses_own_logits = pipeline_stage.loss is not None and pipeline_stage.loss.uses_own_logits
-        engine = PipelineParallelEngine(
-            pipeline_stage,
-            getattr(torch, config.model.compute_dtype),
-            place.num_stages,
-            parameters,
-            optimizer,
-            engine_config,
-            group,
-            training.max_grad_norm,
-            recompute_ahead=num_ahead > 0,
-            loss_scale=loss_scale,
-        )
+            pipeline_stage = PipelineStage(model, stage, training.loss_chunk_size, num_ahead)
+            uses_own_logits = pipeline_stage.loss is not None and pipeline_stage.loss.uses_own_logits
+            engine = PipelineParallelEngine(
+                pipeline_stage,
+                getattr(torch, config.model.compute_dtype),
+                place.num_stages,
+                parameters,
+                optimizer,
+                engine_config,
+                group,
+                training.max_grad_norm,
+                recompute_ahead=num_ahead > 0,
+                loss_scale=loss_scale,
+            )
     if checkpoint is not None:
         engine.restore(Moments(checkpoint.progress["num_updates"], checkpoint.moments))
     if group.max([float(uses_own_logits)])[0]:

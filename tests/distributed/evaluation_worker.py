@@ -18,8 +18,10 @@ import torch.distributed as dist
 from ssmlora_dist.evaluation.items import ChoiceItem, GenerationItem, Task
 from ssmlora_dist.evaluation.runner import run
 from ssmlora_dist.models.tokenizer import load_tokenizer
+from ssmlora_dist.progress import Work, shown_by
 
 from ..tiny import adapted_model
+from ..told import Told
 
 NUM_ITEMS = 60
 VOCAB_SIZE = 259
@@ -58,25 +60,25 @@ def gather(value: Any) -> list[Any]:
 def main() -> None:
     directory, die_after = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo")
-    told = [0]
+    told, names = [0], [task.name for task in tasks()]
 
-    def progress(task: str, done: int, total: int) -> None:
-        told[0] += done > 0
+    def count(work: Work, done: int) -> None:
+        told[0] += work.description in names
         if told[0] == die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        run(
-            tasks(),
-            adapted_model(vocab_size=VOCAB_SIZE),
-            load_tokenizer("bytes"),
-            max_batch_tokens=200,
-            directory=directory,
-            rank=dist.get_rank(),
-            size=dist.get_world_size(),
-            gather=gather,
-            progress=progress,
-        )
+        with shown_by(Told(count)):
+            run(
+                tasks(),
+                adapted_model(vocab_size=VOCAB_SIZE),
+                load_tokenizer("bytes"),
+                max_batch_tokens=200,
+                directory=directory,
+                rank=dist.get_rank(),
+                size=dist.get_world_size(),
+                gather=gather,
+            )
     finally:
         dist.destroy_process_group()
 

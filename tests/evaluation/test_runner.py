@@ -19,7 +19,9 @@ from ssmlora_dist.evaluation.item_rows import PARTS_DIRECTORY, RESULTS_FILE
 from ssmlora_dist.evaluation.items import ChoiceItem, FailedItem, GenerationItem, Task
 from ssmlora_dist.models.loss import checkpoint_layers
 from ssmlora_dist.models.tokenizer import load_tokenizer
+from ssmlora_dist.progress import Work, shown_by
 from tests.tiny import QV_AND_MLP, SEED, adapted_model, tiny_model
+from tests.told import Told
 
 # As in test_choices.py.
 TOLERANCE = 1e-4
@@ -172,21 +174,20 @@ def run_until(
     stop_after: int, tasks: Sequence[Task], model: Any, tokenizer: Any, directory: Path, **sharing: Any
 ) -> None:
     """A run that is interrupted once so many batches are done; of one of several ranks, others idle."""
-    told = [0]
+    told, names = [0], [task.name for task in tasks]
 
-    def interrupt(task: str, done: int, total: int) -> None:
-        told[0] += done > 0
+    def interrupt(work: Work, done: int) -> None:
+        told[0] += work.description in names
         if told[0] == stop_after:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), shown_by(Told(interrupt)):
         runner.run(
             tasks,
             model,
             tokenizer,
             max_batch_tokens=BUDGET,
             directory=directory,
-            progress=interrupt,
             **sharing,
         )
 
@@ -199,16 +200,15 @@ def results_of(directory: Path) -> bytes:
 def uninterrupted(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
     """The result file of a run in one go, and its number of batches."""
     directory = tmp_path_factory.mktemp("whole")
-    batches: list[int] = []
-    runner.run(
-        two_tasks(),
-        model,
-        tokenizer,
-        max_batch_tokens=BUDGET,
-        directory=directory,
-        progress=lambda _, done, __: batches.append(done),
-    )
-    return results_of(directory), sum(done > 0 for done in batches)
+    told = Told()
+    with shown_by(told):
+        runner.run(two_tasks(), model, tokenizer, max_batch_tokens=BUDGET, directory=directory)
+    return results_of(directory), len(batches_of(told))
+
+
+def batches_of(told: Told) -> list[tuple[str, int, int | None]]:
+    """The updates about batches that were computed."""
+    return [update for update in told.updates if update[0] in ("choices", "answers")]
 
 
 def test_interrupted_anywhere_and_resumed_the_file_is_the_same(
@@ -220,17 +220,11 @@ def test_interrupted_anywhere_and_resumed_the_file_is_the_same(
         directory = tmp_path / str(stop_after)
         run_until(stop_after, two_tasks(), model, tokenizer, directory)
         assert not (directory / RESULTS_FILE).exists()
-        done: list[tuple[str, int]] = []
-        runner.run(
-            two_tasks(),
-            model,
-            tokenizer,
-            max_batch_tokens=BUDGET,
-            directory=directory,
-            progress=lambda task, _, total, done=done: done.append((task, total)),
-        )
+        told = Told()
+        with shown_by(told):
+            runner.run(two_tasks(), model, tokenizer, max_batch_tokens=BUDGET, directory=directory)
         assert results_of(directory) == whole
-        assert len(done) - 2 == num_batches - stop_after, "batches that were done are done again"
+        assert len(batches_of(told)) == num_batches - stop_after, "batches that were done are done again"
 
 
 def test_half_a_line_is_dropped_and_its_batch_computed_again(
@@ -427,16 +421,12 @@ def test_an_item_that_memory_does_not_hold_alone_is_an_error(tokenizer: Any) -> 
 
 
 def test_progress_counts_this_rank_s_items(model: Any, tokenizer: Any) -> None:
-    told: list[tuple[str, int, int]] = []
-    runner.run(
-        two_tasks(),
-        model,
-        tokenizer,
-        max_batch_tokens=BUDGET,
-        progress=lambda *values: told.append(values),
-    )
+    told = Told()
+    with shown_by(told):
+        runner.run(two_tasks(), model, tokenizer, max_batch_tokens=BUDGET, label="base")
     for name in ("choices", "answers"):
-        done = [d for task, d, total in told if task == name]
-        assert {total for task, _, total in told if task == name} == {14}
+        assert {work.total for work in told.works if work.description == f"base: {name}"} == {14}
+        done = [done for description, done, _ in told.updates if description == f"base: {name}"]
         assert done == sorted(done)
-        assert (done[0], done[-1]) == (0, 14)
+        assert done[-1] == 14
+        assert (f"base: {name}", True) in told.ended

@@ -11,7 +11,7 @@ import pytest
 
 from .cases import BAD, DRY_RUN, DRY_RUN_COUNTS, GENERATE, HELP, MENDED, TAKEN, UNFIT, arguments_of
 from .materials import CONFIG_FILE, prepare
-from .processes import GENERATE_SCRIPT, TRAIN_SCRIPT, Finished, finish, train_command
+from .processes import GENERATE_SCRIPT, TRAIN_SCRIPT, Finished, finish, train_command, without_progress
 
 SCRIPTS_WORKER = Path(__file__).with_name("scripts_worker.py")
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -66,7 +66,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         [ON_CPU] * (1 + len(REAL)),
     )
     assert worker.exit_code == 0, worker.stderr
-    results = iter([Finished(*result) for result in json.loads(results_file.read_text())])
+    results = iter(
+        Finished(exit_code, stdout, without_progress(stderr))
+        for exit_code, stdout, stderr in json.loads(results_file.read_text())
+    )
     return Outcomes(
         directory=directory,
         refused={name: next(results) for name in cases} | {ONLY_REAL: real[REAL.index(ONLY_REAL)]},

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .processes import without_progress
+
 TIMEOUT_SECONDS = 200.0
 
 Action = Callable[[], int]
@@ -60,12 +62,16 @@ class Ranks:
             os.kill(self._pids[rank], signal.SIGKILL)
 
     def found(self) -> list[dict[str, Any]]:
-        """Of every rank what it wrote, its exit code and when it ended, by the system's monotonic clock."""
+        """Of every rank what it wrote, progress aside, its exit code and when it ended.
+
+        The time is by the system's monotonic clock.
+        """
         return [
             {
                 "exit_code": self._codes[rank],
                 "ended_at": self._ended_at[rank],
-                **{name: _file(self._directory, rank, name).read_text() for name in ("stdout", "stderr")},
+                "stdout": _file(self._directory, rank, "stdout").read_text(),
+                "stderr": without_progress(_file(self._directory, rank, "stderr").read_text()),
             }
             for rank in range(len(self._pids))
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,9 +29,13 @@ TIMEOUT_SECONDS = 400.0
 _SETTINGS_OF_THE_USER = ("HF_", "TRANSFORMERS_", "DATASETS_", "MLFLOW_", "DS_ACCELERATOR", "DEEPSPEED_")
 
 
+# What of it a busy machine makes long enough to be shown is chance; training always is.
+_PROGRESS_LINE = re.compile(r"^(?!training ).*, ([\d:]+( left)?|\? left)\n", re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Finished:
-    """What a process left: its exit code and all that it wrote."""
+    """What a process left: its exit code and what it wrote, progress aside (see `without_progress`)."""
 
     exit_code: int
     stdout: str
@@ -110,7 +115,7 @@ def finish(
                 f"took longer than {TIMEOUT_SECONDS:g} seconds: {commands}\n{written}"
             ) from None
         return [
-            Finished(code, _content(stdout), _content(stderr))
+            Finished(code, _content(stdout), without_progress(_content(stderr)))
             for code, (stdout, stderr) in zip(codes, streams, strict=True)
         ]
 
@@ -147,6 +152,11 @@ def others_in_session(session: int) -> list[int]:
                 if int(own) == session and state != "Z":
                     found.append(int(entry.name))
     return found
+
+
+def without_progress(text: str) -> str:
+    """What was written, but for the progress of work other than training."""
+    return _PROGRESS_LINE.sub("", text)
 
 
 def _content(stream: IO[str]) -> str:

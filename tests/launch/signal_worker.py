@@ -42,6 +42,15 @@ def interrupt_twice_and_hang() -> None:
     hang()
 
 
+def lose_the_reader() -> None:
+    """Nobody reads any more what this process says: of `2>&1 | tee`, Ctrl-C has ended `tee` already."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    for descriptor in (1, 2):
+        os.dup2(writing, descriptor)
+    os.close(writing)
+
+
 def signal_in_computation(signum: int) -> None:
     """A computation of minutes in native code, in which no Python runs on this thread."""
     threading.Timer(0.3, signal_self, [signum]).start()
@@ -80,6 +89,15 @@ FORKED = {
     "stopped while loading": Signalled(ALONE, {0: [("part loaded", 1, partial(signal_self, USR2))]}),
     "terminated in the last evaluation": Signalled(
         "one rank, short", {0: [("evaluation", 3, partial(signal_self, TERM))]}
+    ),
+    "interrupted with nobody reading": Signalled(
+        ALONE,
+        {
+            0: [
+                ("check", IN_STEP_2, lose_the_reader),
+                ("check", IN_STEP_5, partial(signal_self, INT)),
+            ]
+        },
     ),
     "told to save": Signalled(
         ALONE,

@@ -17,7 +17,7 @@ from tests.tiny import QV_AND_MLP, adapted_model, randomize_adapters, tiny_model
 from tests.training.checkpoint_cases import BASE, checkpoint
 
 from .conftest import SCRIPTS_WORKER
-from .processes import ROOT, Finished, run
+from .processes import ROOT, Finished, run, without_progress
 
 CONVERT_SCRIPT, MERGE_SCRIPT = ROOT / "launch" / "convert.py", ROOT / "launch" / "merge.py"
 LORA = AdapterConfig(method="lora", rank=4)
@@ -71,7 +71,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     worker = run([sys.executable, str(SCRIPTS_WORKER), *files], directory, CUDA_VISIBLE_DEVICES="")
     assert worker.exit_code == 0, worker.stderr
     results = json.loads((aside / "results.json").read_text())
-    return directory, {name: Finished(*result) for name, result in zip(COMMANDS, results, strict=True)}
+    return directory, {
+        name: Finished(code, stdout, without_progress(stderr))
+        for name, (code, stdout, stderr) in zip(COMMANDS, results, strict=True)
+    }
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -212,6 +212,14 @@ def test_a_run_stops_with_all_ranks_and_a_checkpoint_of_the_step_reached(runs: R
     assert runs.of[name]["newest"] == step
 
 
+def test_a_run_whose_output_nobody_reads_trains_on_and_stops_as_any_other(runs: Runs) -> None:
+    told = runs.of["interrupted with nobody reading"]
+    [rank] = told["ranks"]
+    assert rank["exit_code"] == INTERRUPTED, rank["stderr"]
+    assert "Traceback" not in rank["stderr"]
+    assert told["newest"] == 4
+
+
 def test_a_run_stopped_before_its_first_step_has_nothing_to_save(runs: Runs) -> None:
     told = runs.of["terminated before the first step"]
     [rank] = told["ranks"]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from .materials import MODEL
-from .processes import ROOT, Finished, run
+from .processes import ROOT, Finished, run, without_progress
 
 SCRIPTS_WORKER = Path(__file__).with_name("scripts_worker.py")
 SWEEP_SCRIPT = ROOT / "launch" / "sweep.py"
@@ -84,7 +84,10 @@ def run_sweeps(directory: Path, *commands: Sequence[str]) -> list[Finished]:
         DS_ACCELERATOR="cpu",
     )
     assert worker.exit_code == 0, worker.stderr
-    return [Finished(*result) for result in json.loads((directory / "results").read_text())]
+    return [
+        Finished(code, stdout, without_progress(stderr))
+        for code, stdout, stderr in json.loads((directory / "results").read_text())
+    ]
 
 
 @pytest.fixture(scope="module")

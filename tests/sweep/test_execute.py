@@ -22,7 +22,6 @@ from ssmlora_dist.errors import CheckpointError, DataError
 from ssmlora_dist.sweep.execute import Result, run_sweep
 from ssmlora_dist.sweep.measures import measures
 from ssmlora_dist.sweep.process import MARK, command
-from ssmlora_dist.sweep.table import LiveTable
 
 from .sweeps import place, plan_of, write_sweep
 
@@ -160,17 +159,6 @@ def test_a_result_that_cannot_be_read_is_a_failure(tmp_path: Path, summary: str)
     (tmp_path / "summary.json").write_text(summary)
     with pytest.raises(DataError, match=r"summary\.json: .*--retry-failed"):
         measures(tmp_path, with_tasks=False)
-
-
-def test_a_terminal_that_is_closed_does_not_end_the_sweep() -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w") as stream:
-        table = LiveTable("sweep", stream)
-        table.say("words")
-        table.close()
-        # What is left in its buffer would be written on closing it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def test_a_point_that_takes_too_long_is_stopped_and_failed(tmp_path: Path, fakes: Any) -> None:

@@ -56,6 +56,20 @@ def is_locked(run: RunDirectory) -> bool:
     return False
 
 
+def test_one_that_only_looks_claims_and_makes_nothing(directory: RunDirectory, tmp_path: Path) -> None:
+    leftover = directory.checkpoints / ".step-00000030.partial"
+    leftover.mkdir()
+    found = find_continuation(AUTO, directory, no_warning, claim=False)
+    assert (found.step, found.in_place) == (20, True)
+    assert not is_locked(directory)
+    assert leftover.exists()
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        find_continuation(NEVER, directory, no_warning, claim=False)
+    elsewhere = RunDirectory(tmp_path / "nowhere" / "run")
+    assert find_continuation(AUTO, elsewhere, no_warning, claim=False) == Continuation()
+    assert not elsewhere.path.parent.exists()
+
+
 @pytest.mark.parametrize("resume", [NEVER, AUTO])
 def test_a_new_run_begins_at_the_start_and_leaves_its_claim_for_later(tmp_path: Path, resume: str) -> None:
     found = find(resume, RunDirectory(tmp_path / "new"))

@@ -23,7 +23,7 @@ from ssmlora_dist.errors import AdapterError, DataError
 from ssmlora_dist.models import load_model, load_tokenizer
 from ssmlora_dist.tracking import Console
 from ssmlora_dist.training import compute_dtype, task_evaluation
-from ssmlora_dist.training.task_evaluation import TasksInTraining, describe_tasks, run_evaluation
+from ssmlora_dist.training.task_evaluation import TasksInTraining, describe_evaluation, run_evaluation
 from tests.tiny import adapted_model, randomize_adapters, tiny_config
 
 from ..launch.conftest import ON_CPU
@@ -237,7 +237,7 @@ def test_an_adapter_that_does_not_fit_is_found_before_the_weights_are_read(
     directory = saved_adapter(tmp_path / "adapter", **adapter)
     for start in (
         lambda: run_evaluation(config(), Group(), Console(enabled=False), adapter=directory),
-        lambda: describe_tasks(config(), adapter=directory, warn=print),
+        lambda: describe_evaluation(config(), "cpu", 1, adapter=directory, warn=print),
     ):
         with pytest.raises(AdapterError, match=message):
             start()
@@ -290,8 +290,10 @@ def test_a_dry_run_names_the_first_items_that_cannot_be_used(tmp_path: Path) -> 
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [COLOURS[0], *rows]))
     own = {"task": "multiple_choice", "name": "colours", "path": str(file)}
-    heading, *failed = describe_tasks(config(None, own), warn=print).splitlines()
-    assert heading == "colours: 1 items, 5 that cannot be used"
+    lines = describe_evaluation(config(None, own), "cpu", 1, warn=print).splitlines()
+    begin = lines.index("colours: 1 items, 5 that cannot be used")
+    failed = lines[begin + 1 : begin + 4]
+    assert lines[begin + 4].startswith("writes to ")
     assert [line.split(":")[0] for line in failed] == ["  1", "  2", "  3"]
     assert all("field 'label' holds 'none'" in line for line in failed)
 
@@ -303,7 +305,7 @@ def test_other_scales_than_those_of_training_are_said(tmp_path: Path) -> None:
     for double_quantization in (True, False):
         mode = {"quantization": {"mode": "nf4", "double_quantization": double_quantization}}
         evaluated = RunConfig.model_validate(config().model_dump(by_alias=True) | mode)
-        describe_tasks(evaluated, adapter=tmp_path / "adapter", warn=warnings.append)
+        describe_evaluation(evaluated, "cpu", 1, adapter=tmp_path / "adapter", warn=warnings.append)
     [warning] = warnings
     assert "was trained on double_quantization True, here False" in warning
 
@@ -312,13 +314,13 @@ def test_another_precision_than_that_of_training_is_said(tmp_path: Path) -> None
     directory = saved_adapter(tmp_path / "adapter")
     settings = config().model_dump(by_alias=True) | {"quantization": {"mode": "nf4"}}
     warnings: list[str] = []
-    describe_tasks(config(), adapter=directory, warn=warnings.append)
+    describe_evaluation(config(), "cpu", 1, adapter=directory, warn=warnings.append)
     assert warnings == []
-    describe_tasks(RunConfig.model_validate(settings), adapter=directory, warn=warnings.append)
+    describe_evaluation(RunConfig.model_validate(settings), "cpu", 1, adapter=directory, warn=warnings.append)
     lora = AdapterConfig(method="lora", rank=2, alternate=("q_proj", "v_proj"))
     plain = saved_adapter(tmp_path / "plain", lora)
     (plain / "ssmlora.json").unlink()
-    describe_tasks(config(), adapter=plain, warn=warnings.append)
+    describe_evaluation(config(), "cpu", 1, adapter=plain, warn=warnings.append)
     assert warnings == [
         f"{directory}: was trained on quantization none, here nf4: scores may differ from those in training",
         f"{plain}: was trained on quantization that is not recorded, here none; compute_dtype that is not "

@@ -1,0 +1,159 @@
+"""What a run or an evaluation is, in a line for each fact: shown at its start, and by `--dry-run`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.config.build import build_store, meta_model, shapes_of
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
+from ssmlora_dist.models import require_supported
+from ssmlora_dist.models.loading import attention_implementation
+from ssmlora_dist.tracking import is_installed
+from ssmlora_dist.training.continuation import Continuation
+
+WIDTH = 13
+_CPU_INFO = Path("/proc/cpuinfo")
+GIB = 2**30
+
+
+def run_header(
+    config: RunConfig,
+    device: torch.device,
+    world_size: int,
+    *,
+    num_steps: int,
+    num_examples: int | None,
+    accounts: Sequence[str],
+    continuation: Continuation,
+) -> str:
+    """The facts of a training run.
+
+    Args:
+        config: of the run.
+        device: where rank 0 computes.
+        world_size: number of ranks.
+        num_steps: optimiser steps in all.
+        num_examples: that are trained on; None: of a stream, not known.
+        accounts: lines about what became of the data.
+        continuation: where the run begins.
+    """
+    training, section = config.training, config.parallel
+    replicas = data_parallel_size(config, world_size)
+    stages = section.pipeline_stages
+    accumulation = gradient_accumulation_steps(config, world_size)
+    ranks = [f"{world_size} = {replicas} data parallel x {stages} stages" if stages > 1 else f"{world_size}"]
+    ranks.append(f"ZeRO stage {section.zero_stage}")
+    offloaded = [what for what in ("optimizer", "parameters") if getattr(section, f"offload_{what}")]
+    ranks += [f"{' and '.join(offloaded)} in host memory"] if offloaded else []
+    model = meta_model(config)
+    trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable
+    steps = f"{num_steps}"
+    if num_examples:
+        epochs = num_steps * training.global_batch_size / num_examples
+        steps += f" = {epochs:.2f} epochs of {num_examples} examples"
+    lines = [
+        _line("device", device_text(device)),
+        _line("ranks", ", ".join(ranks)),
+        *model_lines(config, device),
+        _line("parameters", f"{trainable:,} trained, {frozen:,} frozen"),
+        _line(
+            "batch",
+            f"{training.global_batch_size} = {replicas} {'replicas' if stages > 1 else 'ranks'} x "
+            f"{accumulation} micro-batches x {training.micro_batch_size} sequences",
+        ),
+        _line("steps", steps),
+        *accounts,
+        _line("writes to", str(config.run.output_dir / config.run.name)),
+        tracking_line(config),
+        _line("begins", _beginning(continuation)),
+    ]
+    return "\n".join(lines)
+
+
+def evaluation_header(
+    config: RunConfig,
+    device: torch.device,
+    world_size: int,
+    *,
+    adapter: Path | None,
+    tasks: Sequence[str],
+    directory: Path,
+) -> str:
+    """The facts of an evaluation on tasks.
+
+    Args:
+        config: of a run.
+        device: where rank 0 computes.
+        world_size: number of ranks.
+        adapter: that is evaluated, if any.
+        tasks: lines about their items.
+        directory: where results go.
+    """
+    lines = [
+        _line("device", device_text(device)),
+        _line("ranks", f"{world_size}, each with the whole model"),
+        *model_lines(config, device),
+        _line("adapter", "none" if adapter is None else str(adapter)),
+        *tasks,
+        _line("writes to", str(directory)),
+        tracking_line(config),
+    ]
+    return "\n".join(lines)
+
+
+def model_lines(config: RunConfig, device: torch.device) -> list[str]:
+    """What the backbone is, and how it is stored and computed with."""
+    section = config.model
+    model_config = shapes_of(section)
+    family = require_supported(model_config.model_type)
+    dtype = section.compute_dtype
+    attention = attention_implementation(section.attention, family, device, getattr(torch, dtype))
+    name = "random weights" if section.init == "random" else section.path
+    mode = config.quantization.mode
+    stored = "none" if mode == "none" else f"{mode} of the projections"
+    if mode in ("nf4", "fp4") and config.quantization.double_quantization:
+        stored += ", scales in 8 bits too"
+    return [
+        _line("model", f"{name} ({model_config.model_type})"),
+        _line("computes in", f"{dtype}, attention {attention}"),
+        _line("quantised", stored),
+    ]
+
+
+def tracking_line(config: RunConfig) -> str:
+    """Where it is recorded."""
+    store = build_store(config)
+    if store is not None and is_installed():
+        return _line("recorded", f"MLflow at {store}")
+    return _line("recorded", "in its own files alone" + (": MLflow is not installed" if store else ""))
+
+
+def device_text(device: torch.device) -> str:
+    """Its kind, name and size."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"cuda, {properties.name}, {properties.total_memory / GIB:.0f} GiB"
+    names = re.findall(r"^model name\s*:\s*(.+)$", _CPU_INFO.read_text(), re.M) if _CPU_INFO.exists() else []
+    name = names[0] if names else platform.machine()
+    num_cores = len(os.sched_getaffinity(0))
+    return f"cpu, {name}, {num_cores} cores, {torch.get_num_threads()} threads"
+
+
+def _line(name: str, value: str) -> str:
+    return f"{name:<{WIDTH}}{value}"
+
+
+def _beginning(continuation: Continuation) -> str:
+    if continuation.path is None:
+        return "at step 0"
+    place = "" if continuation.in_place else ", as a new run"
+    return f"after step {continuation.step}, from {continuation.path}{place}"

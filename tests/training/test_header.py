@@ -1,0 +1,114 @@
+"""What a run says of itself before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.data import DatasetReport
+from ssmlora_dist.training import header
+from ssmlora_dist.training.continuation import Continuation
+from ssmlora_dist.training.data import account_lines
+from ssmlora_dist.training.header import device_text, run_header
+
+from ..tiny import tiny_config
+
+CPU = torch.device("cpu")
+CPU_INFO = "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nprocessor\t: 1\nmodel name\t: Some CPU @ 2 GHz\n"
+
+
+def config(**sections: Any) -> RunConfig:
+    base = {
+        "run": {"name": "run"},
+        "model": {
+            "init": "random",
+            "config": tiny_config(),
+            "tokenizer": "bytes",
+            "compute_dtype": "float32",
+        },
+        "adapter": {"rank": 4},
+        "data": {"train": {"format": "retrieval"}},
+        "training": {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
+        "tracking": {"tracker": "none"},
+    }
+    return RunConfig.model_validate(base | sections)
+
+
+@pytest.fixture(autouse=True)
+def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(CPU_INFO)
+    monkeypatch.setattr(header, "_CPU_INFO", file)
+    monkeypatch.setattr(header.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def facts(config: RunConfig, world_size: int = 1, **changes: Any) -> dict[str, str]:
+    settings: dict[str, Any] = {
+        "num_steps": 10,
+        "num_examples": 32,
+        "accounts": account_lines("train", DatasetReport(40, 32, 8)),
+        "continuation": Continuation(),
+    }
+    text = run_header(config, CPU, world_size, **(settings | changes))
+    return {line[:13].rstrip(): line[13:] for line in text.splitlines()}
+
+
+def test_all_facts_of_a_run() -> None:
+    assert facts(config()) == {
+        "device": "cpu, Some CPU @ 2 GHz, 2 cores, 2 threads",
+        "ranks": "1, ZeRO stage 0",
+        "model": "random weights (llama)",
+        "computes in": "float32, attention sdpa",
+        "quantised": "nf4 of the projections, scales in 8 bits too",
+        # Three q_proj of 16 -> 16 and three v_proj of 16 -> 8 at rank 4, each with two matrices of the state.
+        "parameters": "864 trained, 13,872 frozen",
+        "batch": "8 = 1 ranks x 4 micro-batches x 2 sequences",
+        "steps": "10 = 2.50 epochs of 32 examples",
+        "train": "32 examples of 40 rows; 8 dropped as too long, 0 truncated, 0 without target",
+        "writes to": "runs/run",
+        "recorded": "in its own files alone",
+        "begins": "at step 0",
+    }
+
+
+def test_topology() -> None:
+    staged = config(parallel={"pipeline_stages": 2, "zero_stage": 1, "offload_optimizer": True})
+    told = facts(staged, world_size=4)
+    assert told["ranks"] == "4 = 2 data parallel x 2 stages, ZeRO stage 1, optimizer in host memory"
+    assert told["batch"] == "8 = 2 replicas x 2 micro-batches x 2 sequences"
+    sharded = config(parallel={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True})
+    assert facts(sharded, 2)["ranks"] == "2, ZeRO stage 3, optimizer and parameters in host memory"
+
+
+def test_where_it_begins_and_is_recorded() -> None:
+    step_20: Any = SimpleNamespace(step=20)
+    path = Path("runs/other/checkpoints/step-00000020")
+    mlflow = {"tracker": "mlflow", "uri": "https://me:secret@tracking.example", "experiment": "mine"}
+    told = facts(config(tracking=mlflow), continuation=Continuation(step_20, path), num_examples=None)
+    assert told["recorded"] == "MLflow at https://***@tracking.example, experiment mine"
+    assert told["begins"] == f"after step 20, from {path}, as a new run"
+    assert told["steps"] == "10"
+    assert facts(config(), continuation=Continuation(step_20, path, in_place=True))["begins"] == (
+        f"after step 20, from {path}"
+    )
+
+
+def test_what_is_stored_and_chosen() -> None:
+    dense = config(quantization={"mode": "none"})
+    assert facts(dense)["quantised"] == "none"
+    gemma = {"init": "random", "config": tiny_config("gemma2"), "tokenizer": "bytes"}
+    assert facts(config(model=gemma | {"compute_dtype": "bfloat16"}))["computes in"] == (
+        "bfloat16, attention eager"
+    )
+
+
+def test_a_device_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100", total_memory=79 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert device_text(torch.device("cuda")) == "cuda, NVIDIA H100, 79 GiB"
