@@ -41,7 +41,7 @@ def sweep(config: RunConfig) -> None:
 
 ROADS: dict[str, Callable[[RunConfig], object]] = {
     "train": lambda config: run.run_training(config, Group(), Console(enabled=False)),
-    "train --dry-run": lambda config: dry_run.describe(config, 1, print),
+    "train --dry-run": lambda config: dry_run.describe(config, "cpu", 1, "never", print),
     "evaluate": lambda config: task_evaluation.run_evaluation(config, Group(), Console(enabled=False)),
     "evaluate --dry-run": lambda config: task_evaluation.describe_evaluation(config, "cpu", 1, warn=print),
     "sweep": sweep,
