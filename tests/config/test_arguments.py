@@ -127,7 +127,8 @@ def test_a_signal_that_a_script_does_not_heed_itself_closes_what_is_open(name: s
         "        pass\n"
         "    finally:\n"
         "        print('closed')\n"
-        f"signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "sys.exit(run_command(main))\n"
     )
     command = [sys.executable, "-c", script]

@@ -26,7 +26,7 @@ from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_g
 from ssmlora_dist.errors import CheckpointError, SSMLoRAError
 from ssmlora_dist.models import loading
 from ssmlora_dist.tracking import Console, quiet_libraries
-from ssmlora_dist.training import run
+from ssmlora_dist.training import continuation, run
 
 from ..launch.processes import DEBUG_TINY
 from .jobs import COMMON, JOBS, POISONS, STAGES, fits, result_file, run_name
@@ -60,7 +60,8 @@ def train_all(group: ProcessGroup) -> dict[str, Any]:
     message = ""
     whole_parts = {}
     names = [name for name in JOBS if fits(name, group.world_size)]
-    with mock.patch.object(run, "build_fingerprint", wraps=run.build_fingerprint) as fingerprint:
+    counted = mock.Mock(wraps=continuation.build_fingerprint)
+    with mock.patch.object(continuation, "build_fingerprint", counted):
         for name in [*names, names[0]]:
             own = f"run.name={run_name(name, group.world_size)}"
             config = load_config(DEBUG_TINY, [own, *COMMON, *JOBS[name]], device_type="cpu")
@@ -69,7 +70,7 @@ def train_all(group: ProcessGroup) -> dict[str, Any]:
                     run.run_training(config, group, Console(enabled=False))
             except SSMLoRAError as error:
                 message = str(error)
-    return {"trained twice": message, "whole parts": whole_parts, "fingerprints": fingerprint.call_count}
+    return {"trained twice": message, "whole parts": whole_parts, "fingerprints": counted.call_count}
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def test_one_item_s_error_is_a_row_of_its_own(model: Any, tokenizer: Any) -> Non
             "shorten the item or choose a model that takes more"
         ),
         "empty": "the choice '' adds no token to the prompt; give it a text",
-        "none": "AttributeError: 'NoneType' object has no attribute 'rstrip'",
+        "none": "TypeError: object of type 'NoneType' has no len()",
     }
     assert all(("scores" in row) == (row["id"] not in errors) for row in rows)
     assert "log_likelihoods" in rows[1], "the answer is kept where only its score failed"

@@ -70,7 +70,7 @@ def test_all_facts_of_a_run() -> None:
         "parameters": "864 trained, 13,872 frozen",
         "batch": "8 = 1 ranks x 4 micro-batches x 2 sequences",
         "steps": "10 = 2.50 epochs of 32 examples",
-        "train": "32 examples of 40 rows; 8 dropped as too long, 0 truncated, 0 without target",
+        "train": "32 examples of 40 rows; left out: 8 longer than max_length",
         "writes to": "runs/run",
         "recorded": "in its own files alone",
         "begins": "at step 0",
@@ -91,7 +91,9 @@ def test_where_it_begins_and_is_recorded() -> None:
     path = Path("runs/other/checkpoints/step-00000020")
     mlflow = {"tracker": "mlflow", "uri": "https://me:secret@tracking.example", "experiment": "mine"}
     told = facts(config(tracking=mlflow), continuation=Continuation(step_20, path), num_examples=None)
-    assert told["recorded"] == "MLflow at https://***@tracking.example, experiment mine"
+    assert told["recorded"] == (
+        'MLflow at https://***@tracking.example (tracking.uri), experiment "mine" (tracking.experiment)'
+    )
     assert told["begins"] == f"after step 20, from {path}, as a new run"
     assert told["steps"] == "10"
     assert facts(config(), continuation=Continuation(step_20, path, in_place=True))["begins"] == (
