@@ -102,6 +102,30 @@ def check_settings(continuation: Continuation, config: RunConfig) -> None:
         raise ConfigError(problems, source=f"--resume {continuation.path}")
 
 
+def completion(continuation: Continuation, directory: RunDirectory, num_steps: int) -> str | None:
+    """That nothing is left to do of the run that is to be continued; None where something is. On rank 0.
+
+    Args:
+        continuation: where the run goes on.
+        directory: of this run.
+        num_steps: of the run, with those that are done.
+
+    Raises:
+        ConfigError: it is to end before the step where it stands.
+    """
+    done = continuation.step
+    if done > num_steps:
+        raise ConfigError(
+            [
+                f"training.max_steps: {num_steps} given or derived; {done} are done in "
+                f"{continuation.path}; raise it, or continue from an earlier checkpoint"
+            ]
+        )
+    if done < num_steps or not continuation.in_place or not directory.summary_file.exists():
+        return None
+    return f"{directory.path}: complete, all {done} steps are done; raise training.max_steps to train on"
+
+
 def base_of(config: RunConfig, continuation: Continuation) -> str:
     """The base model's fingerprint, which must be that of the checkpoint.
 

@@ -173,9 +173,14 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    with pytest.raises(CheckpointError, match=r"notes: holds no .*: it is no checkpoint"):
-        find(tmp_path / "notes", RunDirectory(tmp_path / "run"))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("", "notes.txt", "data.bin"):
+        (notes / (name or "inside")).mkdir()
+        # Nothing in it is told to be removed.
+        with pytest.raises(CheckpointError) as caught:
+            find(notes, RunDirectory(tmp_path / "run"))
+        assert str(caught.value) == f"{notes}: is no checkpoint; name a run or one of its checkpoints"
 
 
 def test_a_run_that_is_in_use(directory: RunDirectory) -> None:
