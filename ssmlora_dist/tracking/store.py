@@ -129,6 +129,8 @@ class Store:
             return f"is a directory; name a file in it: {self.uri.rstrip('/')}/mlflow.db"
         if not os.access(file, os.R_OK | os.W_OK):
             return "is a file that cannot be written; change its permissions or name another"
+        if not os.access(file.absolute().parent, os.W_OK | os.X_OK):
+            return "lies in a directory that cannot be written, as SQLite needs it; change its permissions"
         with file.open("rb") as opened:
             header = opened.read(len(_SQLITE_HEADER))
         return (

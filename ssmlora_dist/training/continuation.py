@@ -74,8 +74,7 @@ def find_continuation(
         directory.claim(resume=True)
         remove_leftovers(directory.checkpoints)
     elif not in_place:
-        if claim or directory.path.exists():
-            RunDirectory.check_free(directory.path)
+        RunDirectory.check_free(directory.path, make_parents=claim)
         if source is None:
             return Continuation()
     place = directory.checkpoints if source is None else _checkpoints_of(source)
