@@ -117,6 +117,14 @@ def test_stores_that_cannot_be(tmp_path: Path, uri: str, said: str) -> None:
     assert len(line) < 1000
 
 
+def test_a_name_that_mlflow_takes_for_no_experiment(tmp_path: Path) -> None:
+    fits, told = "e" * 500, {"MLFLOW_EXPERIMENT_NAME": "e" * 501}
+    assert choose_store(tmp_path, experiment=fits, environment={}).problem() is None
+    assert choose_store(tmp_path, environment=told).problem() == (
+        "MLFLOW_EXPERIMENT_NAME: a name of 501 characters given; allowed: at most 500; shorten it"
+    )
+
+
 @pytest.mark.parametrize(
     ("locked", "said"),
     [("runs.db", "is a file that cannot be written"), ("", "lies in a directory that cannot be written")],
