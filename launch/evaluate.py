@@ -38,7 +38,6 @@ def main() -> None:
     import torch
 
     from ssmlora_dist.config.loading import load_config
-    from ssmlora_dist.precision import machine_dtype
 
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(arguments.config, arguments.overrides, device_type=device_type, for_training=False)
@@ -55,7 +54,6 @@ def main() -> None:
         "lengths": arguments.lengths,
     }
     if arguments.dry_run:
-        config = config.with_auto_dtype(machine_dtype(device_type))
         text = describe_evaluation(config, device_type, place.world_size, **chosen, warn=console.warn)
         console.message(text)
         return

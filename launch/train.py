@@ -34,7 +34,6 @@ def main() -> None:
     import torch
 
     from ssmlora_dist.config.loading import load_config
-    from ssmlora_dist.precision import machine_dtype
 
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(arguments.config, arguments.overrides, device_type=device_type)
@@ -46,7 +45,6 @@ def main() -> None:
     if arguments.dry_run:
         from ssmlora_dist.training.describe import describe
 
-        config = config.with_auto_dtype(machine_dtype(device_type))
         console.message(describe(config, device_type, place.world_size, arguments.resume, console.warn))
         return
 

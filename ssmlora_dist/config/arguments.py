@@ -109,7 +109,7 @@ def run_command(main: Callable[[], int | None], *, alone: bool = False, ends_unr
         main: gives the exit code, or None for 0.
         alone: whether the script does its work in one process, of which several would do the same.
         ends_unread: of a command that does nothing but write to the standard output: it ends, with 141, when
-            nobody reads that any more.
+            nobody reads that any more, and with an error when it cannot be written.
     """
     make_lenient(ends_unread=ends_unread)
     try:

@@ -93,6 +93,18 @@ class ExampleStream:
             first = next(block for block in self.blocks(Position()) if block.examples)
         return Dataset(first.examples, first.report, frozenset(self._reader.closings))
 
+    def check(self, position: Mapping[str, Any]) -> None:
+        """Reads to where training stood.
+
+        Args:
+            position: as `StreamedBatches.position` gave it.
+
+        Raises:
+            DataError: as of `blocks`.
+        """
+        with progress(f"reading {self._reader.name} to where the run goes on"):
+            next(self.blocks(Position(**position)))
+
     def blocks(self, start: Position) -> Iterator[Block]:
         """The blocks from the one of `start` on.
 

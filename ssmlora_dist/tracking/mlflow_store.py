@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ssmlora_dist.durable import sync
 from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.progress import progress
 from ssmlora_dist.tracking.limits import in_short
 from ssmlora_dist.tracking.store import ID_VARIABLE, NAME_VARIABLE, Store
 
@@ -77,7 +78,8 @@ def check_store(store: Store, warn: Callable[[str], object]) -> None:
     if is_new:
         raise _no_such_experiment(store)
     try:
-        _ask(store)
+        with progress(f"looking for the experiment at {store.shown_uri}"):
+            _ask(store)
     except ConfigError:
         raise
     # Of several libraries, with classes of their own.

@@ -85,15 +85,23 @@ class RunDirectory:
             self._lock = None
 
     @staticmethod
-    def check_free(path: Path) -> None:
+    def check_free(path: Path, *, make_parents: bool = True) -> None:
         """Checks, before any long work, that `claim` would find the place free and writable.
+
+        Args:
+            path: of the run's directory.
+            make_parents: whether what is to hold it is made, or only looked for.
 
         Raises:
             CheckpointError: as for `claim`.
         """
         with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(path if path.exists() else path.parent, os.W_OK):
+            if make_parents:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            there = next(place for place in (path, *path.absolute().parents) if place.exists())
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(there, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             if not path.exists():
                 return

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 DEFAULT_EXPERIMENT = "ssmlora_dist"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 NAME_VARIABLE, ID_VARIABLE = "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
+# Of MLflow's own.
+MAX_EXPERIMENT_NAME_LENGTH = 500
 
 _DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]*)(?P<options>\?.*)?", re.DOTALL)
@@ -77,7 +79,10 @@ class Store:
         }
 
     def problem(self) -> str | None:
-        """What is wrong with the URI or the file that it names, in a line; nothing is made or written."""
+        """What is wrong with URI, file or name of the experiment, in a line; nothing is made or written."""
+        if self.experiment and (length := len(self.experiment)) > MAX_EXPERIMENT_NAME_LENGTH:
+            allowed = f"allowed: at most {MAX_EXPERIMENT_NAME_LENGTH}; shorten it"
+            return f"{self.experiment_from}: a name of {length} characters given; {allowed}"
         try:
             found = self._problem()
         except (OSError, ValueError) as error:
@@ -129,6 +134,8 @@ class Store:
             return f"is a directory; name a file in it: {self.uri.rstrip('/')}/mlflow.db"
         if not os.access(file, os.R_OK | os.W_OK):
             return "is a file that cannot be written; change its permissions or name another"
+        if not os.access(file.absolute().parent, os.W_OK | os.X_OK):
+            return "lies in a directory that cannot be written, as SQLite needs it; change its permissions"
         with file.open("rb") as opened:
             header = opened.read(len(_SQLITE_HEADER))
         return (

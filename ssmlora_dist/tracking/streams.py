@@ -14,6 +14,8 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from ssmlora_dist.errors import SSMLoRAError
+
 # For good; what another error keeps from being written is dropped, and the next line may succeed.
 _GONE = (errno.EPIPE, errno.EIO)
 _STDOUT, _STDERR = 1, 2
@@ -23,6 +25,10 @@ class UnreadError(BrokenPipeError):
     """Nobody reads the standard output of a command that does nothing else than write it."""
 
 
+class UnwrittenError(SSMLoRAError):
+    """Nothing can be written to the standard output of a command that does nothing else."""
+
+
 class LenientFile(io.FileIO):
     """A descriptor that seems to take all that is written to it.
 
@@ -30,7 +36,7 @@ class LenientFile(io.FileIO):
 
     Args:
         descriptor: stays open when this is closed.
-        ends_unread: raise `UnreadError` when nobody reads it any more.
+        ends_unread: raise `UnreadError` when nobody reads it any more, `UnwrittenError` at any other failure.
     """
 
     def __init__(self, descriptor: int, *, ends_unread: bool = False) -> None:
@@ -61,6 +67,13 @@ class LenientFile(io.FileIO):
             os.close(nowhere)
             if self._ends_unread:
                 raise UnreadError(*error.args)
+        elif self._ends_unread:
+            # Once: what is left in buffers is written again as the process ends.
+            self._ends_unread, self._has_failed = False, True
+            raise UnwrittenError(
+                f"the standard output cannot be written ({error.strerror}); make room there, or write "
+                "elsewhere"
+            )
         if not self._has_failed and self.fileno() == _STDOUT:
             # By way of no stream, whose lock may be held by a thread that wants this one's.
             with suppress(OSError):
@@ -76,7 +89,8 @@ def make_lenient(*, ends_unread: bool = False) -> None:
     Streams that somebody has put in the place of the standard ones stay as they are.
 
     Args:
-        ends_unread: raise `UnreadError` where nobody reads the standard output any more.
+        ends_unread: raise `UnreadError` where nobody reads the standard output any more, and
+            `UnwrittenError` where it cannot be written.
     """
     for name, descriptor in (("stdout", _STDOUT), ("stderr", _STDERR)):
         stream = getattr(sys, name)

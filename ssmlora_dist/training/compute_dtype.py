@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import topology_problems
 from ssmlora_dist.distributed.process_group import ProcessGroup
@@ -39,6 +41,35 @@ def settle_compute_dtype(
     if config.model.compute_dtype != "auto":
         return config
     choices: list[DTypeName] = group.gather(machine_dtype(group.device.type))
+    settled, chosen = choose_compute_dtype(
+        config, choices, group.device.type, group.world_size, kept=kept, for_training=for_training
+    )
+    console.message(chosen)
+    return settled
+
+
+def choose_compute_dtype(
+    config: RunConfig,
+    choices: Sequence[DTypeName],
+    device_type: str,
+    world_size: int,
+    *,
+    kept: DTypeName | None = None,
+    for_training: bool = True,
+) -> tuple[RunConfig, str]:
+    """What "auto" stands for, and a line that says so and why.
+
+    Args:
+        config: of the run, whose dtype is "auto".
+        choices: what the ranks' machines do best.
+        device_type: where the run computes.
+        world_size: number of ranks.
+        kept: as for `settle_compute_dtype`.
+        for_training: as for `settle_compute_dtype`.
+
+    Raises:
+        ConfigError: other settings do not go with it.
+    """
     here = common_dtype(choices)
     because = _BECAUSE[here]
     if len(set(choices)) > 1:
@@ -49,10 +80,9 @@ def settle_compute_dtype(
             because += f", though {here} would be faster here"
     settled = config.with_auto_dtype(kept or here)
     problems = topology_problems(
-        settled, world_size=group.world_size, device_type=group.device.type, for_training=for_training
+        settled, world_size=world_size, device_type=device_type, for_training=for_training
     )
     chosen = f"compute dtype {settled.model.compute_dtype} (auto: {because})"
     if problems:
         raise ConfigError(problems, source=chosen)
-    console.message(chosen)
-    return settled
+    return settled, chosen

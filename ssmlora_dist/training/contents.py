@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from ssmlora_dist.config.build import build_tokenizer
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset, ExampleStream, examples_digest, resolve_revision
-from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.errors import CheckpointError, DataError
 from ssmlora_dist.models import fix_date, tokenizer_digests
 from ssmlora_dist.training.continuation import Continuation
@@ -29,9 +28,15 @@ _OTHERWISE = "or begin anew under another run.name"
 
 
 def tokenizer_of(
-    config: RunConfig, group: ProcessGroup, continuation: Continuation, warn: Callable[[str], object]
+    config: RunConfig, continuation: Continuation, began: str, warn: Callable[[str], object]
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """The tokenizer, whose chat templates print the date of the run's first start, and its contents.
+
+    Args:
+        config: of the run.
+        continuation: where the run goes on.
+        began: `first_start`, of rank 0.
+        warn: told what was replaced in the tokenizer.
 
     Raises:
         ModelError: there is none.
@@ -40,7 +45,6 @@ def tokenizer_of(
     tokenizer = build_tokenizer(config.model, warn)
     digests = tokenizer_digests(tokenizer)
     check_tokenizer(continuation, digests)
-    began: str = group.share(first_start(continuation))
     fix_date(tokenizer, datetime.fromisoformat(began))
     return tokenizer, {"began": began, "tokenizer": digests}
 
@@ -136,12 +140,14 @@ def check_train(continuation: Continuation, now: Mapping[str, Any] | None, is_ge
     # Whether it is a stream may not change, and is compared with the settings.
     if now is None or then is None or then["sha256"] == now["sha256"]:
         return
-    differ = "of the same number but other contents" if _counted(then) == _counted(now) else "given here"
+    here = f"{_counted(now)} given here"
+    if _counted(then) == _counted(now):
+        here = "as many given here, but of other contents"
     generated = " (generated from a text that comes with Python: use the version it was begun with)"
     raise CheckpointError(
         f"{continuation.path}: was trained on other data than data.train: {_counted(then)} in the "
-        f"checkpoint, {_counted(now)} {differ}{generated if is_generated else ''}; restore the data, "
-        f"wherever they lie, {_OTHERWISE}"
+        f"checkpoint, {here}{generated if is_generated else ''}; restore the data, wherever they lie, "
+        f"{_OTHERWISE}"
     )
 
 

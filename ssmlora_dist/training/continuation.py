@@ -74,8 +74,7 @@ def find_continuation(
         directory.claim(resume=True)
         remove_leftovers(directory.checkpoints)
     elif not in_place:
-        if claim or directory.path.exists():
-            RunDirectory.check_free(directory.path)
+        RunDirectory.check_free(directory.path, make_parents=claim)
         if source is None:
             return Continuation()
     place = directory.checkpoints if source is None else _checkpoints_of(source)
@@ -100,6 +99,30 @@ def check_settings(continuation: Continuation, config: RunConfig) -> None:
     checkpoint = continuation.checkpoint
     if checkpoint is not None and (problems := resume_problems(checkpoint.config, config)):
         raise ConfigError(problems, source=f"--resume {continuation.path}")
+
+
+def completion(continuation: Continuation, directory: RunDirectory, num_steps: int) -> str | None:
+    """That nothing is left to do of the run that is to be continued; None where something is. On rank 0.
+
+    Args:
+        continuation: where the run goes on.
+        directory: of this run.
+        num_steps: of the run, with those that are done.
+
+    Raises:
+        ConfigError: it is to end before the step where it stands.
+    """
+    done = continuation.step
+    if done > num_steps:
+        raise ConfigError(
+            [
+                f"training.max_steps: {num_steps} given or derived; {done} are done in "
+                f"{continuation.path}; raise it, or continue from an earlier checkpoint"
+            ]
+        )
+    if done < num_steps or not continuation.in_place or not directory.summary_file.exists():
+        return None
+    return f"{directory.path}: complete, all {done} steps are done; raise training.max_steps to train on"
 
 
 def base_of(config: RunConfig, continuation: Continuation) -> str:

@@ -7,13 +7,29 @@ from collections.abc import Callable
 
 import torch
 
-from ssmlora_dist.config.build import build_data, build_tokenizer, check_model, check_tracking
+from ssmlora_dist.config.build import build_data, check_model, check_tracking
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.data import ExampleStream, num_steps_of
+from ssmlora_dist.data import Dataset, ExampleStream, examples_digest, num_steps_of
+from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.tokenization import TextEncoder
 from ssmlora_dist.tracking import RunDirectory
-from ssmlora_dist.training.contents import pinned, revisions
-from ssmlora_dist.training.continuation import check_settings, find_continuation
+from ssmlora_dist.training.compute_dtype import choose_compute_dtype
+from ssmlora_dist.training.contents import (
+    check_train,
+    first_start,
+    pinned,
+    revisions,
+    same_validation,
+    tokenizer_of,
+    train_contents,
+)
+from ssmlora_dist.training.continuation import (
+    Continuation,
+    base_of,
+    check_settings,
+    completion,
+    find_continuation,
+)
 from ssmlora_dist.training.data import account_lines
 from ssmlora_dist.training.header import run_header
 
@@ -35,11 +51,17 @@ def describe(
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
     continuation = find_continuation(resume, directory, warn, claim=False)
+    chosen = []
+    if config.model.compute_dtype == "auto":
+        choices, kept = [machine_dtype(device_type)], continuation.compute_dtype
+        config, line = choose_compute_dtype(config, choices, device_type, world_size, kept=kept)
+        chosen.append(line)
     check_tracking(config, warn)
     check_settings(continuation, config)
     check_model(config)
-    tokenizer = build_tokenizer(config.model, warn)
+    tokenizer, _ = tokenizer_of(config, continuation, first_start(continuation), warn)
     train, validation = build_data(pinned(config, revisions(config, continuation)), tokenizer)
+    _compare(config, continuation, train, validation, warn)
     training = config.training
     is_streamed = isinstance(train, ExampleStream)
     sample = train.sample() if isinstance(train, ExampleStream) else train
@@ -51,14 +73,41 @@ def describe(
         accounts += account_lines(name, report, is_streamed=is_streamed and name == "train")
         if (warning := report.warning()) is not None:
             warn(f"data.{name}: {warning}")
+    num_steps = training.max_steps or num_steps_of(
+        training.num_epochs or 1.0, len(sample), training.global_batch_size
+    )
+    resolved = json.dumps(config.model_dump(mode="json", by_alias=True), indent=2)
+    if (complete := completion(continuation, directory, num_steps)) is not None:
+        return "\n".join([resolved, complete])
     header = run_header(
         config,
         torch.device(device_type),
         world_size,
-        num_steps=training.max_steps
-        or num_steps_of(training.num_epochs or 1.0, len(sample), training.global_batch_size),
+        num_steps=num_steps,
         num_examples=None if is_streamed else len(sample),
         accounts=accounts,
         continuation=continuation,
     )
-    return "\n".join([json.dumps(config.model_dump(mode="json", by_alias=True), indent=2), header])
+    return "\n".join([resolved, *chosen, header])
+
+
+def _compare(
+    config: RunConfig,
+    continuation: Continuation,
+    train: Dataset | ExampleStream,
+    validation: Dataset | None,
+    warn: Callable[[str], object],
+) -> None:
+    """Checks that data and base model are those of the checkpoint that is continued, if any.
+
+    Raises:
+        SSMLoRAError: they are not.
+    """
+    if (checkpoint := continuation.checkpoint) is None:
+        return
+    if isinstance(train, ExampleStream):
+        train.check(checkpoint.progress["data_position"])
+    else:
+        check_train(continuation, train_contents(train), config.data.train.format == "retrieval")
+    same_validation(continuation, examples_digest(validation.examples) if validation else None, warn)
+    base_of(config, continuation)

@@ -96,6 +96,8 @@ def _sizes(directory: Path, names: Collection[str]) -> dict[str, int]:
         raise CheckpointError(f"{directory}: no such checkpoint; correct the path") from None
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read ({error.strerror}); {USE_ANOTHER}") from error
+    if not entries.keys() & set(names):
+        raise CheckpointError(f"{directory}: is no checkpoint; name a run or one of its checkpoints")
     for name in sorted(entries):
         if name.endswith(_PICKLES):
             raise CheckpointError(

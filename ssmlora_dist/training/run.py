@@ -20,7 +20,7 @@ from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
-from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, TrainingError
+from ssmlora_dist.errors import CheckpointError, DataError, TrainingError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
 from ssmlora_dist.progress import Progress, progress
 from ssmlora_dist.signals import StopRequested
@@ -34,12 +34,13 @@ from ssmlora_dist.tracking import (
     plot_curves,
 )
 from ssmlora_dist.training.compute_dtype import settle_compute_dtype
-from ssmlora_dist.training.contents import tokenizer_of
+from ssmlora_dist.training.contents import first_start, tokenizer_of
 from ssmlora_dist.training.continuation import (
     NEVER,
     Continuation,
     base_of,
     check_settings,
+    completion,
     find_continuation,
 )
 from ssmlora_dist.training.data import RunData
@@ -91,18 +92,17 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
     tracker = tracker_of(config, group, console, continuation)
     check_settings(continuation, config)
     check_model(config)
-    tokenizer, contents = tokenizer_of(config, group, continuation, console.warn)
+    began: str = group.share(first_start(continuation))
+    tokenizer, contents = tokenizer_of(config, continuation, began, console.warn)
     place = place_of(config, group)
     data = RunData(config, tokenizer, group, place, continuation, console.warn)
     contents |= data.contents
     tasks = TasksInTraining(config, tokenizer, group, data.endings)
     parts = (tracker, directory, continuation, tokenizer, contents, place, data, tasks)
     run = _Run(config, group, console, *parts)
-    if run.is_complete():
-        console.message(
-            f"{directory.path}: complete, all {continuation.step} steps are done; raise training.max_steps "
-            "to train on"
-        )
+    complete: str | None = group.on_main(lambda: completion(continuation, directory, data.num_steps))
+    if complete is not None:
+        console.message(complete)
         return
     if group.is_main:
         header = run_header(
@@ -165,23 +165,6 @@ class _Run:
         self.before = scores_from_plain(stood["before"]) if self.data.compares else None
         self.seconds_before: float = stood["wall_seconds"]
         self.warned_of_metrics = False
-
-    def is_complete(self) -> bool:
-        """Whether the run that is to be continued is done.
-
-        Raises:
-            ConfigError: it is to end before the step where it stands.
-        """
-        done = self.continuation.step
-        if done > self.num_steps:
-            raise ConfigError(
-                [
-                    f"training.max_steps: {self.num_steps} given or derived; {done} are done in "
-                    f"{self.continuation.path}; raise it, or continue from an earlier checkpoint"
-                ]
-            )
-        finished = self.continuation.in_place and self.group.on_main(self.directory.summary_file.exists)
-        return done == self.num_steps and bool(finished)
 
     def begin(self) -> None:
         """Writes down what is going to be run, and whence."""

@@ -36,6 +36,7 @@ from ssmlora_dist.evaluation.items import FailedItem, Task
 from ssmlora_dist.evaluation.report import build_reports, draw, markdown_table, metrics_of, plain
 from ssmlora_dist.evaluation.runner import run
 from ssmlora_dist.models import max_positions, tokenizer_digests
+from ssmlora_dist.precision import DTypeName, machine_dtype
 from ssmlora_dist.progress import counted, progress
 from ssmlora_dist.tracking import (
     Console,
@@ -44,7 +45,7 @@ from ssmlora_dist.tracking import (
     flat_parameters,
     mlflow_tracker,
 )
-from ssmlora_dist.training.compute_dtype import settle_compute_dtype
+from ssmlora_dist.training.compute_dtype import choose_compute_dtype, settle_compute_dtype
 from ssmlora_dist.training.header import evaluation_header
 from ssmlora_dist.training.report import environment_tags
 
@@ -84,8 +85,7 @@ def run_evaluation(
     Raises:
         SSMLoRAError: bad input, before the backbone is loaded where that is possible.
     """
-    kept = None if adapter is None else read_base(adapter).get("compute_dtype")
-    config = settle_compute_dtype(config, group, console, kept=kept, for_training=False)
+    config = settle_compute_dtype(config, group, console, kept=_dtype_of(adapter), for_training=False)
     group.on_main(lambda: check_tracking(config, console.warn))
     check_model(config, for_training=False)
     tokenizer = build_tokenizer(config.model, console.warn)
@@ -201,12 +201,19 @@ def describe_evaluation(
     Raises:
         SSMLoRAError: whatever would stop the evaluation before the weights are read.
     """
+    chosen = []
+    if config.model.compute_dtype == "auto":
+        choices, kept = [machine_dtype(device_type)], _dtype_of(adapter)
+        config, line = choose_compute_dtype(
+            config, choices, device_type, world_size, kept=kept, for_training=False
+        )
+        chosen.append(line)
     check_tracking(config, warn)
     check_model(config, for_training=False)
     if adapter is not None:
         _check_adapter(config, adapter, build_fingerprint(config), warn)
     tasks = _with_items(build_tasks(config, build_tokenizer(config.model, warn), names, lengths))
-    return evaluation_header(
+    header = evaluation_header(
         config,
         torch.device(device_type),
         world_size,
@@ -214,6 +221,12 @@ def describe_evaluation(
         tasks=_task_lines(tasks),
         directory=out or output_directory(config, adapter),
     )
+    return "\n".join([*chosen, header])
+
+
+def _dtype_of(adapter: Path | None) -> DTypeName | None:
+    """What an adapter was trained in, as far as that is recorded."""
+    return None if adapter is None else read_base(adapter).get("compute_dtype")
 
 
 def _task_lines(tasks: Sequence[Task]) -> list[str]:

@@ -109,6 +109,7 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object], bool]] = {
     "nobody reads an interruption": (lambda: without_readers(1, 2), interrupt, False),
     "nobody reads a traceback": (lambda: without_readers(1, 2), crash, False),
     "nobody reads an answer": (lambda: without_readers(1, 2), speak, True),
+    "full disk for an answer": (on_a_full_disk, speak, True),
     "full disk": (on_a_full_disk, speak, False),
     "closed terminal": (on_a_closed_terminal, speak, False),
     "pipe that does not wait": (unhurried, speak, False),

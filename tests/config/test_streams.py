@@ -20,6 +20,7 @@ EXPECTED: dict[str, tuple[int, str]] = {
     "nobody reads an interruption": (130, ""),
     "nobody reads a traceback": (1, ""),
     "nobody reads an answer": (141, ""),
+    "full disk for an answer": (2, ""),
     "full disk": (0, f"{UNWRITTEN}No space left on device; goes on\n"),
     "closed terminal": (0, ""),
     "pipe that does not wait": (0, ""),
@@ -47,6 +48,13 @@ def test_a_command_outlives_its_output(name: str, found: dict[str, tuple[int, st
     assert found[name][0] == exit_code, found[name]
     warnings = [line for line in found[name][1].splitlines(keepends=True) if line.startswith(UNWRITTEN)]
     assert "".join(warnings) == said
+
+
+def test_an_answer_that_cannot_be_written_is_an_error(found: dict[str, tuple[int, str]]) -> None:
+    assert found["full disk for an answer"][1].endswith(
+        "error: the standard output cannot be written (No space left on device); make room there, or write "
+        "elsewhere\n"
+    )
 
 
 def test_what_can_be_written_is_written_whole(found: dict[str, tuple[int, str]]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.progress import shown_by
 from ssmlora_dist.tracking import (
     NullTracker,
     Store,
@@ -30,6 +31,7 @@ from ssmlora_dist.tracking.limits import MAX_METRICS_PER_BATCH, MAX_PARAMETER_LE
 from ssmlora_dist.tracking.processes import Process
 
 from ..launch.processes import finish
+from ..told import Told
 
 EXPERIMENT = "test experiment"
 # Against a machine that is busy with other things: the trackers themselves need about two seconds.
@@ -438,13 +440,16 @@ def test_a_look_at_a_store_makes_none(tmp_path: Path, warnings: list[str]) -> No
 
 
 def test_a_server_that_is_away_is_a_warning(tmp_path: Path, warnings: list[str]) -> None:
-    with socket.socket() as server:
+    told = Told()
+    with socket.socket() as server, shown_by(told):
         server.bind(("127.0.0.1", 0))
-        uri = f"http://me:secret@127.0.0.1:{server.getsockname()[1]}"
-        check_store(store_in(tmp_path, uri), warnings.append)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        check_store(store_in(tmp_path, f"http://me:secret@{address}"), warnings.append)
     [warning] = warnings
     assert "is away" in warning
     assert "secret" not in warning
+    # One that gives no answer at all is waited for, and that is shown.
+    assert told.ended == [(f"looking for the experiment at http://***@{address}", False)]
 
 
 def test_runs_whose_process_is_gone_are_marked_as_killed(output_dir: Path, warnings: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,26 @@ def test_stores_that_cannot_be(tmp_path: Path, uri: str, said: str) -> None:
     assert line.startswith("tracking.uri: ")
     assert said in line
     assert len(line) < 1000
+
+
+def test_a_name_that_mlflow_takes_for_no_experiment(tmp_path: Path) -> None:
+    fits, told = "e" * 500, {"MLFLOW_EXPERIMENT_NAME": "e" * 501}
+    assert choose_store(tmp_path, experiment=fits, environment={}).problem() is None
+    assert choose_store(tmp_path, environment=told).problem() == (
+        "MLFLOW_EXPERIMENT_NAME: a name of 501 characters given; allowed: at most 500; shorten it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("locked", "said"),
+    [("runs.db", "is a file that cannot be written"), ("", "lies in a directory that cannot be written")],
+)
+def test_a_store_that_may_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str, said: str
+) -> None:
+    (tmp_path / "runs.db").write_bytes(b"SQLite format 3\0...")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / locked)
+    assert said in problem(tmp_path, f"sqlite:///{tmp_path}/runs.db")
 
 
 @pytest.mark.parametrize(("name", "said"), [("what?", "has a `?`"), ("a%20b", "has %20")])

@@ -20,8 +20,9 @@ from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_g
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, SSMLoRAError
 from ssmlora_dist.models import load_tokenizer
 from ssmlora_dist.tracking import Console
-from ssmlora_dist.training import contents
+from ssmlora_dist.training import contents, continuation
 from ssmlora_dist.training.continuation import Continuation
+from ssmlora_dist.training.describe import describe
 from ssmlora_dist.training.run import run_training
 
 from .checkpoint_cases import checkpoint
@@ -59,8 +60,18 @@ class Runs:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (self.directory / name).write_text(text)
 
-    def train(self, num_steps: int, *overrides: str, path: str = "here.jsonl", **source: Any) -> str:
+    def train(self, num_steps: int, *overrides: str, **source: Any) -> str:
         """One start, with `--resume auto`; what it said on the standard error stream."""
+        run_training(
+            self._config(num_steps, *overrides, **source), self._group, Console(enabled=True), "auto"
+        )
+        return self._capsys.readouterr().err
+
+    def dry_run(self, num_steps: int, *overrides: str, **source: Any) -> str:
+        """What a start, with `--resume auto`, would do."""
+        return describe(self._config(num_steps, *overrides, **source), "cpu", 1, "auto", lambda _: None)
+
+    def _config(self, num_steps: int, *overrides: str, path: str = "here.jsonl", **source: Any) -> RunConfig:
         train = {"format": "instruction", "fields": {"instruction": "prompt", "output": "answer"}, **source}
         train["path"] = str(self.directory / path)
         given = [
@@ -69,9 +80,7 @@ class Runs:
             f"model.tokenizer={self.tokenizer}",
             f"training.max_steps={num_steps}",
         ]
-        config = load_config(DEBUG_TINY, [*COMMON, *given, *overrides], device_type="cpu")
-        run_training(config, self._group, Console(enabled=True), "auto")
-        return self._capsys.readouterr().err
+        return load_config(DEBUG_TINY, [*COMMON, *given, *overrides], device_type="cpu")
 
     @property
     def losses(self) -> list[float]:
@@ -104,6 +113,8 @@ def test_other_data_under_the_same_name_are_refused(runs: Runs, source: dict[str
     runs.write("here.jsonl", [{**runs.rows[0], "answer": "xxx"}, *runs.rows[1:]])
     with pytest.raises(SSMLoRAError, match="other"):
         runs.train(3, **source)
+    with pytest.raises(SSMLoRAError, match="other"):
+        runs.dry_run(3, **source)
     assert torch.isfinite(torch.tensor(runs.losses)).all()
     assert len(runs.losses) == 2
 
@@ -155,6 +166,24 @@ def test_another_tokenizer_is_refused_and_what_is_other_named(
     change(runs.tokenizer)
     with pytest.raises(CheckpointError, match=rf"model\.tokenizer: other {named}; restore it, wherever"):
         runs.train(2, **source)
+    with pytest.raises(CheckpointError, match=rf"model\.tokenizer: other {named}; restore it, wherever"):
+        runs.dry_run(2, **source)
+
+
+def test_a_dry_run_says_what_the_run_would(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = "model.compute_dtype=auto"
+    # Not what any machine would choose by itself.
+    runs.train(2, "model.compute_dtype=float16")
+    goes_on = runs.dry_run(3, auto)
+    assert "\ncompute dtype float16 (auto: what the adapter was trained in" in goes_on
+    assert "\ncomputes in  float16, attention" in goes_on
+    assert "\nbegins       after step 2, from" in goes_on
+    assert "run: complete, all 2 steps are done; raise training.max_steps to" in runs.dry_run(2, auto)
+    with pytest.raises(ConfigError, match=r"training\.max_steps: 1 given or derived; 2 are done in"):
+        runs.dry_run(1, auto)
+    monkeypatch.setattr(continuation, "build_fingerprint", lambda config: "beef")
+    with pytest.raises(CheckpointError, match="was trained on another base model"):
+        runs.dry_run(3, auto)
 
 
 def test_a_changed_setting_is_named_before_the_data_that_it_changes(runs: Runs) -> None:
@@ -172,7 +201,7 @@ def test_generated_data_are_compared_with_their_text(runs: Runs, monkeypatch: py
         retrieval, "sentences", lambda: ["Another text.", "It came with another Python."] * 99
     )
     with pytest.raises(
-        CheckpointError, match=r"of the same number but other contents \(generated from a text"
+        CheckpointError, match=r"as many given here, but of other contents \(generated from a text"
     ):
         runs.train(3, *generated)
 

@@ -70,6 +70,16 @@ def test_one_that_only_looks_claims_and_makes_nothing(directory: RunDirectory, t
     assert not elsewhere.path.parent.exists()
 
 
+def test_one_that_only_looks_says_that_a_place_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for place in ("run", "new/deep/run"):
+        with pytest.raises(CheckpointError, match=f"{place}: cannot be written: no permission to write"):
+            find_continuation(NEVER, RunDirectory(tmp_path / place), no_warning, claim=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("resume", [NEVER, AUTO])
 def test_a_new_run_begins_at_the_start_and_leaves_its_claim_for_later(tmp_path: Path, resume: str) -> None:
     found = find(resume, RunDirectory(tmp_path / "new"))
@@ -173,9 +183,14 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    with pytest.raises(CheckpointError, match=r"notes: holds no .*: it is no checkpoint"):
-        find(tmp_path / "notes", RunDirectory(tmp_path / "run"))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("", "notes.txt", "data.bin"):
+        (notes / (name or "inside")).mkdir()
+        # Nothing in it is told to be removed.
+        with pytest.raises(CheckpointError) as caught:
+            find(notes, RunDirectory(tmp_path / "run"))
+        assert str(caught.value) == f"{notes}: is no checkpoint; name a run or one of its checkpoints"
 
 
 def test_a_run_that_is_in_use(directory: RunDirectory) -> None:

@@ -196,6 +196,9 @@ def test_tasks_are_answered_in_the_dtype_that_the_adapter_was_trained_in(
         with pytest.raises(InterruptedError):
             run_evaluation(asked, Group(), Console(enabled=False), adapter=trained)
     assert [found.model.compute_dtype for found in built] == [recorded, "bfloat16", "float32"]
+    told = describe_evaluation(auto, "cpu", 1, adapter=adapter, warn=lambda _: None)
+    assert told.startswith(f"compute dtype {recorded} (auto: what the adapter was trained in")
+    assert f"\ncomputes in  {recorded}, attention" in told
 
 
 def test_when_tasks_are_due() -> None:
