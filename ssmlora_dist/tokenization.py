@@ -10,6 +10,8 @@ from ssmlora_dist.errors import DataError
 
 # A character that tokenizers neither drop nor merge with the start of a word.
 ANCHOR = "\n"
+LONGEST_TOKEN = 256
+"""Characters that no token of a vocabulary has more of."""
 
 
 def end_token_ids(*sources: int | Iterable[int] | None) -> list[int]:
@@ -136,5 +138,6 @@ class TextEncoder:
 
     def added_token(self, text: str) -> str | None:
         """The token that a text ends with, if it was added to a vocabulary of words, as `<|im_end|>`."""
-        ids = self.encode_continuation(text)
+        # Of a long text its end tells, which is longer than any such token.
+        ids = self.encode_continuation(text[-LONGEST_TOKEN:])
         return str(self._tokenizer.convert_ids_to_tokens(ids[-1])) if ids and ids[-1] in self._added else None

@@ -17,6 +17,7 @@ from ssmlora_dist.data.chat_template import ChatTemplate
 from ssmlora_dist.data.messages import REASONING, Message
 from ssmlora_dist.data.rows import Row, Segment
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.long_texts import SURROUNDINGS, is_boundary
 from ssmlora_dist.tokenization import TextEncoder
 
 Tools = Sequence[dict[str, Any]] | None
@@ -125,18 +126,19 @@ class _Rendering:
         stripped = context.lstrip()
         swallowed = replace(turn, text=turn.text + context[: len(context) - len(stripped)])
         for last, rest in ((turn, context), (swallowed, stripped)):
-            texts = [before.text, last.text, rest]
-            is_same = self._encode(["".join(texts)], bool(earlier)) == self._encode(texts, bool(earlier))
-            if is_same and (last is turn or self._encode([last.text]) == self._encode([turn.text])):
+            is_same = self._is_boundary(before.text, last.text) and self._is_boundary(
+                before.text[-SURROUNDINGS:] + last.text, rest
+            )
+            if is_same and (last is turn or self._encode_end(turn, last) == self._encode_end(turn, turn)):
                 return [*earlier, before, last, Segment(rest)]
         return None
 
-    def _encode(self, texts: Sequence[str], follows: bool = True) -> list[int]:
-        ids: list[int] = []
-        for text in texts:
-            encode = self.encoder.encode_continuation if follows or ids else self.encoder.encode
-            ids += encode(text)
-        return ids
+    def _is_boundary(self, left: str, right: str) -> bool:
+        return is_boundary(self.encoder, left, right)
+
+    def _encode_end(self, turn: Segment, longer: Segment) -> list[int]:
+        """The ids of `longer`, which begins with the text of `turn`, from shortly before the end of that."""
+        return self.encoder.encode_continuation(longer.text[max(0, len(turn.text) - SURROUNDINGS) :])
 
     def _turn(self, messages: Sequence[Message]) -> _Turn:
         """The last of the messages as it is asked for."""
