@@ -93,7 +93,7 @@ def test_of_a_long_conversation_the_ends_are_encoded(place, bpe_tokenizer, write
     ]
     settings = {"format": "chat", "tokenizer": bpe_tokenizer, "max_length": 512, "partition": "train"}
     reader = ExampleReader(**settings, path=write_jsonl([{"messages": talk}]))
-    with pytest.raises(DataError, match="nothing is left of 1 rows .* 1 longer than max_length"):
+    with pytest.raises(DataError, match=r"nothing is left of 1 rows .* 1 longer than max_length"):
         read_dataset(reader)
     assert Counted.num_characters < 8 * PIECE
 

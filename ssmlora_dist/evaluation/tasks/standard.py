@@ -297,7 +297,10 @@ STANDARD: Mapping[str, StandardTask] = {
             _multirc,
         ),
         _super_glue(
-            "multirc_harness", ChoiceFormat(MULTIRC_PROMPT, MULTIRC_CHOICES), _multirc, subset="multirc"
+            "multirc_harness",
+            ChoiceFormat(MULTIRC_PROMPT, MULTIRC_CHOICES, labels={"1": 1, "0": 0, "true": 1, "false": 0}),
+            _multirc,
+            subset="multirc",
         ),
         StandardTask(
             "race",
