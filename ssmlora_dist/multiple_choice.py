@@ -14,8 +14,8 @@ What a label may be, of the field `label` or what `fields` maps to it:
 Every row that fits counts, and a label that may mean two choices is an error which names both: 2 of the
 choices 1, 2 and 3, or `a` of the choices `b` and `a`. So is anything else, in particular true and false where
 no choice says so, as of `ja` and `nein`, and the texts `"true"` and `"1"` where no choice reads so, since
-`"1"` may count from 0 or from 1, and to many a program `"false"` is true. `labels` says what they mean, such as
-`{"true": 1, "false": 0}`; where it is given it alone decides, and its names are labels as JSON writes them.
+`"1"` may count from 0 or from 1, and to many a program `"false"` is true. `labels` says what they mean, such
+as `{"true": 1, "false": 0}`; where it is given it alone decides; its names are labels as JSON writes them.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def test_labels_by_mapping():
         ({"choices": ["x"], "label": 0}, r"field 'choices' must be a list of at least two answers"),
         ({"choices": [], "label": 0}, r"field 'choices' must be a list of at least two answers"),
         ({"choices": "xy", "label": 0}, r"field 'choices' must be a list of at least two answers"),
-        ({"choices": ["x", None], "label": 0}, r"field 'choices' holds a NoneType where text is needed"),
+        ({"choices": ["x", None], "label": 0}, r"field 'choices' holds null where text is needed"),
         ({"label": 0}, r"the record has no field 'choices'"),
         ({"choices": ["x", "y"]}, r"the record has no field 'label'"),
         ({"choices": ["x", "y"], "lable": 0}, r"the record has no field 'label' \(nearest: lable\)"),
