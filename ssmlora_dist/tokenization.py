@@ -74,6 +74,12 @@ class TextEncoder:
             )
         return int(eos_id)
 
+    @property
+    def eos_token(self) -> str | None:
+        """As the tokenizer writes the token that ends an answer."""
+        token: str | None = self._tokenizer.eos_token
+        return token
+
     def begin(self, text: str) -> list[int]:
         """Ids of a prompt, and before them what the tokenizer puts there, unless the text spells it out."""
         ids = self.encode(text)
@@ -131,6 +137,17 @@ class TextEncoder:
                 "its own: answers end there, but other programs must be told (as `stop_strings`, say)"
             )
         return None
+
+    def spelled_end(self, text: str) -> str | None:
+        """The added token, as the tokenizer writes it, that a text ends with, white space behind it aside."""
+        stripped = text.rstrip()
+        if not stripped.endswith(self._added_texts):
+            return None
+        return max(filter(stripped.endswith, self._added_texts), key=len)
+
+    @functools.cached_property
+    def _added_texts(self) -> tuple[str, ...]:
+        return tuple(self._tokenizer.get_added_vocab())
 
     @functools.cached_property
     def _added(self) -> frozenset[int]:

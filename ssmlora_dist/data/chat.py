@@ -81,7 +81,7 @@ class _Rendering:
         trained = [index for index, message in enumerate(messages) if message.is_trained]
         if not trained:
             return [Row(self.place, (), is_framed=False)]
-        messages = messages[: trained[-1] + 1]
+        messages = [self._closed_once(messages, index) for index in range(trained[-1] + 1)]
         whole = self._render(messages)
         self._check_context(messages, whole)
         turns = [self._turn(messages[: index + 1]) for index in trained]
@@ -93,6 +93,14 @@ class _Rendering:
         ]
         rows += [Row(self.place, shared, is_framed=False)] if shared else []
         return [replace(rows[0], closings=closings), *rows[1:]]
+
+    def _closed_once(self, messages: Sequence[Message], index: int) -> Message:
+        """A message; of the assistant's without the token at its end that the template writes there too."""
+        message = messages[index]
+        end = self.encoder.spelled_end(message.content) if message.is_assistant else None
+        if end is None or not self._around(messages[:index])[1].lstrip().startswith(end):
+            return message
+        return replace(message, values={**message.values, "content": message.content.removesuffix(end)})
 
     def _render(self, messages: Sequence[Message], asks: bool = False) -> str:
         values = [message.values for message in messages]

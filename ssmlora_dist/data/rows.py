@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,7 @@ class RowEncoder:
         if not any(segment.is_target and segment.text.strip() for segment in row.segments):
             self._counts["num_without_target"] += 1
             return []
+        row = self._without_space_behind_end(row) if row.is_framed else row
         if row.may_split:
             return self._split(row)
         parts = self._encode_parts(row.segments, row.is_framed)
@@ -121,6 +122,14 @@ class RowEncoder:
             return []
         self._counts["num_truncated"] += is_too_long
         return [example]
+
+    def _without_space_behind_end(self, row: Row) -> Row:
+        """The row without white space behind an end-of-sequence token that it spells: there it ends."""
+        *before, last = row.segments
+        end = self._encoder.spelled_end(last.text)
+        if not last.is_target or end is None or end != self._encoder.eos_token:
+            return row
+        return replace(row, segments=(*before, replace(last, text=last.text.rstrip())))
 
     def _encode_parts(self, segments: Iterable[Segment], is_framed: bool) -> list[Part]:
         """Encodes each segment on its own and frames the whole."""

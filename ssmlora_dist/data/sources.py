@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 import json
@@ -145,7 +146,7 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
             is_first = False
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                values = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, place))
+                values = json.loads(text, object_pairs_hook=functools.partial(_object, place))
                 # JSON can name half of a surrogate pair, which is no text that a tokenizer takes.
                 if rb"\ud" in line.lower():
                     check_text(json.dumps(values, ensure_ascii=False), place)
@@ -161,7 +162,7 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
             yield Record(values, place)
 
 
-def _object(pairs: list[tuple[str, Any]], place: str) -> dict[str, Any]:
+def _object(place: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, of which Python's reader would keep the last value of every name without a word."""
     values = dict(pairs)
     if len(values) < len(pairs):

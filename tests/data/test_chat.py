@@ -73,6 +73,18 @@ def test_every_assistant_turn_is_trained_with_its_end(bpe_tokenizer):
     assert row.closings == ("<|eos|>",)
 
 
+@pytest.mark.parametrize("end", ["<|eos|>", "<|eos|>\n"])
+def test_an_end_that_a_turn_spells_is_there_once(bpe_tokenizer, with_template, end):
+    for template in (bpe_tokenizer.chat_template, SILENT_TEMPLATE):
+        tokenizer = with_template(template)
+        talk = [TALK[1], TALK[2], TALK[3], TALK[4]]
+        spelled = [m | {"content": m["content"] + end} if m["role"] == "assistant" else m for m in talk]
+        assert rows_of(spelled, tokenizer) == rows_of(talk, tokenizer)
+    # A template that closes no turn leaves it to the text.
+    tokenizer = with_template(COUNTING_TEMPLATE)
+    assert targets([TALK[2] | {"content": "Hello!<|eos|>"}], tokenizer)[0].endswith("Hello!<|eos|>")
+
+
 def test_what_follows_the_last_assistant_turn_is_left_out(bpe_tokenizer):
     [row] = rows_of([*TALK[:3], {"role": "user", "content": "x" * 99}], bpe_tokenizer)
     assert row.segments[-1].text == "Hello!<|eos|>"
