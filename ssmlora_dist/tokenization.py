@@ -75,6 +75,13 @@ class TextEncoder:
         return int(eos_id)
 
     @property
+    def prefix_id(self) -> int | None:
+        """What an empty prompt is: the beginning-of-sequence token, else the end-of-sequence token, if any."""
+        bos_id: int | None = self._tokenizer.bos_token_id
+        eos_id: int | None = self._tokenizer.eos_token_id
+        return eos_id if bos_id is None else bos_id
+
+    @property
     def eos_token(self) -> str | None:
         """As the tokenizer writes the token that ends an answer."""
         token: str | None = self._tokenizer.eos_token

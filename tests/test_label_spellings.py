@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from ssmlora_dist.data.examples import IGNORE_INDEX
 from ssmlora_dist.data.formats import make_renderer
+from ssmlora_dist.data.rows import RowEncoder
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.evaluation.encoding import PromptEncoder
 from ssmlora_dist.evaluation.tasks.records import ChoiceFormat
+from ssmlora_dist.models import load_tokenizer
 from ssmlora_dist.records import Record
+from ssmlora_dist.tokenization import TextEncoder
 
 REFUSED = None
 NO_YES, YES_NO = ["no", "yes"], ["yes", "no"]
@@ -173,3 +178,17 @@ def test_a_position_of_labels_that_a_record_has_not_is_named():
         "holds true, which is none of its 2 choices; `labels` makes it position 5; allowed: from 0 to 1;"
         in text
     )
+
+
+@pytest.mark.parametrize("bos_token", [None, "<|bos|>"])
+def test_an_empty_prompt_is_the_same_token(bos_token):
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.bos_token = bos_token
+    record = Record({"question": "", "choices": ["x", "y"], "label": 1}, "rows.jsonl:1")
+    (row,) = make_renderer("multiple_choice", tokenizer, prompt="{question}")(record)
+    (example,) = RowEncoder(TextEncoder(tokenizer), 16, "drop").encode(row)
+    item = ChoiceFormat("{question}")(record, "0")
+    asked = PromptEncoder(tokenizer, 16, len(tokenizer)).choices(item.prompt, item.choices)
+    ids = [*asked.prompt, *asked.choices[1], tokenizer.eos_token_id]
+    assert example.input_ids.tolist() == ids
+    assert example.labels.tolist() == [IGNORE_INDEX, *ids[1:]]

@@ -141,9 +141,15 @@ class RowEncoder:
         return self._frame(parts) if is_framed else parts
 
     def _frame(self, parts: list[Part]) -> list[Part]:
-        """Puts beginning and end of a sequence around it, each once where the text spells it too."""
+        """Puts beginning and end of a sequence around it, each once where the text spells it too.
+
+        Before an answer without a prompt there is what evaluation puts there, or its first token would have
+        nothing to follow.
+        """
         begin, end = self._encoder.bos_ids, [self._encoder.eos_id]
         filled = [index for index, part in enumerate(parts) if len(part.ids)]
+        if not parts[0].is_target and filled and parts[filled[0]].is_target and not begin:
+            begin = [end[0] if self._encoder.prefix_id is None else self._encoder.prefix_id]
         if filled and list(parts[filled[0]].ids[: len(begin)]) == begin:
             first = parts[filled[0]]
             parts[filled[0]] = Part(first.ids[len(begin) :], first.is_target)

@@ -43,13 +43,12 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, max_length: int | None, vocab_size: int) -> None:
         self._encoder = TextEncoder(tokenizer)
         self._max_length, self._vocab_size = max_length, vocab_size
-        prefix_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        if prefix_id is None:
+        if self._encoder.prefix_id is None:
             raise DataError(
                 "model.tokenizer: the tokenizer has neither a beginning- nor an end-of-sequence token, so an "
                 "empty prompt cannot be encoded; set `eos_token` in its tokenizer_config.json"
             )
-        self._prefix_id = int(prefix_id)
+        self._prefix_id = self._encoder.prefix_id
 
     def choices(self, prompt: str, choices: Sequence[str]) -> EncodedChoices:
         """The ids of a prompt and of every choice.

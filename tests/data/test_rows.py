@@ -200,7 +200,7 @@ def test_a_last_piece_of_one_token_takes_another_along(byte_tokenizer):
     assert report == DatasetReport(1, 3, num_split=1, num_pieces=3)
 
 
-@pytest.mark.parametrize(("num_tokens", "bucket"), [(2, 2), (63, 64), (64, 64), (65, 128)])
+@pytest.mark.parametrize(("num_tokens", "bucket"), [(3, 4), (63, 64), (64, 64), (65, 128)])
 def test_length_buckets_are_powers_of_two(byte_tokenizer, num_tokens, bucket):
     (example,), _ = encode_row(byte_tokenizer, prompt_and_answer("a" * (num_tokens - 2), "b"))
     assert example.num_tokens == num_tokens
