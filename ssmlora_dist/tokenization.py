@@ -76,7 +76,7 @@ class TextEncoder:
 
     @property
     def prefix_id(self) -> int | None:
-        """What an empty prompt is: the beginning-of-sequence token, else the end-of-sequence token, if any."""
+        """What an empty prompt is: the beginning-of-sequence token, else the end-of-sequence token."""
         bos_id: int | None = self._tokenizer.bos_token_id
         eos_id: int | None = self._tokenizer.eos_token_id
         return eos_id if bos_id is None else bos_id
