@@ -69,11 +69,16 @@ def _cut(encoder: TextEncoder, text: str, first: int, last: int) -> int:
     places = range(last, first - 1, -1)
     before_words = (at for at in places if text[at].isspace() and not text[at - 1].isspace())
     tried = itertools.chain(itertools.islice(before_words, NUM_TRIED), places[:NUM_TRIED])
-    return next((at for at in tried if _is_boundary(encoder, text, at)), last)
+    return next((at for at in tried if _can_be_cut(encoder, text, at)), last)
 
 
-def _is_boundary(encoder: TextEncoder, text: str, at: int) -> bool:
-    left, right = text[max(0, at - SURROUNDINGS) : at], text[at : at + SURROUNDINGS]
+def _can_be_cut(encoder: TextEncoder, text: str, at: int) -> bool:
+    return is_boundary(encoder, text[max(0, at - SURROUNDINGS) : at], text[at : at + SURROUNDINGS])
+
+
+def is_boundary(encoder: TextEncoder, left: str, right: str) -> bool:
+    """Whether two texts have the tokens together that they have apart, as far as their surroundings tell."""
+    left, right = left[-SURROUNDINGS:], right[:SURROUNDINGS]
     return encoder.encode(left + right) == encoder.encode(left) + encoder.encode_continuation(right)
 
 

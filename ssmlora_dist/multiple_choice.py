@@ -5,18 +5,17 @@ What a label may be, of the field `label` or what `fields` maps to it:
 | label | means |
 | --- | --- |
 | a whole number | the choice of that position, counted from 0 |
-| the text of a choice, or a number that it is | that choice; white space around it aside |
+| the text of a choice, or the number that it is | that choice; white space around it aside |
 | a letter: `B`, `b`, `(B)`, `B.`, `B)` | the choice of that position |
 | true, false (JSON) | the choice that says so: yes, true, correct, right or no, false, incorrect, wrong |
-| true, false where no choice says so | of two choices 1 for true, unless their first words say otherwise |
-| what all choices are marked with: `A. red`, `(2) blue` | the choice of that mark |
+| what all choices are marked with: `A. red`, `(2) blue`, `Option 3`, `4 stars` | the choice of that mark |
 | -1 | a label that is kept secret: an error |
 
 Every row that fits counts, and a label that may mean two choices is an error which names both: 2 of the
-choices 1, 2 and 3, or `a` of the choices `b` and `a`. So is anything else, in particular the texts `"true"`
-and `"1"` where no choice reads so, since `"1"` may count from 0 or from 1, and to many a program `"false"` is
-true. `labels` says what they mean, such as `{"true": 1, "false": 0}`; where it is given it alone decides, and
-its names are labels as JSON writes them.
+choices 1, 2 and 3, or `a` of the choices `b` and `a`. So is anything else, in particular true and false where
+no choice says so, as of `ja` and `nein`, and the texts `"true"` and `"1"` where no choice reads so, since
+`"1"` may count from 0 or from 1, and to many a program `"false"` is true. `labels` says what they mean, such
+as `{"true": 1, "false": 0}`; where it is given it alone decides; its names are labels as JSON writes them.
 """
 
 from __future__ import annotations
@@ -36,14 +35,10 @@ _SAYS = {
     **dict.fromkeys(("yes", "true", "correct", "right"), True),
     **dict.fromkeys(("no", "false", "incorrect", "wrong"), False),
 }
-# As the first word of a choice these make it doubtful which one a boolean means, and no more.
-_HINTS = {
-    **_SAYS,
-    **dict.fromkeys(("y", "t", "1"), True),
-    **dict.fromkeys(("n", "f", "0", "not", "non"), False),
-}
 
-_MARKED = re.compile(r"\(?([A-Za-z]|\d{1,2})[.):]\s")
+# At the beginning of a choice, or the only letter or number by itself in it.
+_LEADING_MARK = re.compile(r"[(\[]?([A-Za-z]|\d{1,2})[.):\]]\s")
+_LONE_MARKS = (re.compile(r"(?<!\w)\d+(?!\w)"), re.compile(r"(?<!\w)[A-Za-z](?!\w)"))
 _LETTER = re.compile(r"\(?([A-Za-z])[.):]?")
 
 
@@ -150,21 +145,23 @@ def label_position(
     Raises:
         DataError: it means none of the choices, or may mean several.
     """
-    readings = _mapped(value, labels, view, name) if labels is not None else _readings(value, choices)
+    readings = list(_mapped(value, labels, view, name) if labels is not None else _readings(value, choices))
     found = {position: how for position, how in readings if 0 <= position < len(choices)}
     if len(found) == 1:
         return next(iter(found))
     remedy = "mend the record, map `fields.label` to the right field, or set `labels` to what its labels mean"
+    fault = "may mean several" if found else "is none"
     if found:
-        fault = "may mean several"
         which = "; ".join(f"position {at}, {choices[at]!r}, by its {how}" for at, how in found.items())
+    elif labels is not None and readings:
+        which = f"`labels` makes it position {readings[0][0]}; allowed: {_positions(len(choices))}"
     else:
-        fault = "is none"
         which = f"allowed: {_allowed(choices, labels)}"
         if str(value).strip() == "-1":
             remedy = "-1 stands for a label that is kept secret: take another split"
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
     raise DataError(
-        f"{view.place}: field {view.path(name)!r} holds {value!r}, which {fault} of its {len(choices)} "
+        f"{view.place}: field {view.path(name)!r} holds {shown}, which {fault} of its {len(choices)} "
         f"choices; {which}; {remedy}"
     )
 
@@ -184,15 +181,18 @@ def _readings(value: Any, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
             yield string.ascii_uppercase.index(letter[1].upper()), "letter"
     elif isinstance(value, bool):
         text = str(value).lower()
-        yield from _readings_of_bool(value, choices)
+        yield from (
+            (position, "meaning") for position, choice in enumerate(choices) if _says(choice) is value
+        )
     elif isinstance(value, int | float):
         text = str(value)
         if isinstance(value, int):
             yield value, "number"
+        yield from ((position, "text") for position, choice in enumerate(choices) if _number(choice) == value)
     else:
         return
     yield from ((position, "text") for position, choice in enumerate(choices) if choice == text)
-    marks = [match[1].upper() if (match := _MARKED.match(choice)) else "" for choice in choices]
+    marks = [_mark(choice) for choice in choices]
     # Names can begin with initials, and amounts with numbers.
     letters, numbers = string.ascii_uppercase, list(map(str, range(len(choices) + 1)))
     if sorted(marks) in (list(letters[: len(marks)]), sorted(numbers[1:]), sorted(numbers[:-1])):
@@ -200,24 +200,31 @@ def _readings(value: Any, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
         yield from ((position, "mark") for position, other in enumerate(marks) if other == mark)
 
 
-def _readings_of_bool(value: bool, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
-    said = [_SAYS.get(choice.lower().strip(" .,;:!")) for choice in choices]
-    if value in said:
-        yield from ((position, "meaning") for position, says in enumerate(said) if says is value)
-    elif len(choices) == 2:
-        yield int(value), "position, 1 for true"
-        for position, choice in enumerate(choices):
-            word = re.match(r"[a-z0-9]+", choice.lower())
-            hint = _HINTS.get(word[0]) if word else None
-            if hint is not None:
-                yield (position if hint is value else 1 - position), "first word, or the other's"
+def _says(choice: str) -> bool | None:
+    return _SAYS.get(choice.lower().strip(" .,;:!"))
+
+
+def _mark(choice: str) -> str:
+    """The letter or number that a choice goes by; nothing where there are several or none."""
+    if leading := _LEADING_MARK.match(choice):
+        return leading[1].upper()
+    lone = next((found for marks in _LONE_MARKS if (found := marks.findall(choice))), [])
+    # What is nothing but a letter or number is a text.
+    return str(lone[0]).upper() if len(lone) == 1 and lone[0] != choice else ""
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _allowed(choices: Sequence[str], labels: Mapping[str, int] | None) -> str:
     if labels is not None:
         return f"one of `labels`: {', '.join(map(repr, labels))}"
     letters = f"a letter from A to {string.ascii_uppercase[min(len(choices), 26) - 1]}"
-    truth = ", true or false" if len(choices) == 2 else ""
+    truth = ", true or false" if any(_says(choice) is not None for choice in choices) else ""
     return f"a whole number {_positions(len(choices))}, {letters}{truth}, the text of a choice"
 
 

@@ -117,10 +117,11 @@ class RecordView:
             return "true" if value else "false"
         if isinstance(value, int | float):
             return str(value)
-        raise DataError(
-            f"{self.place}: field {name!r} holds {_kind(value)} where text is needed; "
-            f"map `fields.{name}` to a text inside it, such as 'outer.inner'"
-        )
+        if isinstance(value, list | Mapping):
+            remedy = f"map `fields.{name}` to a text inside it, such as 'outer.inner'"
+        else:
+            remedy = "write it as text or a number, or remove the record"
+        raise DataError(f"{self.place}: field {name!r} holds {_kind(value)} where text is needed; {remedy}")
 
     def path(self, name: str) -> Paths:
         """Where a field is in the record, for messages."""
@@ -244,6 +245,8 @@ def _is_empty(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, list):
         return "a list"
     return "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}"

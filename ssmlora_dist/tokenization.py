@@ -10,6 +10,8 @@ from ssmlora_dist.errors import DataError
 
 # A character that tokenizers neither drop nor merge with the start of a word.
 ANCHOR = "\n"
+LONGEST_TOKEN = 256
+"""Characters that no token of a vocabulary has more of."""
 
 
 def end_token_ids(*sources: int | Iterable[int] | None) -> list[int]:
@@ -72,6 +74,19 @@ class TextEncoder:
             )
         return int(eos_id)
 
+    @property
+    def prefix_id(self) -> int | None:
+        """What an empty prompt is: the beginning-of-sequence token, else the end-of-sequence token."""
+        bos_id: int | None = self._tokenizer.bos_token_id
+        eos_id: int | None = self._tokenizer.eos_token_id
+        return eos_id if bos_id is None else bos_id
+
+    @property
+    def eos_token(self) -> str | None:
+        """As the tokenizer writes the token that ends an answer."""
+        token: str | None = self._tokenizer.eos_token
+        return token
+
     def begin(self, text: str) -> list[int]:
         """Ids of a prompt, and before them what the tokenizer puts there, unless the text spells it out."""
         ids = self.encode(text)
@@ -130,11 +145,23 @@ class TextEncoder:
             )
         return None
 
+    def spelled_end(self, text: str) -> str | None:
+        """The added token, as the tokenizer writes it, that a text ends with, white space behind it aside."""
+        stripped = text.rstrip()
+        if not stripped.endswith(self._added_texts):
+            return None
+        return max(filter(stripped.endswith, self._added_texts), key=len)
+
+    @functools.cached_property
+    def _added_texts(self) -> tuple[str, ...]:
+        return tuple(self._tokenizer.get_added_vocab())
+
     @functools.cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self._tokenizer.get_added_vocab().values())
 
     def added_token(self, text: str) -> str | None:
         """The token that a text ends with, if it was added to a vocabulary of words, as `<|im_end|>`."""
-        ids = self.encode_continuation(text)
+        # Of a long text its end tells, which is longer than any such token.
+        ids = self.encode_continuation(text[-LONGEST_TOKEN:])
         return str(self._tokenizer.convert_ids_to_tokens(ids[-1])) if ids and ids[-1] in self._added else None

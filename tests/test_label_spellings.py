@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from ssmlora_dist.data.examples import IGNORE_INDEX
 from ssmlora_dist.data.formats import make_renderer
+from ssmlora_dist.data.rows import RowEncoder
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.evaluation.encoding import PromptEncoder
 from ssmlora_dist.evaluation.tasks.records import ChoiceFormat
+from ssmlora_dist.models import load_tokenizer
 from ssmlora_dist.records import Record
+from ssmlora_dist.tokenization import TextEncoder
 
 REFUSED = None
 NO_YES, YES_NO = ["no", "yes"], ["yes", "no"]
@@ -67,9 +72,11 @@ SPELLINGS = [
     ([1, 0], True, REFUSED),
     (["y", "n"], True, REFUSED),
     (["entailed", "not entailed"], True, REFUSED),
-    (["not entailed", "entailed"], True, "entailed"),
-    (["cold", "warm"], True, "warm"),
-    (["cold", "warm"], False, "cold"),
+    (["not entailed", "entailed"], True, REFUSED),
+    (["cold", "warm"], True, REFUSED),
+    (["ja", "nein"], True, REFUSED),
+    (["sí", "no"], False, "no"),
+    (["agree", "disagree"], True, REFUSED),
     (YES_NO, "yes", "yes"),
     (YES_NO, "true", REFUSED),
     (["True", "False"], "True", "True"),
@@ -86,6 +93,11 @@ SPELLINGS = [
     ([10, 20], 20, "20"),
     ([0.5, 1.5], 1.5, "1.5"),
     (["1", "2"], 1, REFUSED),
+    (["1.0", "2.0"], 1, REFUSED),
+    (["1.0", "2.0"], 2, "2.0"),
+    (["+1", "-1"], 1, REFUSED),
+    (["+1", "-1"], -1, "-1"),
+    (["01", "02"], 1, REFUSED),
     # Marks in the choices.
     (LETTERED, "A", REFUSED),
     (LETTERED, "C", "C. blue"),
@@ -95,6 +107,15 @@ SPELLINGS = [
     (NUMBERED, 2, REFUSED),
     (NUMBERED, 3, "3. blue"),
     (["A. Smith", "D. Jones"], "D", REFUSED),
+    (["[B] red", "[A] blue"], "A", REFUSED),
+    (["B - red", "A - blue"], "B", REFUSED),
+    (["Option B", "Option A"], "A", REFUSED),
+    (["Option 1", "Option 2"], 1, REFUSED),
+    (["Option 1", "Option 2"], 0, "Option 1"),
+    (["1 star", "2 stars", "3 stars"], 1, REFUSED),
+    (["1 star", "2 stars", "3 stars"], 3, "3 stars"),
+    (["1 star", "2 stars", "3 stars"], "2", "2 stars"),
+    (["4 apples", "1 pear"], 1, "1 pear"),
 ]
 
 
@@ -148,3 +169,26 @@ def test_labels_decide_alone():
     kind, text = both(COUNTED, "3", settings)
     assert kind == "refused"
     assert "allowed: one of `labels`: '1', '2', 'true', '-1'" in text
+
+
+def test_a_position_of_labels_that_a_record_has_not_is_named():
+    kind, text = both(["red", "blue"], True, {"labels": {"true": 5}})
+    assert kind == "refused"
+    assert (
+        "holds true, which is none of its 2 choices; `labels` makes it position 5; allowed: from 0 to 1;"
+        in text
+    )
+
+
+@pytest.mark.parametrize("bos_token", [None, "<|bos|>"])
+def test_an_empty_prompt_is_the_same_token(bos_token):
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.bos_token = bos_token
+    record = Record({"question": "", "choices": ["x", "y"], "label": 1}, "rows.jsonl:1")
+    (row,) = make_renderer("multiple_choice", tokenizer, prompt="{question}")(record)
+    (example,) = RowEncoder(TextEncoder(tokenizer), 16, "drop").encode(row)
+    item = ChoiceFormat("{question}")(record, "0")
+    asked = PromptEncoder(tokenizer, 16, len(tokenizer)).choices(item.prompt, item.choices)
+    ids = [*asked.prompt, *asked.choices[1], tokenizer.eos_token_id]
+    assert example.input_ids.tolist() == ids
+    assert example.labels.tolist() == [IGNORE_INDEX, *ids[1:]]

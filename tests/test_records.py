@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 
 from ssmlora_dist.errors import DataError
@@ -15,6 +17,7 @@ VALUES = {
     "nothing": None,
     "flag": True,
     "share": 0.5,
+    "day": datetime.date(2025, 2, 4),
 }
 
 
@@ -67,6 +70,7 @@ def test_mapped_names_reach_templates():
         ("nothing", {}, r"rows\.jsonl:7: field 'nothing' is null"),
         ("queries", {}, r"field 'queries' holds a list where text is needed"),
         ("target", {}, r"field 'target' holds an object where text is needed"),
+        ("day", {}, r"field 'day' holds a date where text is needed; write it as text or a number"),
     ],
 )
 def test_fields_that_are_no_text(name, fields, message):

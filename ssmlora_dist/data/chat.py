@@ -17,6 +17,7 @@ from ssmlora_dist.data.chat_template import ChatTemplate
 from ssmlora_dist.data.messages import REASONING, Message
 from ssmlora_dist.data.rows import Row, Segment
 from ssmlora_dist.errors import DataError
+from ssmlora_dist.long_texts import SURROUNDINGS, is_boundary
 from ssmlora_dist.tokenization import TextEncoder
 
 Tools = Sequence[dict[str, Any]] | None
@@ -80,7 +81,7 @@ class _Rendering:
         trained = [index for index, message in enumerate(messages) if message.is_trained]
         if not trained:
             return [Row(self.place, (), is_framed=False)]
-        messages = messages[: trained[-1] + 1]
+        messages = [self._closed_once(messages, index) for index in range(trained[-1] + 1)]
         whole = self._render(messages)
         self._check_context(messages, whole)
         turns = [self._turn(messages[: index + 1]) for index in trained]
@@ -92,6 +93,14 @@ class _Rendering:
         ]
         rows += [Row(self.place, shared, is_framed=False)] if shared else []
         return [replace(rows[0], closings=closings), *rows[1:]]
+
+    def _closed_once(self, messages: Sequence[Message], index: int) -> Message:
+        """A message; of the assistant's without the token at its end that the template writes there too."""
+        message = messages[index]
+        end = self.encoder.spelled_end(message.content) if message.is_assistant else None
+        if end is None or not self._around(messages[:index])[1].lstrip().startswith(end):
+            return message
+        return replace(message, values={**message.values, "content": message.content.removesuffix(end)})
 
     def _render(self, messages: Sequence[Message], asks: bool = False) -> str:
         values = [message.values for message in messages]
@@ -125,18 +134,19 @@ class _Rendering:
         stripped = context.lstrip()
         swallowed = replace(turn, text=turn.text + context[: len(context) - len(stripped)])
         for last, rest in ((turn, context), (swallowed, stripped)):
-            texts = [before.text, last.text, rest]
-            is_same = self._encode(["".join(texts)], bool(earlier)) == self._encode(texts, bool(earlier))
-            if is_same and (last is turn or self._encode([last.text]) == self._encode([turn.text])):
+            is_same = self._is_boundary(before.text, last.text) and self._is_boundary(
+                before.text[-SURROUNDINGS:] + last.text, rest
+            )
+            if is_same and (last is turn or self._encode_end(turn, last) == self._encode_end(turn, turn)):
                 return [*earlier, before, last, Segment(rest)]
         return None
 
-    def _encode(self, texts: Sequence[str], follows: bool = True) -> list[int]:
-        ids: list[int] = []
-        for text in texts:
-            encode = self.encoder.encode_continuation if follows or ids else self.encoder.encode
-            ids += encode(text)
-        return ids
+    def _is_boundary(self, left: str, right: str) -> bool:
+        return is_boundary(self.encoder, left, right)
+
+    def _encode_end(self, turn: Segment, longer: Segment) -> list[int]:
+        """The ids of `longer`, which begins with the text of `turn`, from shortly before the end of that."""
+        return self.encoder.encode_continuation(longer.text[max(0, len(turn.text) - SURROUNDINGS) :])
 
     def _turn(self, messages: Sequence[Message]) -> _Turn:
         """The last of the messages as it is asked for."""

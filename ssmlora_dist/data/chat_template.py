@@ -35,9 +35,13 @@ class ChatTemplate:
                 "chat_template.jinja beside it, or name another tokenizer (`model.tokenizer`)"
             )
 
-    def mentions(self, word: str) -> bool:
-        """Whether the template knows a role or key by name."""
-        return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", self._source) is not None
+    def knows_key(self, key: str) -> bool:
+        """Whether the template has a word of that name."""
+        return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", self._source) is not None
+
+    def knows_role(self, role: str) -> bool:
+        """Whether the template has a text of that name, other than as the key of a message."""
+        return re.search(rf"(?<![\w\])]\[)(['\"]){re.escape(role)}\1", self._source) is not None
 
     def render(
         self,

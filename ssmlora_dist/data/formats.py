@@ -136,7 +136,7 @@ class _Chat:
 
     def __call__(self, record: Record) -> list[Row]:
         view = RecordView(record, self.fields)
-        messages, unread = read_messages(view.value("messages"), record.place, self.template.mentions)
+        messages, unread = read_messages(view.value("messages"), record.place, self.template)
         record.unread.update(f"messages[].{key}" for key in unread)
         tools = read_tools(view.value("tools"), record.place) if view.has("tools") else None
         return chat_rows(messages, tools, self.template, self.encoder, record.place)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ssmlora_dist.data.chat_template import ChatTemplate
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.records import nearest_name
 from ssmlora_dist.tokenization import check_text
@@ -23,8 +24,10 @@ ROLE_NAMES: Mapping[str, str] = {
     "ai": ASSISTANT,
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
-_TEMPLATE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING)
-_OWN_KEYS = ("weight", "train", "from", "value")
+# Keys that are read here, or whose loss is an error; a template may know others.
+_KEYS = ("role", "content", "tool_calls", "weight", "train")
+# Names of the keys where conversations go by `from` and `value`.
+_SHARED_KEYS = (("role", "from"), ("content", "value"))
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,13 @@ class Message:
         return str(next((self.values[key] for key in REASONING if self.values.get(key)), "")).strip()
 
 
-def read_messages(
-    messages: Any, place: str, mentions: Callable[[str], bool]
-) -> tuple[list[Message], set[str]]:
+def read_messages(messages: Any, place: str, template: ChatTemplate) -> tuple[list[Message], set[str]]:
     """Reads a conversation, as objects with `role` and `content` or with `from` and `value`.
 
     Args:
         messages: the list of them.
         place: where it came from, for messages.
-        mentions: whether the chat template knows a role or key by name.
+        template: which may know roles and keys of its own.
 
     Returns:
         The messages, and the keys of them that nobody reads.
@@ -87,10 +88,11 @@ def read_messages(
             f"{place}: field 'messages' must be a list of at least one object with role and content; mend "
             "the record, or map `fields.messages` to the right field"
         )
-    read = [_message(message, f"{place}: messages[{i}]", mentions) for i, message in enumerate(messages)]
-    known = {*_TEMPLATE_KEYS, *_OWN_KEYS}
-    keys = {key for message in messages for key, value in message.items() if value is not None}
-    return read, {key for key in keys - known if not mentions(key)}
+    read = [_message(message, f"{place}: messages[{i}]", template) for i, message in enumerate(messages)]
+    unread = {key for message in read for key in message.values if key not in _KEYS}
+    parts = [part for message in messages for part in _parts(message)]
+    of_parts = {f"content[].{key}" for part in parts for key in part if key not in ("type", "text")}
+    return read, {key for key in unread if not template.knows_key(key)} | of_parts
 
 
 def read_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
@@ -110,15 +112,22 @@ def read_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _message(message: Any, where: str, mentions: Callable[[str], bool]) -> Message:
+def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What of the parts of a message holds something."""
+    content = message.get("value") if message.get("content") is None else message["content"]
+    parts = content if isinstance(content, list) else []
+    return [{key: value for key, value in part.items() if value is not None} for part in parts]
+
+
+def _message(message: Any, where: str, template: ChatTemplate) -> Message:
     if not isinstance(message, Mapping):
         raise DataError(f"{where} must be an object with role and content; mend the record")
     # Columns of a table give every message every key, null where it has none.
     values = {str(key): value for key, value in message.items() if value is not None}
-    if "role" not in values and "from" in values:
-        values["role"] = values.pop("from")
-        values["content"] = values.pop("value", None)
-    values["role"] = _role(values.get("role"), where, mentions)
+    for name, shared in _SHARED_KEYS:
+        if name not in values and shared in values:
+            values[name] = values.pop(shared)
+    values["role"] = _role(values.get("role"), where, template)
     calls = _tool_calls(values.pop("tool_calls", None), where)
     if calls:
         values["tool_calls"] = calls
@@ -131,13 +140,13 @@ def _message(message: Any, where: str, mentions: Callable[[str], bool]) -> Messa
     return Message(values, is_trained=trained and has_turn and values["role"] == ASSISTANT)
 
 
-def _role(role: Any, where: str, mentions: Callable[[str], bool]) -> str:
+def _role(role: Any, where: str, template: ChatTemplate) -> str:
     if not isinstance(role, str):
         raise DataError(f"{where} must be an object whose 'role' is text; mend the record")
     lower = role.strip().lower()
     if lower in ROLE_NAMES or lower in ROLES:
         return ROLE_NAMES.get(lower, lower)
-    if mentions(role):
+    if template.knows_role(role):
         return role
     known = [*ROLES, *ROLE_NAMES]
     raise DataError(
@@ -151,15 +160,18 @@ def _content(content: Any, otherwise: str | None, where: str) -> str:
     if content in (None, []) and otherwise is not None:
         return otherwise
     if isinstance(content, list) and content:
-        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        is_text = all(isinstance(text, str) for text in parts) and len(parts) == len(content)
-        content = "".join(map(str, parts)) if is_text else content
+        parts = [part.get("text") for part in content if isinstance(part, Mapping) and _is_text(part)]
+        content = "".join(map(str, parts)) if len(parts) == len(content) else content
     if not isinstance(content, str):
         raise DataError(
             f"{where} must be an object whose 'content' is text, or a list of parts that are text; mend the "
             "record"
         )
     return content
+
+
+def _is_text(part: Mapping[str, Any]) -> bool:
+    return isinstance(part.get("text"), str) and part.get("type") in (None, "text")
 
 
 def _is_trained(weight: Any, train: Any, role: str, where: str) -> bool:

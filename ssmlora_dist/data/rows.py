@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,7 @@ class RowEncoder:
         if not any(segment.is_target and segment.text.strip() for segment in row.segments):
             self._counts["num_without_target"] += 1
             return []
+        row = self._without_space_behind_end(row) if row.is_framed else row
         if row.may_split:
             return self._split(row)
         parts = self._encode_parts(row.segments, row.is_framed)
@@ -122,6 +123,14 @@ class RowEncoder:
         self._counts["num_truncated"] += is_too_long
         return [example]
 
+    def _without_space_behind_end(self, row: Row) -> Row:
+        """The row without white space behind an end-of-sequence token that it spells: there it ends."""
+        *before, last = row.segments
+        end = self._encoder.spelled_end(last.text)
+        if not last.is_target or end is None or end != self._encoder.eos_token:
+            return row
+        return replace(row, segments=(*before, replace(last, text=last.text.rstrip())))
+
     def _encode_parts(self, segments: Iterable[Segment], is_framed: bool) -> list[Part]:
         """Encodes each segment on its own and frames the whole."""
         parts: list[Part] = []
@@ -132,9 +141,15 @@ class RowEncoder:
         return self._frame(parts) if is_framed else parts
 
     def _frame(self, parts: list[Part]) -> list[Part]:
-        """Puts beginning and end of a sequence around it, each once where the text spells it too."""
+        """Puts beginning and end of a sequence around it, each once where the text spells it too.
+
+        Before an answer without a prompt there is what evaluation puts there, or its first token would have
+        nothing to follow.
+        """
         begin, end = self._encoder.bos_ids, [self._encoder.eos_id]
         filled = [index for index, part in enumerate(parts) if len(part.ids)]
+        if not parts[0].is_target and filled and parts[filled[0]].is_target and not begin:
+            begin = [end[0] if self._encoder.prefix_id is None else self._encoder.prefix_id]
         if filled and list(parts[filled[0]].ids[: len(begin)]) == begin:
             first = parts[filled[0]]
             parts[filled[0]] = Part(first.ids[len(begin) :], first.is_target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 import json
@@ -16,6 +17,7 @@ from typing import Any
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.progress import progress
 from ssmlora_dist.records import Record, nearest_name
+from ssmlora_dist.tokenization import check_text
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -97,7 +99,8 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {key: _finite(part) for key, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, list) else value
+    # Tables have pairs as tuples.
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _exists(path: str) -> bool:
@@ -142,10 +145,11 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
                 )
             is_first = False
             try:
-                values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                values = json.loads(text, object_pairs_hook=functools.partial(_object, place))
                 # JSON can name half of a surrogate pair, which is no text that a tokenizer takes.
                 if rb"\ud" in line.lower():
-                    json.dumps(values, ensure_ascii=False).encode()
+                    check_text(json.dumps(values, ensure_ascii=False), place)
             except UnicodeError:
                 raise DataError(f"{place}: is not valid UTF-8 text; convert the file to UTF-8") from None
             except (ValueError, RecursionError) as error:
@@ -158,15 +162,34 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
             yield Record(values, place)
 
 
+def _object(place: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python's reader would keep the last value of every name without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        _refuse_twice([name for name, _ in pairs], place)
+    return values
+
+
+def _refuse_twice(names: Sequence[str], place: str) -> None:
+    name = next((name for name in names if names.count(name) > 1), None)
+    if name is not None:
+        raise DataError(f"{place}: has the field {name!r} more than once; rename or remove all but one")
+
+
 def _read_parquet(file: Path) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        rows = (row for batch in parquet.ParquetFile(file).iter_batches() for row in batch.to_pylist())
+        table = parquet.ParquetFile(file)
+        _refuse_twice(table.schema_arrow.names, str(file))
+        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
         for number, values in enumerate(rows, start=1):
             yield Record(values, f"{file}: row {number}")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeError, OSError) as error:
+        # What the operating system refuses has a number; the library has such errors without one.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise DataError(
             f"{file}: is not a readable Parquet file ({_first_line(error)}); write it again"
         ) from None

@@ -43,13 +43,12 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, max_length: int | None, vocab_size: int) -> None:
         self._encoder = TextEncoder(tokenizer)
         self._max_length, self._vocab_size = max_length, vocab_size
-        prefix_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        if prefix_id is None:
+        if self._encoder.prefix_id is None:
             raise DataError(
                 "model.tokenizer: the tokenizer has neither a beginning- nor an end-of-sequence token, so an "
                 "empty prompt cannot be encoded; set `eos_token` in its tokenizer_config.json"
             )
-        self._prefix_id = int(prefix_id)
+        self._prefix_id = self._encoder.prefix_id
 
     def choices(self, prompt: str, choices: Sequence[str]) -> EncodedChoices:
         """The ids of a prompt and of every choice.
@@ -61,7 +60,8 @@ class PromptEncoder:
         Raises:
             DataError: a choice adds no token, or the model does not take as many.
         """
-        self._check_size(prompt)
+        for name, text in (("the prompt", prompt), *(("a choice", choice) for choice in choices)):
+            self._check_size(name, text)
         stem = prompt.rstrip()
         space = prompt[len(stem) :]
         if stem:
@@ -87,17 +87,17 @@ class PromptEncoder:
         Raises:
             DataError: the model does not take as many and the new ones.
         """
-        self._check_size(prompt)
+        self._check_size("the prompt", prompt)
         ids = (self._encoder.begin(prompt) if prompt else []) or [self._prefix_id]
         given = f"the prompt is {len(ids)} tokens, and {max_new_tokens} are to follow"
         self._check(len(ids) + max_new_tokens, given, ids)
         return ids
 
-    def _check_size(self, prompt: str) -> None:
-        """Refuses a prompt that is far too long by its beginning and its end."""
-        if self._max_length is not None and len(prompt) > PIECE:
-            num_tokens = len(encode_ends(self._encoder, prompt, False, self._max_length))
-            self._check(num_tokens, f"the prompt is at least {num_tokens} tokens")
+    def _check_size(self, name: str, text: str) -> None:
+        """Refuses a text that is far too long by its beginning and its end."""
+        if self._max_length is not None and len(text) > PIECE:
+            num_tokens = len(encode_ends(self._encoder, text, False, self._max_length))
+            self._check(num_tokens, f"{name} is at least {num_tokens} tokens")
 
     def _check(self, length: int, given: str, *encoded: list[int]) -> None:
         if self._max_length is not None and length > self._max_length:

@@ -42,7 +42,7 @@ SILENT_TEMPLATE = (
 KNOWING_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.thinking or '' }}{{ m.content }}"
     "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
-    "<|eos|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}{# critic mood #}"
+    "<|eos|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}{# 'critic' mood #}"
 )
 
 
@@ -71,6 +71,18 @@ def test_every_assistant_turn_is_trained_with_its_end(bpe_tokenizer):
     whole = bpe_tokenizer.apply_chat_template(TALK, tokenize=False)
     assert "".join(segment.text for segment in row.segments) == whole.rstrip("\n")
     assert row.closings == ("<|eos|>",)
+
+
+@pytest.mark.parametrize("end", ["<|eos|>", "<|eos|>\n"])
+def test_an_end_that_a_turn_spells_is_there_once(bpe_tokenizer, with_template, end):
+    for template in (bpe_tokenizer.chat_template, SILENT_TEMPLATE):
+        tokenizer = with_template(template)
+        talk = [TALK[1], TALK[2], TALK[3], TALK[4]]
+        spelled = [m | {"content": m["content"] + end} if m["role"] == "assistant" else m for m in talk]
+        assert rows_of(spelled, tokenizer) == rows_of(talk, tokenizer)
+    # A template that closes no turn leaves it to the text.
+    tokenizer = with_template(COUNTING_TEMPLATE)
+    assert targets([TALK[2] | {"content": "Hello!<|eos|>"}], tokenizer)[0].endswith("Hello!<|eos|>")
 
 
 def test_what_follows_the_last_assistant_turn_is_left_out(bpe_tokenizer):
@@ -125,6 +137,8 @@ def test_roles_go_by_the_names_that_people_give_them(bpe_tokenizer, user, assist
     assert rows_of(renamed, bpe_tokenizer) == rows_of(TALK, bpe_tokenizer)
     shared = [{"from": message["role"], "value": message["content"]} for message in renamed]
     assert rows_of(shared, bpe_tokenizer) == rows_of(TALK, bpe_tokenizer)
+    mixed = [{"from": message["role"], "content": message["content"]} for message in renamed]
+    assert rows_of(mixed, bpe_tokenizer) == rows_of(TALK, bpe_tokenizer)
 
 
 def test_a_role_or_key_that_the_template_names_is_its_own(with_template):
@@ -132,6 +146,24 @@ def test_a_role_or_key_that_the_template_names_is_its_own(with_template):
     messages = [{"role": "critic", "content": "No."}, *TALK[1:3]]
     assert targets(messages, tokenizer) == ["Hello!<|eos|>"]
     assert targets([TALK[1], TALK[2] | {"thinking": "Hm. "}], tokenizer) == ["Hm. Hello!<|eos|>"]
+
+
+def test_words_of_a_template_are_no_roles(with_template):
+    for role, template in (("function", KNOWING_TEMPLATE), ("content", COUNTING_TEMPLATE)):
+        with pytest.raises(DataError, match=rf"messages\[1\]: unknown role '{role}'"):
+            rows_of([TALK[1], {"role": role, "content": "x"}, TALK[2]], with_template(template))
+
+
+def test_keys_that_templates_often_know_are_named_where_this_one_does_not(bpe_tokenizer):
+    context = TALK[2] | {"reasoning": "Hm.", "weight": 0}
+    result = {"role": "tool", "content": "x", "name": "look", "tool_call_id": "1"}
+    both = TALK[3] | {"from": "human", "value": "Bye."}
+    parts = [{"type": "text", "text": "Fare", "id": 1, "image": None}, {"text": "well."}]
+    messages = [TALK[1], context, result, both, TALK[4] | {"content": parts}]
+    record = Record({"messages": messages}, "x")
+    make_renderer("chat", bpe_tokenizer)(record)
+    unread = ["content[].id", "from", "name", "reasoning", "tool_call_id", "value"]
+    assert record.unused() == [f"messages[].{key}" for key in unread]
 
 
 def test_keys_of_messages_that_nobody_reads_are_named(with_template):
@@ -164,6 +196,10 @@ def test_calls_of_tools_are_trained(with_template, calls):
         ([{"content": "Hi."}], r"messages\[0\] must be an object whose 'role' is text"),
         ([TALK[1], {"role": "assistant"}], r"messages\[1\] must be an object whose 'content' is text"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"messages\[0\] .* 'content' is text"),
+        (
+            [{"role": "user", "content": [{"type": "image", "text": "x"}]}],
+            r"messages\[0\] .* 'content' is text",
+        ),
         ([TALK[1], TALK[2] | {"role": "asistant"}], r"messages\[1\]: unknown role 'asistant' \(nearest: ass"),
         ([TALK[1], TALK[2] | {"weight": 0.5}], r"messages\[1\]: 'weight' is 0\.5; allowed: 0 or false"),
         ([TALK[1], TALK[2] | {"train": "no"}], r"messages\[1\]: 'train' is 'no'; allowed"),

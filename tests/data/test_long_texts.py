@@ -80,6 +80,24 @@ def test_of_a_line_of_four_megabytes_the_ends_are_encoded(
     assert Counted.num_characters < 3 * PIECE
 
 
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_of_a_long_conversation_the_ends_are_encoded(place, bpe_tokenizer, write_jsonl, monkeypatch):
+    for module in ("building", "formats"):
+        monkeypatch.setattr(f"ssmlora_dist.data.{module}.TextEncoder", Counted)
+    Counted.num_characters = 0
+    contents = ["short"] * 4
+    contents[place] = "a long word " * 350_000
+    talk = [
+        {"role": role, "content": text}
+        for role, text in zip(["user", "assistant"] * 2, contents, strict=True)
+    ]
+    settings = {"format": "chat", "tokenizer": bpe_tokenizer, "max_length": 512, "partition": "train"}
+    reader = ExampleReader(**settings, path=write_jsonl([{"messages": talk}]))
+    with pytest.raises(DataError, match=r"nothing is left of 1 rows .* 1 longer than max_length"):
+        read_dataset(reader)
+    assert Counted.num_characters < 8 * PIECE
+
+
 def test_a_long_line_that_is_refused_says_so(bpe_tokenizer, write_jsonl):
     path = write_jsonl([json.dumps({"instruction": "word " * PIECE, "output": "x"})])
     reader = ExampleReader(

@@ -200,7 +200,7 @@ def test_a_last_piece_of_one_token_takes_another_along(byte_tokenizer):
     assert report == DatasetReport(1, 3, num_split=1, num_pieces=3)
 
 
-@pytest.mark.parametrize(("num_tokens", "bucket"), [(2, 2), (63, 64), (64, 64), (65, 128)])
+@pytest.mark.parametrize(("num_tokens", "bucket"), [(3, 4), (63, 64), (64, 64), (65, 128)])
 def test_length_buckets_are_powers_of_two(byte_tokenizer, num_tokens, bucket):
     (example,), _ = encode_row(byte_tokenizer, prompt_and_answer("a" * (num_tokens - 2), "b"))
     assert example.num_tokens == num_tokens
@@ -210,19 +210,20 @@ def test_length_buckets_are_powers_of_two(byte_tokenizer, num_tokens, bucket):
 @pytest.mark.parametrize("is_long", [False, True])
 def test_beginning_and_end_that_a_text_spells_are_there_once(bpe_tokenizer, is_long):
     bos, eos = bpe_tokenizer.bos_token, bpe_tokenizer.eos_token
-    spelled = prompt_and_answer(f"{bos}the set", f" of it{eos}")
     plain = prompt_and_answer("the set", " of it")
-    (example,), (wanted,) = encode_row(bpe_tokenizer, spelled)[0], encode_row(bpe_tokenizer, plain)[0]
-    assert example.input_ids.tolist() == wanted.input_ids.tolist()
-    assert example.labels.tolist() == wanted.labels.tolist()
-    assert example.num_scored == wanted.num_scored
     text = "the set of it " * 9
-    rows = [
-        Row("x", (Segment(words, is_target=True),), may_split=is_long)
-        for words in (f"{bos}{text}{eos}", text)
-    ]
-    pieces, wanted_pieces = (encode_row(bpe_tokenizer, row, 16 if is_long else 999)[0] for row in rows)
-    assert [e.input_ids.tolist() for e in pieces] == [e.input_ids.tolist() for e in wanted_pieces]
+    for end in (eos, f"{eos}\n"):
+        spelled = prompt_and_answer(f"{bos}the set", f" of it{end}")
+        (example,), (wanted,) = encode_row(bpe_tokenizer, spelled)[0], encode_row(bpe_tokenizer, plain)[0]
+        assert example.input_ids.tolist() == wanted.input_ids.tolist()
+        assert example.labels.tolist() == wanted.labels.tolist()
+        assert example.num_scored == wanted.num_scored
+        rows = [
+            Row("x", (Segment(words, is_target=True),), may_split=is_long)
+            for words in (f"{bos}{text}{end}", text)
+        ]
+        pieces, wanted_pieces = (encode_row(bpe_tokenizer, row, 16 if is_long else 999)[0] for row in rows)
+        assert [e.input_ids.tolist() for e in pieces] == [e.input_ids.tolist() for e in wanted_pieces]
 
 
 def test_special_tokens_within_a_text_stay(bpe_tokenizer):

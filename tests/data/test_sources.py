@@ -58,7 +58,9 @@ def test_globs_lists_and_limit(tmp_path):
         (b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: is not valid JSON"),
         (b'{"a": 1}\n\n[1, 2]\n', r"rows\.jsonl:3: holds a list, but each line must be a JSON object"),
         (b'{"a": 1}\n{"a": "\xff"}\n', r"rows\.jsonl:2: is not valid UTF-8"),
-        (b'{"a": "\\ud83d"}\n', r"rows\.jsonl:1: is not valid UTF-8"),
+        (b'{"a": "\\ud83d"}\n', r"rows\.jsonl:1: is not valid UTF-8 \(U\+D83D .* remove what is damaged"),
+        (b'{"a": 1, "b": 2, "a": 3}', r"rows\.jsonl:1: has the field 'a' more than once; rename or remove"),
+        (b'{"a": [{"b": 1, "b": 1}]}', r"rows\.jsonl:1: has the field 'b' more than once"),
         (b"[" * 100_000, r"rows\.jsonl:1: is not valid JSON"),
         (b'[{"a": 1}, {"a": 2}]', r"rows\.jsonl:1: begins as one JSON document, .* JSON object on each line"),
         (b'\xef\xbb\xbf[\n  {"a": 1}\n]', r"rows\.jsonl:1: begins as one JSON document"),
@@ -90,6 +92,9 @@ def test_numbers_that_are_not_finite_are_missing(tmp_path, monkeypatch):
     assert read(path=str(tmp_path / "rows.parquet"))[0][0] == expected
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [row])
     assert read(hub="some/set")[0][0] == expected
+    pairs = pa.array([[("k", nan)]], pa.map_(pa.string(), pa.float64()))
+    parquet.write_table(pa.table({"a": pairs}), tmp_path / "pairs.parquet")
+    assert read(path=str(tmp_path / "pairs.parquet"))[0][0] == {"a": [["k", None]]}
 
 
 def test_a_whole_surrogate_pair_is_text(tmp_path):
@@ -99,11 +104,22 @@ def test_a_whole_surrogate_pair_is_text(tmp_path):
 
 def test_other_broken_files(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 but not really")
+    latin = pa.array([b"na\xefve"])
+    latin = pa.StringArray.from_buffers(1, *latin.buffers()[1:])
+    parquet.write_table(pa.table({"a": latin}), tmp_path / "latin.parquet")
+    parquet.write_table(pa.table({"a": list(range(1000))}), tmp_path / "damaged.parquet")
+    content = (tmp_path / "damaged.parquet").read_bytes()
+    (tmp_path / "damaged.parquet").write_bytes(content[:4] + b"\xff" * 40 + content[44:])
+    twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"fine\nna\xefve\n")
     (tmp_path / "rows.csv").write_text("a,b\n")
     for name, message in [
         ("rows.parquet", r"rows\.parquet: is not a readable Parquet file"),
+        ("latin.parquet", r"latin\.parquet: is not a readable Parquet file \('utf-8' codec can't decode"),
+        ("damaged.parquet", r"damaged\.parquet: is not a readable Parquet file"),
+        ("twice.parquet", r"twice\.parquet: has the field 'a' more than once; rename or remove all but one"),
         ("empty.txt", r"empty\.txt: holds no records"),
         ("latin.txt", r"latin\.txt:2: is not valid UTF-8"),
         ("rows.csv", r"rows\.csv: unknown kind of file.*\.jsonl, \.parquet, \.txt"),

@@ -163,7 +163,7 @@ def test_long_texts_raise_no_warning_of_the_tokenizer(caplog: pytest.LogCaptureF
     assert not caplog.records
 
 
-def test_a_prompt_that_is_far_too_long_is_not_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_far_too_long_is_not_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
     encode = TextEncoder.encode
 
@@ -176,4 +176,6 @@ def test_a_prompt_that_is_far_too_long_is_not_encoded_whole(monkeypatch: pytest.
     for ask in (lambda text: encoder.prompt(text, 4), lambda text: encoder.choices(text, [" a", " b"])):
         with pytest.raises(DataError, match=r"^the prompt is at least \d+ tokens; the model takes 100"):
             ask("a the " * 200_000)
-    assert sum(given) < 6 * PIECE
+    with pytest.raises(DataError, match=r"^a choice is at least \d+ tokens; the model takes 100"):
+        encoder.choices("a", [" a", " a the" * 200_000])
+    assert sum(given) < 9 * PIECE

@@ -42,6 +42,9 @@ from ssmlora_dist.records import Record, RecordView, UnusedFields
 NO_YES = (" no", " yes")
 ENTAILMENT = {"entailment": 0, "not_entailment": 1, "0": 0, "1": 1}
 COMMITMENT = {"entailment": 0, "contradiction": 1, "neutral": 2, "0": 0, "1": 1, "2": 2}
+# Of published data it is known how they count, whatever their choices say.
+LETTERS = {"A": 0, "B": 1, "C": 2, "D": 3}
+POSITIONS = {"0": 0, "1": 1, "2": 2, "3": 3}
 DOCUMENT_PROMPT = "{document}\n\nQuestion: {question}\nAnswer:"
 MULTIRC_PROMPT = "{paragraph}\nQuestion: {question}\nAnswer:"
 MULTIRC_CHOICES = tuple(f" {{answer}}\nIs the answer correct? {word}" for word in ("yes", "no"))
@@ -164,7 +167,7 @@ def _race_answer(problem: RecordView) -> str:
     options = problem.value("options")
     texts = [problem.as_text(option, "options") for option in (options if isinstance(options, list) else [])]
     answer = problem.value("answer")
-    return texts[label_position(answer, [text.strip() for text in texts], problem, name="answer")]
+    return texts[label_position(answer, [text.strip() for text in texts], problem, LETTERS, "answer")]
 
 
 def _narrativeqa(document: str) -> Preparation:
@@ -297,21 +300,26 @@ STANDARD: Mapping[str, StandardTask] = {
             _multirc,
         ),
         _super_glue(
-            "multirc_harness", ChoiceFormat(MULTIRC_PROMPT, MULTIRC_CHOICES), _multirc, subset="multirc"
+            "multirc_harness",
+            ChoiceFormat(MULTIRC_PROMPT, MULTIRC_CHOICES, labels={"1": 1, "0": 0, "true": 1, "false": 0}),
+            _multirc,
+            subset="multirc",
         ),
         StandardTask(
             "race",
             "ehovy/race",
             "high",
             "test",
-            ChoiceFormat("Article: {article}\n\nQuestion: {question}\nAnswer:", fields=_RACE_FIELDS),
+            ChoiceFormat(
+                "Article: {article}\n\nQuestion: {question}\nAnswer:", fields=_RACE_FIELDS, labels=LETTERS
+            ),
         ),
         StandardTask(
             "race_harness",
             "EleutherAI/race",
             "high",
             "test",
-            ChoiceFormat("{text}", fields=_RACE_FIELDS),
+            ChoiceFormat("{text}", fields=_RACE_FIELDS, labels=LETTERS),
             _race_harness,
         ),
         *(
@@ -347,7 +355,7 @@ STANDARD: Mapping[str, StandardTask] = {
             "emozilla/quality",
             None,
             "validation",
-            ChoiceFormat(DOCUMENT_PROMPT, fields=_RACE_FIELDS),
+            ChoiceFormat(DOCUMENT_PROMPT, fields=_RACE_FIELDS, labels=POSITIONS),
             _quality,
         ),
     )

@@ -69,7 +69,7 @@ def test_asked_as_trained(prompt, choices):
         ),
         (["x", "y", "z"], 3, r"holds 3, .* a whole number from 0 to 2"),
         (["x", "y"], -1, r"holds -1, .*-1 stands for a label that is kept secret: take another split"),
-        (["x", "y", "z"], True, r"holds True, which is none of its 3 choices"),
+        (["x", "y", "z"], True, r"holds true, which is none of its 3 choices"),
         (["x", "y"], 1.0, r"holds 1\.0"),
         (["x", "y"], [1], r"holds \[1\]"),
         (["x", "x"], "x", r"holds 'x', which may mean several of its 2 choices"),
@@ -112,7 +112,9 @@ def test_labels_by_mapping():
         choose(format, gold=0)
     with pytest.raises(DataError, match=r"field 'label' holds a list where text is needed"):
         choose(format, gold=["x"])
-    with pytest.raises(DataError, match=r"holds 'c', .* 2 choices; allowed: one of `labels`: 'c'"):
+    with pytest.raises(
+        DataError, match=r"holds 'c', .* 2 choices; `labels` makes it position 2; allowed: from 0"
+    ):
         choose(ChoiceFormat("{q}", labels={"c": 2}), choices=["x", "y"], label="c")
 
 
@@ -124,7 +126,7 @@ def test_labels_by_mapping():
         ({"choices": ["x"], "label": 0}, r"field 'choices' must be a list of at least two answers"),
         ({"choices": [], "label": 0}, r"field 'choices' must be a list of at least two answers"),
         ({"choices": "xy", "label": 0}, r"field 'choices' must be a list of at least two answers"),
-        ({"choices": ["x", None], "label": 0}, r"field 'choices' holds a NoneType where text is needed"),
+        ({"choices": ["x", None], "label": 0}, r"field 'choices' holds null where text is needed"),
         ({"label": 0}, r"the record has no field 'choices'"),
         ({"choices": ["x", "y"]}, r"the record has no field 'label'"),
         ({"choices": ["x", "y"], "lable": 0}, r"the record has no field 'label' \(nearest: lable\)"),

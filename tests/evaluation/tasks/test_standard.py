@@ -226,6 +226,14 @@ def test_race_by_question():
     ]
 
 
+def test_published_labels_count_as_they_do_whatever_the_options_say():
+    (item, *_) = items("race", {**RACE, "options": ["Plan B", "Plan C", "Plan A", "D"], "answer": "C"})
+    assert item.label == 2
+    article = {"article": "x", "question": "Why?", "options": ["2 days", "1 day", "3 days", "4 days"]}
+    (item,) = items("quality", {**article, "answer": 1})
+    assert item.label == 1
+
+
 def test_race_with_problems_as_a_list():
     asked = {"article": "Long ago.", "problems": [{**RACE, "answer": "B"}]}
     assert items("race_harness", asked) == [
@@ -291,7 +299,7 @@ def test_quality_of_files_and_of_the_hub():
         ("copa", None, {"choice2": ""}, r"rows.jsonl:2: choice 2 of 2 is empty"),
         ("wic", None, {"start1": "4"}, r"rows.jsonl:2: field 'start1' holds '4' where a whole number"),
         ("wsc", None, {"span2_index": True}, r"rows.jsonl:2: field 'span2_index' holds True"),
-        ("race", RACE, {"options": ["a", "b"]}, r"rows.jsonl:2: .* 'C', .*a letter from A to B"),
+        ("race", RACE, {"options": ["a", "b"]}, r"rows.jsonl:2: .* 'C', .* makes it position 2"),
         ("race_harness", None, {"problems": "[{"}, r"rows.jsonl:2: field 'problems' is not the text"),
         ("race_harness", None, {"problems": []}, r"rows.jsonl:2: field 'problems' must be a list of obj"),
         (
