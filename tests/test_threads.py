@@ -129,6 +129,24 @@ def test_a_recompute_may_run_in_another_thread(config: AdapterConfig) -> None:
     assert_all_equal([[loss.detach(), *got]], [expected])
 
 
+def test_i13_a_loss_is_made_while_another_thread_calls_the_model() -> None:
+    """The comparison of heads must not put others into the model that both use."""
+    model = model_of(CONFIGS["lora"])
+    inputs = token_ids(*SHAPES[0])
+    with torch.no_grad():
+        expected = model(inputs, use_cache=False).logits
+    inside: list[Tensor] = []
+
+    def call_meanwhile(*_: Any) -> None:
+        hook.remove()
+        inside.append(model(inputs, use_cache=False).logits)
+
+    # The comparison calls the model's forward, whose hooks run in the middle of it.
+    hook = model.register_forward_pre_hook(call_meanwhile)
+    CausalLMLoss(model, chunk_size=4)
+    assert_all_equal([inside], [[expected]])
+
+
 @evaluated
 def test_a_pass_within_a_layer_leaves_the_layer_its_own(config: AdapterConfig) -> None:
     model = model_of(config)
