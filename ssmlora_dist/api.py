@@ -84,13 +84,20 @@ class AdaptedModel:
         if hub and not push_to_hub:
             raise AdapterError(
                 "save_pretrained of an adapted model writes an adapter directory, which has no "
-                f"{', '.join(sorted(hub))}; leave it out, or load the base model without adapters to save that"
+                f"{', '.join(sorted(hub))}; leave it out, or load the base model alone to save that"
             )
         if not is_main_process:
             return
         save_adapter(model, Path(save_directory), state_dict=state_dict)
         if push_to_hub:
             model.push_to_hub(hub.pop("repo_id", None) or Path(save_directory).resolve().name, **hub)
+
+    def _replicate_for_data_parallel(self) -> None:
+        # A replica's layers would run the adapters of the first device.
+        raise AdapterError(
+            "torch.nn.DataParallel cannot run an adapted model; start one process for each device (torchrun, "
+            "deepspeed), with DistributedDataParallel where a loop of your own trains"
+        )
 
 
 def save_adapter(

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -323,6 +322,7 @@ def test_a_cast_model_is_recorded_as_it_is(tmp_path: Path) -> None:
 
 
 def wrapped_by_peft() -> Any:
+    peft = pytest.importorskip("peft")
     return peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
 
 
@@ -340,6 +340,7 @@ def test_what_is_no_causal_language_model_is_refused(build: Callable[[], Any], t
 
 @pytest.mark.parametrize("projection", ["q_proj", "k_proj"])
 def test_a_model_that_carries_adapters_of_peft_is_refused(projection: str) -> None:
+    peft = pytest.importorskip("peft")
     model = tiny_model()
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match=r"carries adapters already"):

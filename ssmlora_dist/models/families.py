@@ -115,7 +115,7 @@ def decoder_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
         layers = model.get_submodule(require_supported(model.config.model_type).layers)
     except AttributeError as error:
         raise ModelError(
-            f"a {type(model).__name__} is no causal language model of transformers by itself; pass the model as "
+            f"a {type(model).__name__} is no causal language model of transformers by itself; pass it as "
             "`load_model` or `AutoModelForCausalLM` gives it, with nothing around it and nothing taken off"
         ) from error
     return {int(index): layer for index, layer in layers.named_children()}

@@ -180,8 +180,8 @@ class _HandedOn(nn.Module):
 def _is_the_models_own(model: PreTrainedModel, logit_cap: float | None) -> bool:
     """Whether `ChunkedHead` makes of hidden states the logits that the model makes of them.
 
-    Compared on drawn hidden states and a copy of the model that has a small head and no layers, so that its
-    weights are not needed: it may be a stage, quantised, sharded, without storage, or in use by other threads.
+    Compared on drawn hidden states and a copy of the model that has a small head and no layers, so that no
+    weight is needed: it may be a stage, quantised, sharded, without storage, or in use by other threads.
     """
     own: Any = model.get_output_embeddings()
     if type(own) is not nn.Linear or own._forward_hooks or own._forward_pre_hooks:
