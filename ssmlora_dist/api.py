@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.config import AdapterConfig
@@ -36,17 +37,21 @@ def add_adapters(
         seed: of the adapters' starting values.
 
     Raises:
-        ModelError: the model's family is not supported.
-        AdapterError: the model is adapted already, or lacks a projection that `config` names.
+        ModelError: the model's family is not supported, or it is no causal language model by itself.
+        AdapterError: the model is adapted already, by PEFT too, or lacks a projection that `config` names.
     """
     config = config or AdapterConfig()
-    prefix = require_supported(model.config.model_type).layers
     layers = decoder_layers(model)
+    prefix = require_supported(model.config.model_type).layers
     model.requires_grad_(False)
     insert_adapters(layers, config, num_layers=model.config.num_hidden_layers, prefix=prefix, seed=seed)
     model.ssmlora_config = config
     mix_in(model, AdaptedModel)
     return model
+
+
+# What others' `save_pretrained` can be told that is so with an adapter directory.
+_TRUE_ANYWAY = {"safe_serialization": True, "save_peft_format": True}
 
 
 class AdaptedModel:
@@ -75,17 +80,24 @@ class AdaptedModel:
             AdapterError: an option that an adapter directory has no counterpart for, or values are not here.
         """
         model: Any = self
-        given = sorted(name for name, value in hub.items() if value is not None)
-        if given and not push_to_hub:
+        hub = {n: v for n, v in hub.items() if v is not None and (n, v) not in _TRUE_ANYWAY.items()}
+        if hub and not push_to_hub:
             raise AdapterError(
                 "save_pretrained of an adapted model writes an adapter directory, which has no "
-                f"{', '.join(given)}; leave it out, or load the base model without adapters to save that"
+                f"{', '.join(sorted(hub))}; leave it out, or load the base model alone to save that"
             )
         if not is_main_process:
             return
         save_adapter(model, Path(save_directory), state_dict=state_dict)
         if push_to_hub:
             model.push_to_hub(hub.pop("repo_id", None) or Path(save_directory).resolve().name, **hub)
+
+    def _replicate_for_data_parallel(self) -> None:
+        # A replica's layers would run the adapters of the first device.
+        raise AdapterError(
+            "torch.nn.DataParallel cannot run an adapted model; start one process for each device (torchrun, "
+            "deepspeed), with DistributedDataParallel where a loop of your own trains"
+        )
 
 
 def save_adapter(
@@ -112,7 +124,7 @@ def save_adapter(
     if config is None:
         raise AdapterError("the model carries no adapter; call add_adapters first")
     write_adapter(
-        Path(directory),
+        Path(directory).expanduser(),
         config,
         _values(model, state_dict),
         base={"path": model.config.name_or_path or None, **_precision_of(model)},
@@ -131,9 +143,11 @@ def load_adapter(
         base_fingerprint: of `model`; a directory that records another one is refused.
 
     Raises:
+        ModelError: as for `add_adapters`.
         AdapterError: the directory cannot be read, or was saved for another base model or configuration.
     """
-    directory = Path(directory)
+    decoder_layers(model)
+    directory = Path(directory).expanduser()
     saved = read_adapter(directory, num_layers=model.config.num_hidden_layers)
     if base_fingerprint and saved.base_fingerprint and base_fingerprint != saved.base_fingerprint:
         raise AdapterError(
@@ -153,16 +167,22 @@ def load_adapter(
 
 def _precision_of(model: PreTrainedModel) -> dict[str, Any]:
     """Keywords of `models.load_model`; none where the layers differ, which these cannot say."""
+    dtype = model.get_input_embeddings().weight.dtype
     stored = [
-        stored_as(module)
+        {**stored_as(module), "compute_dtype": _computes_in(module, dtype)}
         for layer in decoder_layers(model).values()
         for path, module in layer.named_modules()
         if isinstance(module, nn.Linear) and not path.endswith(("lora_A", "lora_B"))
     ]
-    if any(each != stored[0] for each in stored):
+    if any(each != stored[0] for each in stored) or stored[0]["compute_dtype"] != dtype:
         return {}
-    dtype = model.get_input_embeddings().weight.dtype
     return {**stored[0], "compute_dtype": str(dtype).removeprefix("torch.")}
+
+
+def _computes_in(layer: nn.Linear, default: torch.dtype) -> torch.dtype:
+    """The dtype of a linear layer's products; `default` where it takes that of its input."""
+    dtype: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
+    return dtype if dtype.is_floating_point else default
 
 
 def _values(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssmlora_dist import AdapterConfig, add_adapters, load_adapter, save_adapter
 from ssmlora_dist.adapters.injection import adapter_parameters
-from ssmlora_dist.errors import AdapterError
+from ssmlora_dist.errors import AdapterError, ModelError
 from tests.tiny import FAMILY_NAMES, QV_AND_MLP, adapted_model, randomize_adapters, tiny_model, token_ids
 
 FINGERPRINT = "0123456789abcdef" * 4
@@ -271,6 +271,80 @@ def test_what_an_adapter_directory_cannot_be_is_refused(tmp_path: Path) -> None:
         adapted_model().save_pretrained(tmp_path / "adapter", variant="fp16")
     assert not (tmp_path / "adapter").exists()
     adapted_model().save_pretrained(tmp_path / "adapter", max_shard_size="5GB", token=None)
+
+
+@pytest.mark.parametrize("said", [{"safe_serialization": True}, {"save_peft_format": True}], ids=str)
+def test_options_that_say_what_an_adapter_directory_is(said: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted_model()
+    model.save_pretrained(tmp_path / "adapter", **said)
+    save_adapter(model, tmp_path / "wanted")
+    assert contents(tmp_path / "adapter") == contents(tmp_path / "wanted")
+    with pytest.raises(AdapterError, match=f"an adapter directory.* {next(iter(said))}"):
+        model.save_pretrained(tmp_path / "other", **dict.fromkeys(said, False))
+
+
+def test_a_home_directory_in_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = adapted_model()
+    save_adapter(model, "~/one")
+    model.save_pretrained("~/two")
+    for name in ("one", "two"):
+        assert (tmp_path / name).is_dir()
+        assert torch.equal(logits(load_adapter(tiny_model(), f"~/{name}")), logits(model))
+    assert not (tmp_path / "~").exists()
+
+
+def cast(model: Any) -> None:
+    model.to(torch.bfloat16)
+
+
+def cast_a_layer(model: Any) -> None:
+    model.model.layers[1].to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(("quantization", "change"), [("nf4", cast), ("none", cast_a_layer)])
+def test_a_precision_that_differs_within_the_model_is_not_recorded(
+    quantization: str, change: Callable[[Any], None], tmp_path: Path
+) -> None:
+    model = adapted_model(quantization=quantization)
+    change(model)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "ssmlora.json").read_text())["base"] == {"path": None}
+
+
+def test_a_cast_model_is_recorded_as_it_is(tmp_path: Path) -> None:
+    model = adapted_model()
+    cast(model)
+    save_adapter(model, tmp_path)
+    base = json.loads((tmp_path / "ssmlora.json").read_text())["base"]
+    assert base == {"path": None, "quantization": "none", "compute_dtype": "bfloat16"}
+
+
+def wrapped_by_peft() -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+
+
+def without_its_head() -> Any:
+    return tiny_model().model
+
+
+@pytest.mark.parametrize("build", [wrapped_by_peft, without_its_head, lambda: torch.nn.Linear(2, 2)])
+def test_what_is_no_causal_language_model_is_refused(build: Callable[[], Any], tmp_path: Path) -> None:
+    save_adapter(adapted_model(), tmp_path)
+    for adapt in (add_adapters, lambda model: load_adapter(model, tmp_path)):
+        with pytest.raises(ModelError, match=r"no causal language model of transformers.*`load_model`"):
+            adapt(build())
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj"])
+def test_a_model_that_carries_adapters_of_peft_is_refused(projection: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"carries adapters already"):
+        add_adapters(model, AdapterConfig(alternate=(projection,)))
 
 
 def test_push_to_hub_uploads_the_adapter_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist import AdapterConfig
+from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from tests.tiny import adapted_model, layers_of, token_ids
 
@@ -129,6 +130,24 @@ def test_a_recompute_may_run_in_another_thread(config: AdapterConfig) -> None:
     assert_all_equal([[loss.detach(), *got]], [expected])
 
 
+def test_i13_a_loss_is_made_while_another_thread_calls_the_model() -> None:
+    """The comparison of heads must not put others into the model that both use."""
+    model = model_of(CONFIGS["lora"])
+    inputs = token_ids(*SHAPES[0])
+    with torch.no_grad():
+        expected = model(inputs, use_cache=False).logits
+    inside: list[Tensor] = []
+
+    def call_meanwhile(*_: Any) -> None:
+        hook.remove()
+        inside.append(model(inputs, use_cache=False).logits)
+
+    # The comparison calls the model's forward, whose hooks run in the middle of it.
+    hook = model.register_forward_pre_hook(call_meanwhile)
+    CausalLMLoss(model, chunk_size=4)
+    assert_all_equal([inside], [[expected]])
+
+
 @evaluated
 def test_a_pass_within_a_layer_leaves_the_layer_its_own(config: AdapterConfig) -> None:
     model = model_of(config)
@@ -144,6 +163,13 @@ def test_a_pass_within_a_layer_leaves_the_layer_its_own(config: AdapterConfig) -
 
         layers_of(model)[1].mlp.register_forward_pre_hook(run_within)
         assert torch.equal(model(inputs, use_cache=False).logits, expected)
+
+
+@evaluated
+def test_replicas_in_threads_are_refused(config: AdapterConfig) -> None:
+    """Of `DataParallel`, which makes one for each device at every call: here, the first step of that."""
+    with pytest.raises(AdapterError, match=r"DataParallel cannot.*one process for each device"):
+        [module._replicate_for_data_parallel() for module in model_of(config).modules()]
 
 
 @pytest.mark.parametrize("config", [CONFIGS["dropped_lora"], CONFIGS["ssmlora"]], ids=["lora", "ssmlora"])

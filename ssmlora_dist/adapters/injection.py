@@ -125,7 +125,8 @@ def _build(base_layer: nn.Linear, config: AdapterConfig, method: str, stream: in
 
 def _paths(layer: nn.Module, projections: Iterable[str]) -> dict[str, str]:
     """Paths in `layer` of the linear layers that `projections` name."""
-    if any(isinstance(module, LoRALinear) for module in layer.modules()):
+    # Ours, or PEFT's.
+    if any(hasattr(module, "lora_A") for module in layer.modules()):
         raise AdapterError("the model carries adapters already; load the base model anew to adapt it again")
     linears = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
     by_name = {path.rpartition(".")[2]: path for path in linears}

@@ -72,7 +72,8 @@ class LoRALinear(nn.Module):
         """[B,S,D] -> [B,S,O] in the dtype of the base layer's output."""
         x_BSD, z_BSR = self._down_project(x_BSD)
         base_BSO, is_ours = self._frozen(x_BSD)
-        return fused.add_lora(base_BSO, z_BSR, self.lora_B.weight, self.scaling, is_ours)
+        # Under autocast a quantised layer gives another dtype than the product with `lora_A`.
+        return fused.add_lora(base_BSO, z_BSR.to(base_BSO.dtype), self.lora_B.weight, self.scaling, is_ours)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -159,7 +160,7 @@ class SSMLoRALinear(LoRALinear):
         drawing = (self.dropout, self.stream, self._first_token)
         return fused.time_module(
             base_BSO,
-            z_BSR,
+            z_BSR.to(base_BSO.dtype),
             h_prev_BSR.detach() if self.detach_state else h_prev_BSR,
             self.lora_B.weight,
             self.state_transition,

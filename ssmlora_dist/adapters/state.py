@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssmlora_dist.adapters.layers import LayerCall, LoRALinear, running
 from ssmlora_dist.adapters.mixing import mix_in
+from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops.dropout import draw_seeds
 
 
@@ -85,6 +86,21 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
     is_last: bool
     receives_packed: bool
     sends_packed: bool
+
+    def __call__(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of any layer.
+
+        Raises:
+            AdapterError: the layer is checkpointed in a way that does not see the state.
+        """
+        if self.training and getattr(self, "gradient_checkpointing", False):
+            settings = getattr(self._gradient_checkpointing_func, "keywords", {})
+            if settings.get("use_reentrant"):
+                raise AdapterError(
+                    "reentrant gradient checkpointing gives no gradients to adapters with a state; enable it "
+                    'with `gradient_checkpointing_kwargs={"use_reentrant": False}`'
+                )
+        return super().__call__(hidden, *args, **kwargs)
 
     def forward(
         self,

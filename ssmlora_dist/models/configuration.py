@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Accepted by transformers for what it stores under another name.
 LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
 QUANTIZATION_KEY = "quantization_config"
+# Of an adapter's directory, by PEFT's name for it.
+ADAPTER_FILE = "adapter_config.json"
 
 
 def load_config(
@@ -48,6 +50,11 @@ def read_config(directory: Path) -> PreTrainedConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if (directory / ADAPTER_FILE).is_file():
+            raise ModelError(
+                f"{directory}: holds an adapter, not a model; name its base model, and load the adapter into "
+                "that (`load_adapter`)"
+            ) from error
         raise ModelError(f"{directory}: holds no {CONFIG_FILE}, so it is not a model's directory") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read as JSON ({error}); fetch the file again") from error

@@ -109,7 +109,13 @@ def decoder_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The decoder layers that a supported model holds, by their index: all, or those of a pipeline stage.
 
     Raises:
-        ModelError: the model's type is not supported.
+        ModelError: the model's type is not supported, or its layers are not where such a model has them.
     """
-    layers = model.get_submodule(require_supported(model.config.model_type).layers)
+    try:
+        layers = model.get_submodule(require_supported(model.config.model_type).layers)
+    except AttributeError as error:
+        raise ModelError(
+            f"a {type(model).__name__} is no causal language model of transformers by itself; pass it as "
+            "`load_model` or `AutoModelForCausalLM` gives it, with nothing around it and nothing taken off"
+        ) from error
     return {int(index): layer for index, layer in layers.named_children()}

@@ -5,6 +5,7 @@ Shapes: B batch, S tokens, D hidden size, N supervised tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -179,11 +180,14 @@ class _HandedOn(nn.Module):
 def _is_the_models_own(model: PreTrainedModel, logit_cap: float | None) -> bool:
     """Whether `ChunkedHead` makes of hidden states the logits that the model makes of them.
 
-    Compared on drawn hidden states and a small head in the place of the model's, so that neither its weights
-    nor its layers are needed: it may be a stage, quantised, sharded, or without storage.
+    Compared on drawn hidden states and a copy of the model that has a small head and no layers, so that no
+    weight is needed: it may be a stage, quantised, sharded, without storage, or in use by other threads.
     """
     own: Any = model.get_output_embeddings()
     if type(own) is not nn.Linear or own._forward_hooks or own._forward_pre_hooks:
+        return False
+    # Put into the instance, `forward` would be that of the model also in a copy.
+    if "forward" in vars(model):
         return False
     generator = torch.Generator().manual_seed(0)
     head = nn.utils.skip_init(nn.Linear, own.in_features, COMPARED_WORDS, bias=own.bias is not None)
@@ -194,14 +198,12 @@ def _is_the_models_own(model: PreTrainedModel, logit_cap: float | None) -> bool:
         hidden_BSD = torch.randn(1, 3, own.in_features, generator=generator)
         wanted_BSV = ChunkedHead(head, 1, logit_cap).logits(hidden_BSD, head.weight, head.bias)
         [name] = [name for name, module in model.named_children() if module is own]
-        modules = dict(model._modules)
-        model._modules |= {model.base_model_prefix: _HandedOn(), name: head}
+        reduced = copy.copy(model)
+        reduced._modules = {**model._modules, model.base_model_prefix: _HandedOn(), name: head}
         try:
-            found_BSV = model(inputs_embeds=hidden_BSD, use_cache=False).logits.float()
+            found_BSV = reduced(inputs_embeds=hidden_BSD, use_cache=False).logits.float()
         # Whatever keeps the two from being compared, the model's own logits are right.
         except Exception:
             return False
-        finally:
-            model._modules.update(modules)
     same_shape = found_BSV.shape == wanted_BSV.shape
     return same_shape and torch.allclose(found_BSV, wanted_BSV, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE)

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 # Buffers that older releases of transformers stored, and that are computed today.
-COMPUTED_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"(^|\.)position_ids$")
+COMPUTED_BUFFERS = (
+    r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$",
+    r"\.masked_bias$",
+    r"(^|\.)position_ids$",
+)
 # What the tools that store weights quantised leave beside them or in their place.
 _QUANTIZERS = {
     "bitsandbytes": r"\.(weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
@@ -99,6 +103,12 @@ class SafetensorsWeights:
             for file in self.files:
                 for tensor in self._in_file(file).values():
                     _refuse_codes(tensor)
+            if unread := self._unread(known, ignored):
+                raise ModelError(
+                    f"{self.directory}: the weights lack {_listed(missing)}; they hold instead "
+                    f"{_listed(unread)}; save the model that `config.json` describes, by itself, with "
+                    "transformers' `save_pretrained`"
+                )
             raise ModelError(
                 f"{self.directory}: the weights lack {_listed(missing)}; `config.json` and the weights are "
                 "not of one model, or a part of it was not downloaded"
@@ -197,13 +207,16 @@ class SafetensorsWeights:
                     f"{file}: holds {_listed(stray)}, which {WEIGHTS_INDEX_FILE} does not name; the index is "
                     "of other files: fetch or save the model again"
                 )
-        allowed = re.compile("|".join([*COMPUTED_BUFFERS, *ignored]))
-        if unread := [name for name in self.names if name not in known and not allowed.search(name)]:
+        if unread := self._unread(known, ignored):
             raise ModelError(
                 f"{self.directory}: the weights hold what `config.json` has no place for: {_listed(unread)}; "
                 f"without it this would be another model: mend {_settings_of(unread, known)} there or, if "
                 "the model needs none of it, remove it from the weights"
             )
+
+    def _unread(self, known: Collection[str], ignored: Iterable[str]) -> list[str]:
+        allowed = re.compile("|".join([*COMPUTED_BUFFERS, *ignored]))
+        return [name for name in self.names if name not in known and not allowed.search(name)]
 
     def _in_file(self, file: Path) -> dict[str, StoredTensor]:
         if file not in self._tensors:

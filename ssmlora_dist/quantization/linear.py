@@ -180,7 +180,9 @@ class _FrozenProduct(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         (packed,) = ctx.saved_tensors
-        return torch.matmul(gradients[0], ctx.layer.dequantize(packed)), None, None, None
+        weight = ctx.layer.dequantize(packed)
+        # Under autocast the product was in its dtype.
+        return torch.matmul(gradients[0].to(weight.dtype), weight), None, None, None
 
 
 def quantize_linear(

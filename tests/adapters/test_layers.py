@@ -25,6 +25,8 @@ SCALING = ALPHA / RANK
 STORAGES = ["dense", "nf4", "fp4", "int8"]
 # Products of a few dozen terms of order 1 in float32, in another order than the layer's.
 FLOAT32_TOLERANCE = 1e-5
+# A few roundings to 8 bits one after the other, relative to the largest number.
+BFLOAT16_TOLERANCE = 0.05
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +58,24 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def state(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 3, RANK).to(dtype)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", [LoRALinear, SSMLoRALinear])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_autocast_to_another_dtype_than_that_of_the_layer(storage: str, kind: Any, grad: bool) -> None:
+    """A quantised layer gives the dtype of its input all the same, where a dense one follows autocast."""
+    layer = randomized(kind(base_layer(storage), RANK, ALPHA))
+    x, h = tokens().requires_grad_(grad), state()
+    run = (lambda: layer(x)) if kind is LoRALinear else (lambda: layer.step(x, h)[0])
+    wanted = run()
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    assert got.dtype == (torch.bfloat16 if storage == "dense" else torch.float32)
+    assert (got - wanted).abs().max() <= BFLOAT16_TOLERANCE * wanted.abs().max()
+    if grad:
+        gradients = torch.autograd.grad(got.float().square().sum(), (x, layer.lora_A.weight))
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

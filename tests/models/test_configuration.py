@@ -76,6 +76,12 @@ def test_a_bad_directory(content: str | None, message: str, tmp_path: Path) -> N
         load_config(str(tmp_path))
 
 
+def test_the_directory_of_an_adapter_is_not_one_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds an adapter.*name its base model.*`load_adapter`"):
+        load_config(str(tmp_path))
+
+
 def test_quantised_checkpoints_are_refused(
     tmp_path: Path, tiny_config: Callable[..., dict[str, Any]]
 ) -> None:

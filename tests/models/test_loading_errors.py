@@ -45,6 +45,31 @@ def test_a_missing_tensor(single: Path, rewrite: Callable[..., None]) -> None:
         load_model(str(single))
 
 
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: name.removeprefix("model."),
+        lambda name: name.replace(".mlp.", ".mlp._checkpoint_wrapped_module."),
+    ],
+    ids=["compiled", "without the head", "wrapped"],
+)
+def test_tensors_under_other_names(
+    renamed: Callable[[str], str], single: Path, rewrite: Callable[..., None]
+) -> None:
+    """They are all there, so nothing was left out of a download."""
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[renamed(name)] = tensors.pop(name)
+
+    names = load_file(single / "model.safetensors").keys()
+    first = min(renamed(name) for name in names if renamed(name) != name)
+    rewrite(single, rename)
+    with pytest.raises(ModelError, match=rf"lack .*; they hold instead {re.escape(first)}.*; save the model"):
+        load_model(str(single))
+
+
 def test_a_tensor_of_another_shape(single: Path, rewrite: Callable[..., None]) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     rewrite(single, lambda tensors: tensors.update({name: tensors[name][:, :-1].contiguous()}))
@@ -145,7 +170,13 @@ def test_a_tensor_that_the_index_leaves_out(checkpoints: dict[str, Path], tmp_pa
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.masked_bias"]
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.cos_cached",
+        "model.layers.1.self_attn.masked_bias",
+        "model.rotary_emb.original_inv_freq",
+    ],
 )
 def test_buffers_that_are_computed_may_be_stored(
     name: str, single: Path, rewrite: Callable[..., None]
