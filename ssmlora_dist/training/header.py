@@ -14,7 +14,6 @@ from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config.build import build_store, meta_model, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
-from ssmlora_dist.models import require_supported
 from ssmlora_dist.models.loading import attention_implementation
 from ssmlora_dist.tracking import is_installed
 from ssmlora_dist.training.continuation import Continuation
@@ -114,9 +113,8 @@ def model_lines(config: RunConfig, device: torch.device) -> list[str]:
     """What the backbone is, and how it is stored and computed with."""
     section = config.model
     model_config = shapes_of(section)
-    family = require_supported(model_config.model_type)
     dtype = section.compute_dtype
-    attention = attention_implementation(section.attention, family, device, getattr(torch, dtype))
+    attention = attention_implementation(section.attention, model_config, device, getattr(torch, dtype))
     name = "random weights" if section.init == "random" else section.path
     mode = config.quantization.mode
     stored = "none" if mode == "none" else f"{mode} of the projections"

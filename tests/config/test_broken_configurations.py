@@ -104,9 +104,9 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
     # Adapter
     "no module": ([("adapter.alternate", [])], ("adapter: names no module", "list projections")),
     "module twice": ([("adapter.every_layer", ["q_proj"])], ("adapter: names q_proj more than once",)),
-    "unknown projection": (
-        [("adapter.alternate", ["q_proj", "v_prj"])],
-        ('adapter.alternate.1: "v_prj" given', 'did you mean "v_proj"?'),
+    "bad expression": (
+        [("adapter.every_layer", "(q_proj")],
+        ("adapter: `every_layer` is no regular expression", "list names"),
     ),
     # Training
     "no end": ([("training.max_steps", None)], ("training.max_steps:", "exactly one", "num_epochs")),
