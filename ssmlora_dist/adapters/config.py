@@ -21,8 +21,8 @@ class AdapterConfig(BaseModel):
     `alternate` lists projections of which each layer gets one, in turn: layer i gets
     `alternate[i % len(alternate)]`. `every_layer` names those adapted in each layer that has them: a
     list, `"all-linear"` (all linear layers of a decoder layer but routers and what `alternate` names), or a
-    regular expression that matches full names as a whole, such as `".*attn\\.[qv]_proj"`. A name stands for the
-    paths that end in it: `q_proj` for `self_attn.q_proj`, and so on, by PEFT's rules. With
+    regular expression that matches full names as a whole, such as `".*attn.(q|v)_proj"`. By PEFT's rules a
+    name stands for the paths that end in it: `q_proj` for `self_attn.q_proj`. With
     `method="ssmlora"` the alternating modules are time modules; those of every layer are plain LoRA unless
     `every_layer_method="ssmlora"`. With `method="lora"` all of them are plain LoRA.
     """

@@ -35,6 +35,7 @@ from ssmlora_dist.models import (
 )
 from ssmlora_dist.models.location import locate_base
 from ssmlora_dist.models.stage import StageLayers
+from ssmlora_dist.models.structure import check_layers
 from ssmlora_dist.tokenization import end_token_ids
 from ssmlora_dist.tracking import Store, check_store, choose_store
 
@@ -67,7 +68,9 @@ def check_model(config: RunConfig, *, for_training: bool = True) -> None:
                 "configuration a RoPE setting that reaches further (`rope_parameters` with a factor)"
             ]
         )
-    structure = structure_of(empty_model(model_config))
+    model = empty_model(model_config, dtype=torch.bfloat16)
+    structure = structure_of(model)
+    check_layers(model)
     resolve(config.adapter, structure.layers, structure.linears)
 
 

@@ -117,7 +117,7 @@ def _build(values: Mapping[str, Any], place: str) -> PreTrainedConfig:
         raise ModelError(f"{place}: not a valid {values['model_type']} configuration: {reason}") from error
     model_class(config)
     text_config = config.get_text_config()
-    padding = text_config.pad_token_id
+    padding = getattr(text_config, "pad_token_id", None)
     if padding is not None and padding >= text_config.vocab_size:
         raise ModelError(
             f"{place}: `pad_token_id` is {padding}, which a model of `vocab_size` "

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.structure import decoder_layers
 from ssmlora_dist.quantization import keep_weights_of_recompute
 
@@ -33,8 +34,18 @@ def checkpoint_layers(model: PreTrainedModel, num_kept: int = 0) -> None:
     Args:
         model: adapted.
         num_kept: how many layers, the last ones, keep their activations.
+
+    Raises:
+        ModelError: its layers are not made to be recomputed.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers = list(decoder_layers(model).values())
+    if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+        raise ModelError(
+            f"model: the decoder layers of {model.config.model_type} models are not made to be recomputed "
+            "(transformers' GradientCheckpointingLayer); set training.gradient_checkpointing to false"
+        )
     for layer in layers[: max(0, len(layers) - num_kept)]:
         keep_weights_of_recompute(layer)
         layer.gradient_checkpointing = True  # type: ignore[assignment]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssmlora_dist.adapters.projections import EXPERTS, linear_layers
 from ssmlora_dist.errors import ModelError
@@ -129,6 +129,54 @@ def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
         raise ModelError(
             f"model: transformers cannot build this {config.model_type} model: {reason}"
         ) from error
+
+
+class _SeenLayerError(Exception):
+    """Ends a pass once the first layer has run."""
+
+
+def check_layers(model: PreTrainedModel) -> None:
+    """Looks what the first decoder layer is given and returns, in a pass over tensors without storage.
+
+    Args:
+        model: as `empty_model` makes it, not adapted.
+
+    Raises:
+        ModelError: not hidden states, and hidden states alone; or no keywords reach the layers.
+    """
+    structure = structure_of(model)
+    decoder, [layer, *_] = model.get_submodule(structure.decoder), decoder_layers(model).values()
+    reason: str | None = None
+
+    def look(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        nonlocal reason
+        if not args or not isinstance(args[0], Tensor):
+            reason = "its decoder layers are not given the hidden states as their first argument"
+        elif not isinstance(output, Tensor) or output.shape != args[0].shape:
+            reason = f"its decoder layers return a {type(output).__name__}, and not the hidden states alone"
+        elif "dropout_seeds" not in keywords:
+            reason = (
+                "its decoder does not hand keywords on to its layers, so dropout cannot be told its seeds"
+            )
+        raise _SeenLayerError
+
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, 2, 2, dtype=model.dtype, device="meta")
+    hook = layer.register_forward_hook(look, with_kwargs=True)
+    try:
+        # A mask made already and positions keep most models from looking into tensors; some take neither.
+        for given in ({"attention_mask": mask, "position_ids": tokens}, {}):
+            try:
+                decoder(input_ids=tokens, use_cache=False, dropout_seeds=tokens[:, 0], **given)
+            except _SeenLayerError:
+                break
+            # What cannot run without storage tells nothing.
+            except Exception:
+                continue
+    finally:
+        hook.remove()
+    if reason is not None:
+        raise _unlike(model, reason)
 
 
 def _discover(model: PreTrainedModel) -> Structure:
