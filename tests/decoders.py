@@ -102,17 +102,17 @@ LIMITED: dict[str, str] = {
 INTRODUCTION = """\
 # Models
 
-There is no list of supported models: decoder layers, embedding, head and the linear layers that can be adapted
-are found in the model itself. `adapter.alternate` and `adapter.every_layer` take the names of linear layers
-under a decoder layer, fused ones included; what a model lacks is refused, with the nearest names, before
-weights are loaded. The tests make this page: `python -m tests.decoders`.
+There is no list of supported models: decoder layers, embedding, head and the linear layers that can be
+adapted are found in the model itself. `adapter.alternate` and `adapter.every_layer` take the names of linear
+layers under a decoder layer, fused ones included; what a model lacks is refused, with the nearest names,
+before weights are loaded. The tests make this page: `python -m tests.decoders`.
 
 ## Tested
 
 At tiny random size, by transformers' `model_type`: a fresh adapter changes no bit; gradient checkpointing
 changes no bit, with the state's gradient full and detached; two pipeline stages compute what one does, to the
-bit; a sequence alone, padded or in a batch; cached against full passes; our loss against the model's own; dense
-and in NF4; weights as transformers' `from_pretrained` loads them, bit for bit.
+bit; a sequence alone, padded or in a batch; cached against full passes; our loss against the model's own;
+dense and in NF4; weights as transformers' `from_pretrained` loads them, bit for bit.
 """
 SHOULD_WORK = """\
 ## Should work

@@ -80,12 +80,12 @@ def resolve(config: AdapterConfig, prefix: str, paths: Paths) -> AdapterConfig:
     else:
         names = [shortest_name(path, paths) for path in _matching(config.every_layer, prefix, paths)]
     every_layer = tuple(dict.fromkeys(names))
-    for name in every_layer:
-        twice = next((path for own in paths for path in named_by(name, own) if path in in_turn), None)
-        if twice is not None:
+    for path in _distinct(paths):
+        naming = [name for name in (*config.alternate, *every_layer) if named_by(name, [path])]
+        if len(naming) > 1:
             raise AdapterError(
-                f"adapter: `every_layer` names {twice}, which `alternate` names too; a projection is adapted "
-                "once: take it out of one of them"
+                f"adapter: {path} is named more than once, by {' and '.join(map(repr, naming))}; a projection "
+                "is adapted once: leave one of them out of `alternate` or `every_layer`"
             )
     return config.model_copy(update={"every_layer": every_layer})
 

@@ -1,4 +1,4 @@
-"""Any decoder of transformers, at tiny random size: the invariants of DESIGN section 3 and what loading gives."""
+"""Any decoder of transformers, at tiny random size: the invariants of DESIGN section 3, and loading."""
 
 from __future__ import annotations
 
