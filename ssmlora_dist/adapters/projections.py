@@ -84,8 +84,8 @@ def resolve(config: AdapterConfig, prefix: str, paths: Paths) -> AdapterConfig:
         naming = [name for name in (*config.alternate, *every_layer) if named_by(name, [path])]
         if len(naming) > 1:
             raise AdapterError(
-                f"adapter: {path} is named more than once, by {' and '.join(map(repr, naming))}; a projection "
-                "is adapted once: leave one of them out of `alternate` or `every_layer`"
+                f"adapter: {path} is named more than once, by {' and '.join(map(repr, naming))}; a "
+                "projection is adapted once: leave one of them out of `alternate` or `every_layer`"
             )
     return config.model_copy(update={"every_layer": every_layer})
 

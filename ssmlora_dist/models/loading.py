@@ -320,9 +320,9 @@ def _random_weights(model: PreTrainedModel, structure: Structure, seed: int) -> 
 def _started(model: PreTrainedModel, name: str) -> Tensor:
     """What the model's own start makes of a vector, in float32 on the CPU; nothing else is touched."""
     owner, _, key = name.rpartition(".")
-    module = copy.copy(model.get_submodule(owner))
+    # What stands beside it may have its weights already.
+    module = _hollow(model.get_submodule(owner))
     shape = getattr(module, key).shape
-    module._parameters, module._buffers = dict(module._parameters), dict(module._buffers)
     _set(module, key, _unset(shape, torch.float32, torch.device("cpu")))
     # Vectors that a model draws come from torch's generator, which others use: it is left as it was.
     with torch.random.fork_rng(devices=[]):
@@ -334,6 +334,22 @@ def _started(model: PreTrainedModel, name: str) -> Tensor:
     if value.isnan().any():
         raise not_started(model.config, name)
     return value
+
+
+def _hollow(module: nn.Module) -> nn.Module:
+    """A copy whose tensors have no storage."""
+    hollow = copy.copy(module)
+    hollow._modules = {
+        name: None if child is None else _hollow(child) for name, child in module._modules.items()
+    }
+    hollow._parameters = {
+        name: value if value is None else nn.Parameter(value.detach().to("meta"), requires_grad=False)
+        for name, value in module._parameters.items()
+    }
+    hollow._buffers = {
+        name: value if value is None else value.to("meta") for name, value in module._buffers.items()
+    }
+    return hollow
 
 
 def not_started(config: PreTrainedConfig, name: str) -> ModelError:
