@@ -328,8 +328,9 @@ def _started(model: PreTrainedModel, name: str) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model._init_weights(module)
-        if getattr(module, key).isnan().any() and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset: Any = getattr(module, "reset_parameters", None)
+        if getattr(module, key).isnan().any() and reset is not None:
+            reset()
     value: Tensor = getattr(module, key).detach()
     if value.isnan().any():
         raise not_started(model.config, name)
@@ -338,7 +339,7 @@ def _started(model: PreTrainedModel, name: str) -> Tensor:
 
 def _hollow(module: nn.Module) -> nn.Module:
     """A copy whose tensors have no storage."""
-    hollow = copy.copy(module)
+    hollow: nn.Module = copy.copy(module)
     hollow._modules = {
         name: None if child is None else _hollow(child) for name, child in module._modules.items()
     }
