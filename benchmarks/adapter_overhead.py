@@ -41,9 +41,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.adapter_variants import VARIANTS, Variant
-from ssmlora_dist.distributed.cost_model import DecoderShape, bytes_per_weight
+from ssmlora_dist.distributed.cost_model import bytes_per_weight
 from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
-from ssmlora_dist.models import load_config, load_model
+from ssmlora_dist.models import empty_model, load_config, load_model, structure_of
 from ssmlora_dist.models.shapes import SHAPES
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.tracking.quiet import quiet_libraries
@@ -226,7 +226,7 @@ def _limit_seconds(
     """The shortest step that the ceilings allow the frozen model, in the clock of the measured ones."""
     quantization = arguments.quantization
     limit = step_limit(
-        DecoderShape.of(load_config(config=config)),
+        structure_of(empty_model(load_config(config=config))).shape,
         ceilings,
         sequence_length=arguments.tokens,
         supervised_tokens=arguments.tokens - arguments.tokens // 8 * 7,

@@ -11,9 +11,9 @@ import sys
 
 import torch
 
-from ssmlora_dist.distributed.cost_model import DecoderShape, bytes_per_weight
+from ssmlora_dist.distributed.cost_model import bytes_per_weight
 from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
-from ssmlora_dist.models import load_config
+from ssmlora_dist.models import empty_model, load_config, structure_of
 from ssmlora_dist.models.shapes import SHAPES
 from ssmlora_dist.precision import machine_dtype
 
@@ -41,7 +41,7 @@ def main() -> int:
     )
     print("  tokens  products  attention  dequantise    tokens/s at most")
     nf4 = bytes_per_weight("nf4", double_quantization=True, compute_dtype_bytes=dtype.itemsize)
-    shape = DecoderShape.of(load_config(config=SHAPES[arguments.model]))
+    shape = structure_of(empty_model(load_config(config=SHAPES[arguments.model]))).shape
     for length in arguments.tokens:
         limit = step_limit(
             shape,

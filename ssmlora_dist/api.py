@@ -14,8 +14,9 @@ from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.files import read_adapter, write_adapter
 from ssmlora_dist.adapters.injection import adapter_parameters, insert_adapters, load_adapter_tensors
 from ssmlora_dist.adapters.mixing import mix_in
+from ssmlora_dist.adapters.projections import linear_layers, resolve
 from ssmlora_dist.errors import AdapterError
-from ssmlora_dist.models.families import decoder_layers, require_supported
+from ssmlora_dist.models.structure import decoder_layers, keep_structure, structure_of
 from ssmlora_dist.quantization import stored_as
 
 if TYPE_CHECKING:
@@ -32,19 +33,20 @@ def add_adapters(
     and `model.push_to_hub(...)` save the adapter.
 
     Args:
-        model: a transformers causal language model of a supported family, dense or quantised.
+        model: a transformers causal language model, dense or quantised.
         config: where the adapters sit; by default SSMLoRA on alternating q_proj and v_proj, rank 8.
         seed: of the adapters' starting values.
 
     Raises:
-        ModelError: the model's family is not supported, or it is no causal language model by itself.
+        ModelError: the model is no causal language model by itself with one list of decoder layers.
         AdapterError: the model is adapted already, by PEFT too, or lacks a projection that `config` names.
     """
-    config = config or AdapterConfig()
+    structure = keep_structure(model)
+    prefix = structure.layers
+    config = resolve(config or AdapterConfig(), prefix, structure.linears)
     layers = decoder_layers(model)
-    prefix = require_supported(model.config.model_type).layers
     model.requires_grad_(False)
-    insert_adapters(layers, config, num_layers=model.config.num_hidden_layers, prefix=prefix, seed=seed)
+    insert_adapters(layers, config, num_layers=structure.num_layers, prefix=prefix, seed=seed)
     model.ssmlora_config = config
     mix_in(model, AdaptedModel)
     return model
@@ -146,9 +148,9 @@ def load_adapter(
         ModelError: as for `add_adapters`.
         AdapterError: the directory cannot be read, or was saved for another base model or configuration.
     """
-    decoder_layers(model)
+    structure = structure_of(model)
     directory = Path(directory).expanduser()
-    saved = read_adapter(directory, num_layers=model.config.num_hidden_layers)
+    saved = read_adapter(directory, structure.layers, structure.linears)
     if base_fingerprint and saved.base_fingerprint and base_fingerprint != saved.base_fingerprint:
         raise AdapterError(
             f"{directory}: was trained on another base model ({saved.base.get('path')}, fingerprint "
@@ -157,7 +159,7 @@ def load_adapter(
     present = _config_of(model)
     if present is None:
         add_adapters(model, saved.config)
-    elif present != saved.config:
+    elif present != resolve(saved.config, structure.layers, structure.linears):
         raise AdapterError(
             f"{directory}: its adapter configuration is {saved.config}, the model has {present}"
         )
@@ -171,8 +173,7 @@ def _precision_of(model: PreTrainedModel) -> dict[str, Any]:
     stored = [
         {**stored_as(module), "compute_dtype": _computes_in(module, dtype)}
         for layer in decoder_layers(model).values()
-        for path, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and not path.endswith(("lora_A", "lora_B"))
+        for module in linear_layers(layer).values()
     ]
     if any(each != stored[0] for each in stored) or stored[0]["compute_dtype"] != dtype:
         return {}

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
-from ssmlora_dist.models import FAMILIES, decoder_layers, load_model
+from ssmlora_dist.models import decoder_layers, load_model
 
 SEED = 20250204
 VOCAB_SIZE = 67
-FAMILY_NAMES = tuple(FAMILIES)
+FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 QV_AND_MLP = AdapterConfig(rank=4, alternate=("q_proj", "v_proj"), every_layer=("down_proj",))
 """Time modules on alternating q_proj and v_proj, plain LoRA beside them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,13 +12,17 @@ StateGradient = Literal["full", "detached"]
 Carry = Literal["normalized", "raw"]
 Normalization = Literal["minmax", "rms", "none"]
 DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
+ALL_LINEAR = "all-linear"
 
 
 class AdapterConfig(BaseModel):
     """Where adapters sit and how their state runs through depth (DESIGN section 2).
 
     `alternate` lists projections of which each layer gets one, in turn: layer i gets
-    `alternate[i % len(alternate)]`. `every_layer` lists projections adapted in each layer. With
+    `alternate[i % len(alternate)]`. `every_layer` names those adapted in each layer that has them: a
+    list, `"all-linear"` (all linear layers of a decoder layer but routers and what `alternate` names), or a
+    regular expression that matches full names as a whole, such as `".*attn.(q|v)_proj"`. By PEFT's rules a
+    name stands for the paths that end in it: `q_proj` for `self_attn.q_proj`. With
     `method="ssmlora"` the alternating modules are time modules; those of every layer are plain LoRA unless
     `every_layer_method="ssmlora"`. With `method="lora"` all of them are plain LoRA.
     """
@@ -34,8 +39,8 @@ class AdapterConfig(BaseModel):
     """Probability; on the normalised state of a time module, on the input of a plain LoRA module."""
     alternate: tuple[str, ...] = ("q_proj", "v_proj")
     """Projections that take turns over the layers, such as `["q_proj", "v_proj"]`."""
-    every_layer: tuple[str, ...] = ()
-    """Projections adapted in each layer."""
+    every_layer: tuple[str, ...] | str = ()
+    """Projections adapted in each layer: names, `"all-linear"`, or a regular expression for full names."""
     every_layer_method: Method = "lora"
     """What the modules of `every_layer` are: `lora` or `ssmlora`."""
     state_gradient: StateGradient = "full"
@@ -53,7 +58,15 @@ class AdapterConfig(BaseModel):
     def _check(self) -> AdapterConfig:
         if not self.alternate and not self.every_layer:
             raise ValueError("names no module to adapt: list projections in `alternate` or in `every_layer`")
-        repeated = sorted({name for name in self.targets if self.targets.count(name) > 1})
+        if isinstance(self.every_layer, str) and self.every_layer != ALL_LINEAR:
+            try:
+                re.compile(self.every_layer)
+            except re.error as error:
+                raise ValueError(
+                    f"`every_layer` is no regular expression ({error}); mend it, or list names"
+                ) from error
+        named = self.alternate + (self.every_layer if isinstance(self.every_layer, tuple) else ())
+        repeated = sorted({name for name in named if named.count(name) > 1})
         if repeated:
             raise ValueError(f"names {', '.join(repeated)} more than once over `alternate` and `every_layer`")
         if self.method == "lora" and self.every_layer_method == "ssmlora":
@@ -63,7 +76,13 @@ class AdapterConfig(BaseModel):
     @property
     def targets(self) -> tuple[str, ...]:
         """All projections named, in order."""
-        return self.alternate + self.every_layer
+        return self.alternate + self.listed
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """`every_layer` as names, which `projections.resolve` makes of what is no list."""
+        assert isinstance(self.every_layer, tuple), "resolved against a model"
+        return self.every_layer
 
     @property
     def scaling(self) -> float:

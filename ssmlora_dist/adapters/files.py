@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ssmlora_dist.adapters.config import AdapterConfig
+from ssmlora_dist.adapters.projections import Paths, named_by, shortest_name
 from ssmlora_dist.durable import write_tensors, write_text
 from ssmlora_dist.errors import AdapterError
 
@@ -29,7 +30,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
 SETTINGS_FILE = "ssmlora.json"
 KEY_PREFIX = "base_model.model."
-_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.*\.)?(\w+)\.lora_[AB]\.weight")
 # In a state dict of PEFT the name of the adapter stands in the key; what it saves itself has none.
 _NAMED_KEY = re.compile(r"(.*\.lora_[AB])\.([^.]+)(\.weight)")
 _ADAPTED = re.compile(r"(.+)\.lora_(?:embedding_)?[AB](?:\..+)?")
@@ -125,12 +125,14 @@ def read_base(directory: Path) -> dict[str, Any]:
     return {"path": peft.get("base_model_name_or_path"), **revision}
 
 
-def read_adapter(directory: Path, num_layers: int) -> SavedAdapter:
+def read_adapter(directory: Path, prefix: str, paths: Paths) -> SavedAdapter:
     """Reads an adapter directory, ours or one of PEFT's LoRA directories.
 
     Args:
         directory: holds the files named at the top of this module.
-        num_layers: of the model it is for; PEFT's files do not say whether a placement covers all layers.
+        prefix: name of the list of decoder layers in the model it is for, such as `model.layers`.
+        paths: of the linear layers of each decoder layer; PEFT's files do not say whether a placement covers
+            all layers.
 
     Raises:
         AdapterError: a file is missing, damaged, of a later version, or uses what is not supported here.
@@ -141,7 +143,7 @@ def read_adapter(directory: Path, num_layers: int) -> SavedAdapter:
     if config is None:
         path = directory / PEFT_FILE
         return SavedAdapter(
-            _config_from_peft(_read_json(path), tensors, num_layers, path), tensors, base, None
+            _config_from_peft(_read_json(path), tensors, prefix, paths, path), tensors, base, None
         )
     fingerprint = _read_settings(directory / SETTINGS_FILE).get("base_fingerprint")
     return SavedAdapter(config, tensors, base, fingerprint)
@@ -231,6 +233,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _peft_config(config: AdapterConfig, names: Iterable[str], base_model: str | None) -> dict[str, Any]:
     modules = sorted(name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight"))
+    is_a_list = isinstance(config.every_layer, tuple) and not config.alternate
     return {
         "peft_type": "LORA" if config.method == "lora" else "SSMLORA",
         "task_type": "CAUSAL_LM",
@@ -238,14 +241,14 @@ def _peft_config(config: AdapterConfig, names: Iterable[str], base_model: str | 
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": modules if config.alternate else list(config.every_layer),
+        "target_modules": list(config.every_layer) if is_a_list else modules,
         "bias": "none",
         "inference_mode": True,
     }
 
 
 def _config_from_peft(
-    peft: Mapping[str, Any], tensors: Iterable[str], num_layers: int, source: Path
+    peft: Mapping[str, Any], tensors: Iterable[str], prefix: str, paths: Paths, source: Path
 ) -> AdapterConfig:
     if peft.get("peft_type") != "LORA":
         raise AdapterError(
@@ -262,16 +265,17 @@ def _config_from_peft(
             f"{source}: init_lora_weights is {start!r}, which changes the base model too; "
             "have PEFT convert it to a plain LoRA when saving"
         )
+    adapted = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.+)\.lora_[AB]\.weight")
     layers: dict[str, set[int]] = {}
     strays = []
     for name in tensors:
-        if match := _KEY.fullmatch(name):
-            layers.setdefault(match[2], set()).add(int(match[1]))
+        if match := adapted.fullmatch(name):
+            layers.setdefault(shortest_name(match[2], paths), set()).add(int(match[1]))
         else:
             strays.append(name)
     if strays:
         raise AdapterError(f"{source}: the weights beside it hold {_stray(strays)}")
-    every_layer, alternate = _placement_of(layers, num_layers, source)
+    every_layer, alternate = _placement_of(layers, paths, source)
     try:
         rank, alpha = int(peft["r"]), float(peft["lora_alpha"])
         return AdapterConfig(
@@ -302,13 +306,17 @@ def _stray(names: Sequence[str]) -> str:
 
 
 def _placement_of(
-    layers: Mapping[str, set[int]], num_layers: int, source: Path
+    layers: Mapping[str, set[int]], paths: Paths, source: Path
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if not layers:
         raise AdapterError(
             f"{source}: holds no LoRA of a decoder layer; it was saved for another kind of model"
         )
-    every = tuple(name for name, where in layers.items() if where == set(range(num_layers)))
+    num_layers = len(paths)
+    having = {name: {i for i, own in enumerate(paths) if named_by(name, own)} for name in layers}
+    # What no layer has is refused where the adapter meets the model.
+    everywhere = set(range(num_layers))
+    every = tuple(name for name, where in layers.items() if where == (having[name] or everywhere))
     rest = {name: where for name, where in layers.items() if name not in every}
     alternate = tuple(sorted(rest, key=lambda name: min(rest[name])))
     expected = {name: set(range(i, num_layers, len(alternate))) for i, name in enumerate(alternate)}

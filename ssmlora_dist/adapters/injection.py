@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.layers import LoRALinear, SSMLoRALinear
 from ssmlora_dist.adapters.placement import placement, time_axes
+from ssmlora_dist.adapters.projections import linear_layers, named_by
 from ssmlora_dist.adapters.state import bind_adapters, thread_state
 from ssmlora_dist.errors import AdapterError
 
-# Projections that a decoder layer gives one and the same tensor, in every family.
+# What is mostly given one and the same tensor, in one module; `LayerCall.down_project` looks whether it is.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -29,13 +30,13 @@ def insert_adapters(
 
     Args:
         layers: decoder layers by their index in the whole model; all of them, or a pipeline stage's.
-        config: where adapters sit and how the state runs.
+        config: where adapters sit and how the state runs, as `projections.resolve` returns it.
         num_layers: L of the whole model.
         prefix: name of the layer list in the whole model, e.g. `model.layers`.
         seed: of the starting values.
 
     Raises:
-        AdapterError: a projection that a layer lacks, or layers that are adapted already.
+        AdapterError: the layers are adapted already.
     """
     axes = time_axes(config)
     # Every layer is checked before the first is changed.
@@ -43,9 +44,9 @@ def insert_adapters(
     for layer_idx, layer in layers.items():
         layer.requires_grad_(False)
         inserted: dict[str, LoRALinear] = {}
-        for projection, method in placement(config, layer_idx).items():
-            path = paths[layer_idx][projection]
-            parent = layer.get_submodule(path.rpartition(".")[0])
+        for projection, path in paths[layer_idx].items():
+            method = placement(config, layer_idx)[projection]
+            owner = layer.get_submodule(path.rpartition(".")[0])
             base_layer = layer.get_submodule(path)
             assert isinstance(base_layer, nn.Linear)
             stream = layer_idx * len(config.targets) + config.targets.index(projection)
@@ -53,11 +54,12 @@ def insert_adapters(
             adapted = _build(base_layer, config, method, stream, axis)
             adapted.reset_parameters(_generator(seed, f"{prefix}.{layer_idx}.{path}"))
             adapted.train(layer.training)
-            setattr(parent, path.rpartition(".")[2], adapted)
-            inserted[projection] = adapted
-        for projections in SAME_INPUT:
-            present = [inserted[name] for name in projections if name in inserted]
-            readers = [adapted for adapted in present if not adapted.drops_input]
+            setattr(owner, path.rpartition(".")[2], adapted)
+            inserted[path] = adapted
+        parents = dict.fromkeys(path.rpartition(".")[0] for path in inserted)
+        for parent, names in itertools.product(parents, SAME_INPUT):
+            beside = [inserted.get(f"{parent}.{name}" if parent else name) for name in names]
+            readers = [adapted for adapted in beside if adapted is not None and not adapted.drops_input]
             for reader in readers:
                 reader.readers = readers
         if axes:
@@ -124,21 +126,13 @@ def _build(base_layer: nn.Linear, config: AdapterConfig, method: str, stream: in
 
 
 def _paths(layer: nn.Module, projections: Iterable[str]) -> dict[str, str]:
-    """Paths in `layer` of the linear layers that `projections` name."""
+    """Paths in `layer` of the linear layers that `projections` name; a layer may lack some."""
     # Ours, or PEFT's.
     if any(hasattr(module, "lora_A") for module in layer.modules()):
         raise AdapterError("the model carries adapters already; load the base model anew to adapt it again")
-    linears = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    by_name = {path.rpartition(".")[2]: path for path in linears}
-    for projection in projections:
-        if projection not in by_name:
-            nearest = difflib.get_close_matches(projection, by_name, n=1)
-            hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-            raise AdapterError(
-                f"adapter: the model's layers have no projection {projection!r}{hint}; they have "
-                f"{', '.join(by_name)}"
-            )
-    return {projection: by_name[projection] for projection in projections}
+    paths = {name: named_by(name, list(linear_layers(layer))) for name in projections}
+    assert all(len(found) <= 1 for found in paths.values()), "resolved against the model"
+    return {name: found[0] for name, found in paths.items() if found}
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -10,7 +10,7 @@ def placement(config: AdapterConfig, layer_idx: int) -> dict[str, Method]:
     chosen: dict[str, Method] = {}
     if config.alternate:
         chosen[config.alternate[layer_idx % len(config.alternate)]] = config.method
-    for name in config.every_layer:
+    for name in config.listed:
         chosen[name] = config.every_layer_method if config.method == "ssmlora" else "lora"
     return chosen
 
@@ -19,5 +19,5 @@ def time_axes(config: AdapterConfig) -> tuple[str, ...]:
     """The projections that form time axes, in the order of the state's axis A; empty for plain LoRA."""
     if config.method == "lora":
         return ()
-    every_layer = config.every_layer if config.every_layer_method == "ssmlora" else ()
+    every_layer = config.listed if config.every_layer_method == "ssmlora" else ()
     return config.alternate + every_layer

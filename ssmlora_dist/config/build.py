@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.files import SETTINGS_FILE, read_base
+from ssmlora_dist.adapters.projections import resolve
 from ssmlora_dist.api import add_adapters, load_adapter
 from ssmlora_dist.config.schema import ModelSection, RetrievalSection, RunConfig, SourceSection
 from ssmlora_dist.data import (
@@ -24,16 +25,17 @@ from ssmlora_dist.data import (
 from ssmlora_dist.errors import AdapterError, ConfigError
 from ssmlora_dist.models import (
     base_fingerprint,
+    empty_model,
     load_config,
     load_model,
     load_tokenizer,
     max_positions,
-    projection_path,
-    require_supported,
     stored_dtype,
+    structure_of,
 )
 from ssmlora_dist.models.location import locate_base
 from ssmlora_dist.models.stage import StageLayers
+from ssmlora_dist.models.structure import check_layers
 from ssmlora_dist.tokenization import end_token_ids
 from ssmlora_dist.tracking import Store, check_store, choose_store
 
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def check_model(config: RunConfig, *, for_training: bool = True) -> None:
-    """Finds what is wrong with the backbone's place, family and adapted projections, before it is loaded.
+    """Finds what is wrong with the backbone's place, structure and adapted projections, before it is loaded.
 
     Args:
         config: of the run.
@@ -53,6 +55,7 @@ def check_model(config: RunConfig, *, for_training: bool = True) -> None:
 
     Raises:
         ModelError: with the remedy.
+        AdapterError: a projection that the backbone has not, with the nearest.
         ConfigError: rows may be longer than the backbone's positions.
     """
     model_config = shapes_of(config.model)
@@ -65,9 +68,10 @@ def check_model(config: RunConfig, *, for_training: bool = True) -> None:
                 "configuration a RoPE setting that reaches further (`rope_parameters` with a factor)"
             ]
         )
-    family = require_supported(model_config.model_type)
-    for projection in config.adapter.targets:
-        projection_path(family, projection)
+    model = empty_model(model_config, dtype=torch.bfloat16)
+    structure = structure_of(model)
+    check_layers(model)
+    resolve(config.adapter, structure.layers, structure.linears)
 
 
 def build_store(config: RunConfig) -> Store | None:
@@ -98,7 +102,9 @@ def build_tokenizer(section: ModelSection, warn: Callable[[str], object]) -> Pre
     source = section.tokenizer or section.path
     assert source is not None, "refused by config.rules"
     revision = section.revision if section.tokenizer is None else None
-    return load_tokenizer(source, revision, num_embeddings=shapes_of(section).vocab_size, warn=warn)
+    return load_tokenizer(
+        source, revision, num_embeddings=shapes_of(section).get_text_config().vocab_size, warn=warn
+    )
 
 
 def build_model(
@@ -128,11 +134,8 @@ def build_backbone(
 
 def meta_model(config: RunConfig) -> PreTrainedModel:
     """The whole adapted model without storage, for counting."""
-    from transformers import AutoModelForCausalLM
-
-    model_config = shapes_of(config.model)
+    model = empty_model(shapes_of(config.model))
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(model_config)
         return add_adapters(model, config.adapter)
 
 
@@ -187,7 +190,7 @@ def load_trained(
     base |= _precision(directory, base, model_config, quantization, dtype, warn)
     vocabulary = load_tokenizer(
         tokenizer or base["path"],
-        num_embeddings=model_config.vocab_size,
+        num_embeddings=model_config.get_text_config().vocab_size,
         place=f"{directory / SETTINGS_FILE}: base.tokenizer" if tokenizer else "--model",
         warn=warn,
     )

@@ -18,9 +18,6 @@ from ssmlora_dist.config.shown import shown
 from ssmlora_dist.config.task_rules import task_problems
 from ssmlora_dist.errors import DataError
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of every supported decoder family that can carry an adapter."""
-
 _TEMPLATES = ("prompt", "answer", "choices")
 # What a generated source has no use for.
 _RECORD_KEYS = ("path", "hub", "subset", "split", "revision", "fields", *_TEMPLATES, "labels", "streaming")
@@ -44,7 +41,6 @@ def rule_problems(
     lines = [
         *_end_of_training(config, doubtful),
         *_model(config, doubtful),
-        *_projections(config, doubtful),
         *_evaluation(config, doubtful),
         *task_problems(config, doubtful, check_files=check_files),
         *deepspeed_problems(config.deepspeed),
@@ -124,18 +120,6 @@ def _model(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
             f"model.config.model_type: {shown(model.config.get('model_type'))} given; needed: the family's "
             'name, such as "llama"; add it to model.config'
         )
-
-
-def _projections(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
-    for key in ("alternate", "every_layer"):
-        if not doubtful.clear_of(f"adapter.{key}"):
-            continue
-        for index, name in enumerate(getattr(config.adapter, key)):
-            if name not in PROJECTIONS:
-                yield (
-                    f"adapter.{key}.{index}: {shown(name)} given; allowed: {', '.join(PROJECTIONS)}; "
-                    f"{did_you_mean(name, PROJECTIONS)}"
-                )
 
 
 def _evaluation(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:

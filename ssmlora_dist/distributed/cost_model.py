@@ -7,71 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ssmlora_dist.distributed.schedule import Recompute
+from ssmlora_dist.sizes import DecoderShape, LayerSizes
 
 FLOAT32_BYTES = 4
 ADAPTER_BYTES_PER_PARAMETER = 4 * FLOAT32_BYTES  # parameter, gradient and AdamW's two moments
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """Sizes of a decoder, by the names of transformers.
-
-    Attributes:
-        head_dim: width of one attention head; `hidden_size / num_attention_heads` in most models.
-        tied_embeddings: whether the output head is the embedding's matrix; two stages hold a copy each.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    tied_embeddings: bool
-
-    @classmethod
-    def of(cls, config: Any) -> DecoderShape:
-        """Of a transformers configuration of a supported family."""
-        heads = config.num_attention_heads
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=config.vocab_size,
-            tied_embeddings=config.tie_word_embeddings,
-        )
-
-    @property
-    def attention_size(self) -> int:
-        """Width of all query heads together."""
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def key_value_size(self) -> int:
-        """Width of all key heads together, which is that of all value heads."""
-        return self.num_key_value_heads * self.head_dim
-
-    @property
-    def linear_weights(self) -> int:
-        """Weights of the seven projections of one layer."""
-        attention = 2 * self.attention_size + 2 * self.key_value_size
-        return self.hidden_size * (attention + 3 * self.intermediate_size)
-
-    def flops_per_token(self, sequence_length: float) -> float:
-        """Model FLOPs of a training step per token, forward and backward to the inputs.
-
-        Neither recompute nor the output head counts. Frozen weights have no weight gradients, so both passes
-        are 2 per weight; causal attention is 2 * 2 * S/2 per unit of width forward and twice that backward.
-        """
-        per_layer = 4.0 * self.linear_weights + 6.0 * self.attention_size * sequence_length
-        return self.num_layers * per_layer
 
 
 @dataclass(frozen=True)
@@ -209,13 +151,20 @@ def model_costs(
             stored in the compute dtype.
         compute_dtype_bytes: bytes of one activation.
     """
-    assert len(adapters.parameters_by_layer) == shape.num_layers, "one number of parameters for each layer"
     table_bytes = shape.vocab_size * shape.hidden_size * compute_dtype_bytes
     return ModelCosts(
         embedding=PartCost(0, 0, 0, table_bytes, 0, 0, 0),
         layers=tuple(
-            _layer_cost(shape, adapters, parameters, workload, bytes_per_linear_weight, compute_dtype_bytes)
-            for parameters in adapters.parameters_by_layer
+            _layer_cost(
+                layer,
+                shape.hidden_size,
+                adapters,
+                parameters,
+                workload,
+                bytes_per_linear_weight,
+                compute_dtype_bytes,
+            )
+            for layer, parameters in zip(shape.layers, adapters.parameters_by_layer, strict=True)
         ),
         head=_head_cost(shape, workload, compute_dtype_bytes),
         shared_bytes=table_bytes if shape.tied_embeddings else 0,
@@ -226,32 +175,32 @@ def model_costs(
 
 
 def _layer_cost(
-    shape: DecoderShape,
+    layer: LayerSizes,
+    hidden: int,
     adapters: AdapterShape,
     parameters: int,
     workload: Workload,
     bytes_per_linear_weight: float,
     compute_dtype_bytes: int,
 ) -> PartCost:
-    hidden, state = shape.hidden_size, adapters.num_axes * adapters.rank
+    state = adapters.num_axes * adapters.rank
     tokens = workload.micro_batch_size * workload.sequence_length
-    linear = 2 * tokens * shape.linear_weights
-    attention = 2 * tokens * workload.sequence_length * shape.attention_size
+    linear = 2 * tokens * layer.multiplied_weights
+    attention = 2 * tokens * workload.sequence_length * layer.attention_size
     forward = linear + attention + 2 * tokens * parameters
-    # Queries, keys, values and the attention's output; three tensors of the MLP's width; the two norms'
-    # inputs in float32; the adapters' input. A frozen product keeps nothing.
-    saved = 2 * shape.attention_size + 2 * shape.key_value_size + 3 * shape.intermediate_size + hidden
-    norm_bytes = 2 * hidden * compute_dtype_bytes
+    # A frozen product keeps nothing; what stands between two is kept for the operations there. The two norms'
+    # inputs are in float32.
+    other_bytes = (layer.other_weights + layer.expert_weights) * compute_dtype_bytes
     is_quantized = bytes_per_linear_weight < compute_dtype_bytes
     return PartCost(
         forward_flops=forward,
         recompute_flops=forward if workload.recompute != "none" else 0,
         backward_flops=linear + 2 * attention + 4 * tokens * parameters,
-        frozen_bytes=math.ceil(shape.linear_weights * bytes_per_linear_weight) + norm_bytes,
+        frozen_bytes=math.ceil(layer.linear_weights * bytes_per_linear_weight) + other_bytes,
         adapter_bytes=parameters * ADAPTER_BYTES_PER_PARAMETER,
         input_bytes=tokens * (hidden * compute_dtype_bytes + state * adapters.state_dtype_bytes),
-        saved_bytes=tokens * (saved * compute_dtype_bytes + 2 * hidden * FLOAT32_BYTES),
-        dequantized_bytes=shape.linear_weights * compute_dtype_bytes if is_quantized else 0,
+        saved_bytes=tokens * (layer.activation_size * compute_dtype_bytes + 2 * hidden * FLOAT32_BYTES),
+        dequantized_bytes=layer.linear_weights * compute_dtype_bytes if is_quantized else 0,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ssmlora_dist.distributed.cost_model import DecoderShape
+from ssmlora_dist.sizes import DecoderShape
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,14 @@ def step_limit(
     passes = 3 if checkpointing else 2
     tokens = micro_batch_size * sequence_length
     supervised = micro_batch_size * (sequence_length if supervised_tokens is None else supervised_tokens)
-    linear_weights = shape.num_layers * shape.linear_weights
+    multiplied = sum(layer.multiplied_weights for layer in shape.layers)
+    linear_weights = sum(layer.linear_weights for layer in shape.layers)
     head_weights = shape.hidden_size * shape.vocab_size
     # Nothing but its weight is needed of a layer's last product.
-    not_again = shape.num_layers * shape.hidden_size * shape.intermediate_size if checkpointing else 0
-    matmul_flops = 2 * tokens * (passes * linear_weights - not_again) + 2 * 3 * supervised * head_weights
+    not_again = sum(layer.last_weights for layer in shape.layers) if checkpointing else 0
+    matmul_flops = 2 * tokens * (passes * multiplied - not_again) + 2 * 3 * supervised * head_weights
     # Forward two products of S/2 positions each; backward five, as the scores are computed again.
-    forward = 2 * tokens * sequence_length * shape.attention_size * shape.num_layers
+    forward = 2 * tokens * sequence_length * sum(layer.attention_size for layer in shape.layers)
     attention_flops = forward * (passes - 1 + 2.5)
     moved = 0.0
     if bytes_per_linear_weight is not None:

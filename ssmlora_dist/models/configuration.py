@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmlora_dist.errors import ModelError
-from ssmlora_dist.models.families import require_supported
 from ssmlora_dist.models.location import CONFIG_FILE, locate
+from ssmlora_dist.models.structure import model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,7 +25,7 @@ ADAPTER_FILE = "adapter_config.json"
 def load_config(
     path: str | None = None, *, config: Mapping[str, Any] | None = None, revision: str | None = None
 ) -> PreTrainedConfig:
-    """The configuration of a supported model, without its weights.
+    """The configuration of a model, without its weights.
 
     Args:
         path: directory or hub name; not read when `config` is given.
@@ -33,7 +33,7 @@ def load_config(
         revision: on the hub.
 
     Raises:
-        ModelError: it cannot be found or read, is not valid, or is of a family that is not supported.
+        ModelError: it cannot be found or read, is not valid, or is of no causal language model.
     """
     if config is not None:
         return _bare_config(config)
@@ -76,8 +76,9 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     factor; of yarn, llama3 and longrope, which record what was scaled, the factor times that, or the
     positions where these are more. Where kinds of layers are scaled differently the least counts.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
     if positions is None:
         return None
     by_layer = [value for value in rope.values() if isinstance(value, dict)]
@@ -93,8 +94,8 @@ def _scaled_positions(positions: int, scaling: Mapping[str, Any]) -> int:
 
 def _bare_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     if "model_type" not in values:
-        raise ModelError("model.config: `model_type` is missing; give one of the supported types, e.g. llama")
-    require_supported(values["model_type"])
+        raise ModelError('model.config: `model_type` is missing; give one, such as "llama"')
+    _check_model_type(values["model_type"], "model.config")
     from transformers import AutoConfig
 
     default = AutoConfig.for_model(values["model_type"])
@@ -110,7 +111,7 @@ def _bare_config(values: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def _build(values: Mapping[str, Any], place: str) -> PreTrainedConfig:
-    require_supported(values["model_type"])
+    _check_model_type(values["model_type"], place)
     from transformers import AutoConfig
 
     # What is null is none, and would make transformers take the model for a quantised one.
@@ -121,9 +122,24 @@ def _build(values: Mapping[str, Any], place: str) -> PreTrainedConfig:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{place}: not a valid {values['model_type']} configuration: {reason}") from error
-    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+    model_class(config)
+    text_config = config.get_text_config()
+    padding = getattr(text_config, "pad_token_id", None)
+    if padding is not None and padding >= text_config.vocab_size:
         raise ModelError(
-            f"{place}: `pad_token_id` is {config.pad_token_id}, which a model of `vocab_size` "
-            f"{config.vocab_size} does not have; set it to null or to a smaller id"
+            f"{place}: `pad_token_id` is {padding}, which a model of `vocab_size` "
+            f"{text_config.vocab_size} does not have; set it to null or to a smaller id"
         )
     return config
+
+
+def _check_model_type(model_type: object, place: str) -> None:
+    from transformers import CONFIG_MAPPING, __version__
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        nearest = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        hint = f"did you mean {nearest[0]!r}? Else " if nearest else ""
+        raise ModelError(
+            f"{place}: transformers {__version__} knows no model type {model_type!r}; {hint}install a "
+            "release that knows it"
+        )

@@ -62,6 +62,9 @@ def base_fingerprint(
 
 
 def _shapes(config: PreTrainedConfig) -> dict[str, Any]:
-    shapes: dict[str, Any] = {key: getattr(config, key) for key in SHAPE_KEYS}
-    shapes["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    text_config = config.get_text_config()
+    shapes: dict[str, Any] = {key: getattr(text_config, key, None) for key in SHAPE_KEYS}
+    shapes["head_dim"] = getattr(text_config, "head_dim", None)
+    if shapes["head_dim"] is None and shapes["num_attention_heads"]:
+        shapes["head_dim"] = shapes["hidden_size"] // shapes["num_attention_heads"]
     return shapes

@@ -7,8 +7,10 @@ read, fills those in its own order.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import importlib.util
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,15 +19,22 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ssmlora_dist.adapters.projections import linear_layers
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.configuration import load_config
-from ssmlora_dist.models.families import Family, require_supported
+from ssmlora_dist.models.conversion import ModelWeights
 from ssmlora_dist.models.location import locate
 from ssmlora_dist.models.stage import StageLayers, cut_to_stage
+from ssmlora_dist.models.structure import (
+    Structure,
+    empty_model,
+    keep_structure,
+    model_class,
+    stored_tensors_of,
+)
 from ssmlora_dist.models.weights import (
     HalvedTable,
     RandomWeights,
-    SafetensorsWeights,
     WeightSource,
     initializer_std,
     rows_of_half,
@@ -61,8 +70,9 @@ def load_model(
 ) -> PreTrainedModel:
     """A frozen causal language model on `device`, in evaluation mode.
 
-    The projections of the decoder layers are quantised; embedding, norms and output head stay in the compute
-    dtype. Tied weights are one parameter. The weights are those of transformers' own loading, bit for bit.
+    The linear layers of the decoder layers are quantised; embedding, norms, routers and output head stay in
+    the compute dtype. Tied weights are one parameter. The weights are those of transformers' own loading, bit
+    for bit.
 
     Args:
         path: a directory, or the name of a model on the hub.
@@ -75,7 +85,7 @@ def load_model(
         compute_dtype: dtype of everything that is not quantised, and of the products of what is; None takes
             what machines with such a device compute in.
         attention: `auto` takes flash-attention where it is installed and the device is CUDA, else sdpa (eager
-            for families whose capped attention logits sdpa cannot do).
+            for models that transformers does not run with sdpa).
         device: where the weights are quantised and stay.
         seed: of random weights.
         stage: the pipeline stage to load: only what it needs is read and kept; None loads the whole model.
@@ -86,8 +96,8 @@ def load_model(
             the other (into the second). None reads the whole table.
 
     Raises:
-        ModelError: the model cannot be found or read, is not supported, or lacks weights; an attention
-            implementation that is not available.
+        ModelError: the model cannot be found or read, is no list of decoder layers, or lacks weights; an
+            attention implementation that is not available.
     """
     if init == "pretrained" and (path is None or config is not None):
         raise ModelError(
@@ -97,46 +107,37 @@ def load_model(
     device = torch.device(device)
     compute_dtype = compute_dtype or getattr(torch, machine_dtype(device.type))
     model_config = load_config(path, config=config, revision=revision)
-    family = require_supported(model_config.model_type)
     directory = None
     if path is not None and config is None:
         directory = locate(path, revision, weights=init == "pretrained")
+    implementation = attention_implementation(attention, model_config, device, compute_dtype)
+    model = build_skeleton(model_config, compute_dtype, implementation, device)
+    structure = keep_structure(model)
     if init == "random":
-        source: WeightSource = _random_weights(model_config, family, seed)
+        source: WeightSource = _random_weights(model, structure, seed)
     else:
         assert directory is not None
-        source = _stored_weights(directory, model_config, family, stage, swap_rows)
-    implementation = attention_implementation(attention, family, device, compute_dtype)
-    model = build_skeleton(model_config, compute_dtype, implementation, device)
+        source = _stored_weights(directory, model, structure, stage, swap_rows)
     settings: dict[str, Any] = {"double_quantization": double_quantization, "compute_dtype": compute_dtype}
     quantize = None if quantization == "none" else partial(quantize_linear, mode=quantization, **settings)
-    names = part_names(model_config, family) if stage is None else stage.part_names(model_config, family)
-    parts = {name: model.get_submodule(name) for name in names}
+    held = stage or StageLayers(0, structure.num_layers, structure.num_layers)
+    parts = {name: model.get_submodule(name) for name in held.part_names(structure)}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     source.check(_shapes(parts), model.state_dict().keys(), ignored)
     doing = "loading" if quantize is None else "loading and quantising"
     for name, part in counted(parts.items(), f"{doing} the base model", len(parts)):
-        fill(part, name, source, family, device=device, dtype=compute_dtype, quantize=quantize)
+        is_layer = name.startswith(f"{structure.layers}.")
+        fill(part, name, source, device=device, quantize=quantize if is_layer else None)
         if on_part is not None:
             on_part(part)
         _return_free_memory()
     model.tie_weights()
     if stage is not None:
-        cut_to_stage(model, family, stage)
+        cut_to_stage(model, stage)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     if directory is not None:
         _take_generation_config(model, directory)
     return model.requires_grad_(False).eval()
-
-
-def part_names(config: PreTrainedConfig, family: Family) -> list[str]:
-    """Paths of the parts that hold weights of their own, in the order of the forward pass.
-
-    A head that is tied to the embedding is no part: it has no weight of its own.
-    """
-    layers = [f"{family.layers}.{index}" for index in range(config.num_hidden_layers)]
-    head = [] if config.tie_word_embeddings else [family.output_head]
-    return [family.embedding, *layers, family.final_norm, *head]
 
 
 def build_skeleton(
@@ -147,59 +148,78 @@ def build_skeleton(
     Raises:
         ModelError: transformers cannot build it.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except (ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"model: transformers cannot build this {config.model_type} model: {reason}"
-        ) from error
+    model = empty_model(config, dtype=dtype, attn_implementation=attention)
     owners: dict[str, nn.Module] = {}
-    for name, buffer in list(model.named_non_persistent_buffers()):
+    computed = list(model.named_non_persistent_buffers())
+    for name, buffer in computed:
         owner, _, key = name.rpartition(".")
         owners[owner] = model.get_submodule(owner)
-        setattr(owners[owner], key, torch.empty_like(buffer, device=device))
+        setattr(owners[owner], key, _unset(buffer.shape, buffer.dtype, device))
     for module in owners.values():
         # The hook by which transformers itself computes rotary frequencies and embedding scales.
         model._init_weights(module)
-    return cast("PreTrainedModel", model)
+    for name, _ in computed:
+        if model.get_buffer(name).isnan().any():
+            raise not_started(config, name)
+    _keep_precision(model, dtype)
+    return model
+
+
+def _unset(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """NaN throughout where the dtype has it, so that what is not computed is seen."""
+    return torch.full(shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype, device=device)
+
+
+def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives tensors that the model wants in another dtype than `dtype` that one."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    wanted = re.compile("|".join(f"({name.replace('*', '.*')})" for name in plan))
+    dtypes = list(plan.values())
+    for name in stored_tensors_of(model):
+        if match := wanted.search(name):
+            owner, _, key = name.rpartition(".")
+            module, kept = model.get_submodule(owner), dtypes[cast(int, match.lastindex) - 1]
+            _set(module, key, getattr(module, key).to(kept))
+
+
+def _set(module: nn.Module, key: str, tensor: Tensor) -> None:
+    """Puts a tensor in the place of a parameter, frozen, or of a buffer."""
+    is_parameter = key in module._parameters
+    setattr(module, key, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
 def fill(
     part: nn.Module,
     name: str,
     source: WeightSource,
-    family: Family,
     *,
     device: torch.device,
-    dtype: torch.dtype,
     quantize: Callable[[nn.Linear], nn.Module] | None = None,
 ) -> None:
-    """Gives `part` its weights, frozen: each is read, quantised if it is a projection's, and released.
+    """Gives `part` its weights, frozen: each is read, quantised if it is a linear layer's, and released.
 
     Args:
-        part: an embedding, decoder layer, norm or head, whose parameters have no storage yet.
+        part: an embedding, decoder layer, norm or head, whose tensors have no storage yet, but a dtype.
         name: its path in the model.
         source: what to read from.
-        family: names the projections.
         device: where the weights go, and are quantised.
-        dtype: of the weights.
-        quantize: makes a frozen quantised layer of a dense one; None leaves the projections dense.
+        quantize: makes a frozen quantised layer of a dense one; None leaves the linear layers dense.
 
     Raises:
         ModelError: a tensor cannot be read.
     """
-    projections = set(family.projections.values())
+    projections = set() if quantize is None else set(linear_layers(part))
 
     def fill_module(path: str) -> None:
         module = part.get_submodule(path)
         prefix = f"{name}.{path}" if path else name
-        for key, empty in list(module.named_parameters(recurse=False)):
-            tensor = source.read(f"{prefix}.{key}", shape=empty.shape, device=device, dtype=dtype)
-            setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+        stored = [key for key in stored_tensors_of(module) if "." not in key]
+        for key in stored:
+            empty = getattr(module, key)
+            tensor = source.read(f"{prefix}.{key}", shape=empty.shape, device=device, dtype=empty.dtype)
+            _set(module, key, tensor)
         if quantize is not None and path in projections:
             assert isinstance(module, nn.Linear)
             parent, _, child = path.rpartition(".")
@@ -213,9 +233,9 @@ def fill(
 def _shapes(parts: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
     """Shapes of all tensors that `parts` need, by full name."""
     return {
-        f"{name}.{key}": parameter.shape
+        f"{name}.{key}": getattr(part.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]).shape
         for name, part in parts.items()
-        for key, parameter in part.named_parameters()
+        for key in stored_tensors_of(part)
     }
 
 
@@ -227,23 +247,28 @@ def _return_free_memory() -> None:
 
 
 def attention_implementation(
-    attention: Attention, family: Family, device: torch.device, compute_dtype: torch.dtype
+    attention: Attention, config: PreTrainedConfig, device: torch.device, compute_dtype: torch.dtype
 ) -> str:
     """The attention implementation of transformers that `attention` stands for.
 
     Raises:
         ModelError: one was asked for by name that cannot work here.
     """
+    model = model_class(config)
+    flash_problem = _flash_attention_problem(device, compute_dtype)
+    if not model._supports_flash_attn:
+        flash_problem = f"is not implemented for {config.model_type} models in transformers"
     if attention == "auto":
-        if _flash_attention_problem(device, compute_dtype) is None:
+        if flash_problem is None:
             return "flash_attention_2"
-        return "sdpa" if family.supports_sdpa else "eager"
-    if attention == "sdpa" and not family.supports_sdpa:
+        return "sdpa" if model._supports_sdpa else "eager"
+    if attention == "sdpa" and not model._supports_sdpa:
         raise ModelError(
-            f"model.attention: sdpa cannot cap attention logits, which {family.model_type} models need; use "
+            f"model.attention: transformers does not run {config.model_type} models with sdpa, which cannot "
+            "do what their attention does, such as a cap of its logits; use "
             '"eager", "flash_attention_2" or "auto"'
         )
-    if attention == "flash_attention_2" and (problem := _flash_attention_problem(device, compute_dtype)):
+    if attention == "flash_attention_2" and (problem := flash_problem):
         raise ModelError(f'model.attention: flash_attention_2 {problem}; use "auto" or "sdpa"')
     return attention
 
@@ -260,15 +285,15 @@ def _flash_attention_problem(device: torch.device, compute_dtype: torch.dtype) -
 
 def _stored_weights(
     directory: Path,
-    config: PreTrainedConfig,
-    family: Family,
+    model: PreTrainedModel,
+    structure: Structure,
     stage: StageLayers | None,
     swap_rows: Callable[[Tensor, Tensor], None] | None,
 ) -> WeightSource:
-    embedding, head = f"{family.embedding}.weight", f"{family.output_head}.weight"
-    if not config.tie_word_embeddings:
-        return SafetensorsWeights(directory)
-    weights = SafetensorsWeights(directory, aliases={embedding: head})
+    embedding, head = f"{structure.embedding}.weight", f"{structure.output_head}.weight"
+    if not structure.tied:
+        return ModelWeights(directory, model)
+    weights = ModelWeights(directory, model, aliases={embedding: head})
     source: WeightSource = weights
     compared: Callable[[int], range] = range
     if swap_rows is not None and stage is not None and stage.is_first != stage.is_last:
@@ -283,15 +308,56 @@ def _stored_weights(
     return source
 
 
-def _random_weights(config: PreTrainedConfig, family: Family, seed: int) -> RandomWeights:
-    padding_rows = {}
-    if config.pad_token_id is not None:
-        padding_rows[f"{family.embedding}.weight"] = config.pad_token_id
+def _random_weights(model: PreTrainedModel, structure: Structure, seed: int) -> RandomWeights:
+    padding_rows, table = {}, model.get_submodule(structure.embedding)
+    if (padding := getattr(table, "padding_idx", None)) is not None:
+        padding_rows[f"{structure.embedding}.weight"] = padding
     return RandomWeights(
-        seed,
-        std=initializer_std(config),
-        norm_weight=family.initial_norm_weight,
-        padding_rows=padding_rows,
+        seed, std=initializer_std(model.config), started=partial(_started, model), padding_rows=padding_rows
+    )
+
+
+def _started(model: PreTrainedModel, name: str) -> Tensor:
+    """What the model's own start makes of a vector, in float32 on the CPU; nothing else is touched."""
+    owner, _, key = name.rpartition(".")
+    # What stands beside it may have its weights already.
+    module = _hollow(model.get_submodule(owner))
+    shape = getattr(module, key).shape
+    _set(module, key, _unset(shape, torch.float32, torch.device("cpu")))
+    # Vectors that a model draws come from torch's generator, which others use: it is left as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model._init_weights(module)
+        reset: Any = getattr(module, "reset_parameters", None)
+        if getattr(module, key).isnan().any() and reset is not None:
+            reset()
+    value: Tensor = getattr(module, key).detach()
+    if value.isnan().any():
+        raise not_started(model.config, name)
+    return value
+
+
+def _hollow(module: nn.Module) -> nn.Module:
+    """A copy whose tensors have no storage."""
+    hollow: nn.Module = copy.copy(module)
+    hollow._modules = {
+        name: None if child is None else _hollow(child) for name, child in module._modules.items()
+    }
+    hollow._parameters = {
+        name: value if value is None else nn.Parameter(value.detach().to("meta"), requires_grad=False)
+        for name, value in module._parameters.items()
+    }
+    hollow._buffers = {
+        name: value if value is None else value.to("meta") for name, value in module._buffers.items()
+    }
+    return hollow
+
+
+def not_started(config: PreTrainedConfig, name: str) -> ModelError:
+    """Of a tensor that no file holds, and that the model's `_init_weights` does not set."""
+    return ModelError(
+        f"model: {config.model_type} models do not say how {name} starts (`_init_weights`); "
+        'load stored weights, with model.init "pretrained", or have it set there'
     )
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssmlora_dist.models.families import decoder_layers
+from ssmlora_dist.errors import ModelError
+from ssmlora_dist.models.structure import decoder_layers
 from ssmlora_dist.quantization import keep_weights_of_recompute
 
 if TYPE_CHECKING:
@@ -34,8 +35,18 @@ def checkpoint_layers(model: PreTrainedModel, num_kept: int = 0) -> None:
     Args:
         model: adapted.
         num_kept: how many layers, the last ones, keep their activations.
+
+    Raises:
+        ModelError: its layers are not made to be recomputed.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers = list(decoder_layers(model).values())
+    if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+        raise ModelError(
+            f"model: the decoder layers of {model.config.model_type} models are not made to be recomputed "
+            "(transformers' GradientCheckpointingLayer); set training.gradient_checkpointing to false"
+        )
     for layer in layers[: max(0, len(layers) - num_kept)]:
         keep_weights_of_recompute(layer)
         layer.gradient_checkpointing = True  # type: ignore[assignment]
@@ -116,7 +127,7 @@ class CausalLMLoss(nn.Module):
     once for the positions of the batch that have a target.
 
     Args:
-        model: a transformers causal language model of a supported family.
+        model: a transformers causal language model.
         chunk_size: supervised tokens whose logits exist at a time.
 
     Attributes:
@@ -126,9 +137,10 @@ class CausalLMLoss(nn.Module):
     def __init__(self, model: PreTrainedModel, chunk_size: int) -> None:
         super().__init__()
         self.model = model
-        logit_cap = getattr(model.config, "final_logit_softcapping", None)
+        logit_cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.uses_own_logits = not _is_the_models_own(model, logit_cap)
-        self.head = ChunkedHead(None if self.uses_own_logits else model.lm_head, chunk_size, logit_cap)
+        head: Any = None if self.uses_own_logits else model.get_output_embeddings()
+        self.head = ChunkedHead(head, chunk_size, logit_cap)
 
     def forward(self, labels: Tensor, scored: Tensor | None = None, **inputs: Tensor) -> Any:
         """Sum of the cross-entropies of the supervised tokens, a float32 scalar, in nats.
@@ -197,9 +209,13 @@ def _is_the_models_own(model: PreTrainedModel, logit_cap: float | None) -> bool:
             parameter.normal_(0, 8 * own.in_features**-0.5, generator=generator)
         hidden_BSD = torch.randn(1, 3, own.in_features, generator=generator)
         wanted_BSV = ChunkedHead(head, 1, logit_cap).logits(hidden_BSD, head.weight, head.bias)
-        [name] = [name for name, module in model.named_children() if module is own]
+        names = [name for name, module in model.named_children() if module is own]
         reduced = copy.copy(model)
-        reduced._modules = {**model._modules, model.base_model_prefix: _HandedOn(), name: head}
+        reduced._modules = {
+            **model._modules,
+            model.base_model_prefix: _HandedOn(),
+            **dict.fromkeys(names, head),
+        }
         try:
             found_BSV = reduced(inputs_embeds=hidden_BSD, use_cache=False).logits.float()
         # Whatever keeps the two from being compared, the model's own logits are right.

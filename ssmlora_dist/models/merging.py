@@ -14,13 +14,15 @@ from torch import Tensor
 
 from ssmlora_dist.adapters.files import SavedAdapter, read_adapter, read_base, read_config
 from ssmlora_dist.adapters.placement import placement, time_axes
+from ssmlora_dist.adapters.projections import named_by, resolve
 from ssmlora_dist.durable import explained, sync
 from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.models.configuration import load_config
-from ssmlora_dist.models.families import Family, projection_path, require_supported
+from ssmlora_dist.models.conversion import ModelWeights
 from ssmlora_dist.models.fingerprint import base_fingerprint
 from ssmlora_dist.models.loading import GENERATION_CONFIG_FILE
 from ssmlora_dist.models.location import METADATA_PATTERNS, locate_base
+from ssmlora_dist.models.structure import Structure, empty_model, structure_of
 from ssmlora_dist.models.weights import SafetensorsWeights, is_finite
 from ssmlora_dist.progress import counted
 from ssmlora_dist.tokenization import end_token_ids
@@ -81,18 +83,25 @@ def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
             f"{directory}: its base model has no stored weights to merge into; name a model with --model"
         )
     model_config = load_config(str(base_directory))
-    family = require_supported(model_config.model_type)
-    saved = read_adapter(directory, model_config.num_hidden_layers)
+    model = empty_model(model_config)
+    structure = structure_of(model)
+    saved = read_adapter(directory, structure.layers, structure.linears)
     fingerprint = saved.base_fingerprint
     if fingerprint and fingerprint != base_fingerprint(str(base_directory)):
         raise AdapterError(
             f"{directory}: was trained on another base model than {base_directory}; name that one with "
             "--model"
         )
-    weights = SafetensorsWeights(base_directory)
-    adapters = _by_weight(saved, family, model_config.num_hidden_layers, directory)
+    weights = ModelWeights(base_directory, model)
+    adapters = _by_weight(saved, structure, directory)
     rank = saved.config.rank
     for name, (lora_A, lora_B) in adapters.items():
+        if weights.is_converted(name):
+            raise AdapterError(
+                f"{directory}: its base model does not store {name} as it is, and so nothing can be merged "
+                "into it; load the base model with transformers, save it with save_pretrained(..., "
+                "save_original_format=False), and name that with --model"
+            )
         num_out, num_in = weights.stored(name).shape
         if (lora_A.shape, lora_B.shape) != ((rank, num_in), (num_out, rank)):
             raise AdapterError(
@@ -104,19 +113,21 @@ def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
     return len(adapters)
 
 
-def _by_weight(saved: SavedAdapter, family: Family, num_layers: int, directory: Path) -> dict[str, LoRA]:
+def _by_weight(saved: SavedAdapter, structure: Structure, directory: Path) -> dict[str, LoRA]:
     """The adapter of each adapted weight, by the weight's name; exactly those that the placement asks for."""
+    config = resolve(saved.config, structure.layers, structure.linears)
     modules = [
-        f"{family.layers}.{layer_idx}.{projection_path(family, projection)}"
-        for layer_idx in range(num_layers)
-        for projection in placement(saved.config, layer_idx)
+        f"{structure.layers}.{layer_idx}.{path}"
+        for layer_idx, paths in enumerate(structure.linears)
+        for projection in placement(config, layer_idx)
+        for path in named_by(projection, paths)
     ]
     expected = {f"{module}.lora_{which}.weight" for module in modules for which in "AB"}
     for name in sorted(expected ^ set(saved.tensors)):
         problem = "lacks" if name in expected else "holds"
         raise AdapterError(
-            f"{directory}: {problem} {name}, unlike its placement over {num_layers} layers; it was saved for "
-            "another model"
+            f"{directory}: {problem} {name}, unlike its placement over {structure.num_layers} layers; it was "
+            "saved for another model"
         )
     tensors = saved.tensors
     return {

@@ -280,14 +280,19 @@ class RandomWeights:
     Args:
         seed: of the model.
         std: standard deviation of matrices.
-        norm_weight: value of norm weights; biases are zero.
+        started: gives the vector or number of a name, such as the weight of a norm, as the model starts it.
         padding_rows: rows set to zero, by tensor name: an embedding's padding token.
     """
 
     def __init__(
-        self, seed: int, *, std: float, norm_weight: float, padding_rows: Mapping[str, int] | None = None
+        self,
+        seed: int,
+        *,
+        std: float,
+        started: Callable[[str], Tensor],
+        padding_rows: Mapping[str, int] | None = None,
     ) -> None:
-        self._seed, self._std, self._norm_weight = seed, std, norm_weight
+        self._seed, self._std, self._started = seed, std, started
         self._padding_rows = dict(padding_rows or {})
 
     def check(
@@ -297,9 +302,8 @@ class RandomWeights:
 
     def read(self, name: str, *, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The tensor `name`, drawn in float32 on the CPU, on `device` in `dtype`."""
-        if len(shape) == 1:
-            value = 0.0 if name.endswith(".bias") else self._norm_weight
-            return torch.full(shape, value, dtype=dtype, device=device)
+        if len(shape) <= 1:
+            return self._started(name).to(device=device, dtype=dtype)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         drawn = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(
@@ -312,7 +316,7 @@ class RandomWeights:
 
 def initializer_std(config: PreTrainedConfig) -> float:
     """Standard deviation of a new model's matrices."""
-    return float(getattr(config, "initializer_range", None) or 0.02)
+    return float(getattr(config.get_text_config(), "initializer_range", None) or 0.02)
 
 
 def stored_dtype(directory: Path, config: PreTrainedConfig) -> torch.dtype:

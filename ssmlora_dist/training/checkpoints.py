@@ -132,7 +132,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         moments.setdefault(kind, {})[name] = tensor
     try:
         # The number of layers is of use for directories of PEFT alone.
-        adapter = read_adapter(path, num_layers=0)
+        adapter = read_adapter(path, "", ())
     except AdapterError as error:
         raise CheckpointError(str(error)) from error
     for kind, by_name in moments.items():

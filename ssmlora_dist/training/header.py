@@ -7,17 +7,23 @@ import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.adapters.projections import linear_layers, named_by, skipped_layers
 from ssmlora_dist.config.build import build_store, meta_model, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
-from ssmlora_dist.models import require_supported
+from ssmlora_dist.models import decoder_layers, structure_of
 from ssmlora_dist.models.loading import attention_implementation
 from ssmlora_dist.tracking import is_installed
 from ssmlora_dist.training.continuation import Continuation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WIDTH = 13
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -64,6 +70,7 @@ def run_header(
         _line("device", device_text(device)),
         _line("ranks", ", ".join(ranks)),
         *model_lines(config, device),
+        _line("adapts", adapted_text(model)),
         _line("parameters", f"{trainable:,} trained, {frozen:,} frozen"),
         _line(
             "batch",
@@ -114,9 +121,8 @@ def model_lines(config: RunConfig, device: torch.device) -> list[str]:
     """What the backbone is, and how it is stored and computed with."""
     section = config.model
     model_config = shapes_of(section)
-    family = require_supported(model_config.model_type)
     dtype = section.compute_dtype
-    attention = attention_implementation(section.attention, family, device, getattr(torch, dtype))
+    attention = attention_implementation(section.attention, model_config, device, getattr(torch, dtype))
     name = "random weights" if section.init == "random" else section.path
     mode = config.quantization.mode
     stored = "none" if mode == "none" else f"{mode} of the projections"
@@ -127,6 +133,32 @@ def model_lines(config: RunConfig, device: torch.device) -> list[str]:
         _line("computes in", f"{dtype}, attention {attention}"),
         _line("quantised", stored),
     ]
+
+
+def adapted_text(model: PreTrainedModel) -> str:
+    """Which linear layers carry an adapter, with their widths: a fused or grouped one shows by them.
+
+    Args:
+        model: adapted.
+    """
+    config: AdapterConfig = model.ssmlora_config
+    structure = structure_of(model)
+    layers = [linear_layers(layer) for layer in decoder_layers(model).values()]
+    skipped = skipped_layers(config, structure.linears)
+
+    def widths(name: str) -> str:
+        found = [own[path] for own in layers for path in named_by(name, list(own))]
+        sizes = dict.fromkeys(f"{linear.in_features} -> {linear.out_features}" for linear in found)
+        lacking = f", not in layers {', '.join(map(str, skipped[name]))}" if name in skipped else ""
+        return f"{name} ({' or '.join(sizes)}{lacking})"
+
+    parts = []
+    if config.alternate:
+        parts.append(f"{config.method} in turn on {', '.join(map(widths, config.alternate))}")
+    if config.listed:
+        method = config.every_layer_method if config.method == "ssmlora" else "lora"
+        parts.append(f"{method} on {', '.join(map(widths, config.listed))}")
+    return "; ".join(parts)
 
 
 def tracking_line(config: RunConfig) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 from ssmlora_dist.config.build import build_store
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.evaluation.teacher_forced import OVERALL, Score
+from ssmlora_dist.sizes import DecoderShape
 from ssmlora_dist.tracking import BeforeAfter, Console, NullTracker, Tracker, check_store, mlflow_tracker
 from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.loop import StepRecord

@@ -17,7 +17,6 @@ from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.config.build import backbone_settings, build_store, check_model
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, DataError, TrainingError
@@ -259,7 +258,7 @@ class _Run:
         checkpoint, warn = self.continuation.checkpoint, self.console.warn
         built = build_engine(self.config, self.group, self.place, plan, checkpoint, warn)
         self.engine = built.engine
-        self.shape = DecoderShape.of(built.model_config)
+        self.shape, self.adapter = built.shape, built.adapter
         self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size
         self.base = backbone_settings(self.config) | self.data.endings
         self.base["tokenizer"] = self.config.model.tokenizer
@@ -282,7 +281,7 @@ class _Run:
         if self.data.validation is None:
             return None
         place = self.place
-        with watch_state(self.engine.module, time_axes(self.config.adapter), self.group.device) as health:
+        with watch_state(self.engine.module, time_axes(self.adapter), self.group.device) as health:
             scores = evaluate(
                 lambda batches: self.engine.score(self._checked(batches)),
                 self.data.validation,

@@ -35,7 +35,7 @@ from ssmlora_dist.evaluation.item_rows import RESULTS_FILE, Row
 from ssmlora_dist.evaluation.items import FailedItem, Task
 from ssmlora_dist.evaluation.report import build_reports, draw, markdown_table, metrics_of, plain
 from ssmlora_dist.evaluation.runner import run
-from ssmlora_dist.models import max_positions, tokenizer_digests
+from ssmlora_dist.models import empty_model, max_positions, structure_of, tokenizer_digests
 from ssmlora_dist.precision import DTypeName, machine_dtype
 from ssmlora_dist.progress import counted, progress
 from ssmlora_dist.tracking import (
@@ -263,7 +263,8 @@ def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str, warn: Cal
     Raises:
         AdapterError: it cannot be read, or belongs to another base model.
     """
-    saved = read_adapter(adapter, num_layers=shapes_of(config.model).num_hidden_layers)
+    structure = structure_of(empty_model(shapes_of(config.model)))
+    saved = read_adapter(adapter, structure.layers, structure.linears)
     model = meta_model(config.model_copy(update={"adapter": saved.config}))
     load_adapter(model, adapter, base_fingerprint=fingerprint)
     settings = backbone_settings(config)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.config.build import build_model, meta_model
@@ -20,7 +21,6 @@ from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulati
 from ssmlora_dist.data import Dataset
 from ssmlora_dist.distributed.cost_model import (
     AdapterShape,
-    DecoderShape,
     ModelCosts,
     Workload,
     bytes_per_weight,
@@ -40,10 +40,11 @@ from ssmlora_dist.distributed.partition import (
 )
 from ssmlora_dist.distributed.process_group import ProcessGroup
 from ssmlora_dist.errors import CheckpointError
-from ssmlora_dist.models.families import decoder_layers
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
+from ssmlora_dist.models.structure import decoder_layers, structure_of
 from ssmlora_dist.progress import progress
+from ssmlora_dist.sizes import DecoderShape
 from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.loop import Engine
 from ssmlora_dist.training.optimizer import build_optimizer
@@ -155,11 +156,11 @@ def plan_stages(
 
 def _costs(config: RunConfig, place: Place, num_targets: int, num_tokens: int) -> ModelCosts:
     model = meta_model(config)
-    shape = DecoderShape.of(model.config)
+    shape = structure_of(model).shape
     trained = [0] * shape.num_layers
     for index, layer in decoder_layers(model).items():
         trained[index] = sum(parameter.numel() for parameter in adapter_parameters(layer).values())
-    adapter, training, ahead = config.adapter, config.training, config.parallel.recompute_ahead
+    adapter, training, ahead = model.ssmlora_config, config.training, config.parallel.recompute_ahead
     dtype_bytes = getattr(torch, config.model.compute_dtype).itemsize
     return model_costs(
         shape,
@@ -189,12 +190,14 @@ class BuiltEngine:
 
     Attributes:
         engine: ready to train.
-        model_config: of the whole backbone.
+        shape: of the whole backbone.
+        adapter: what is adapted, by names of the backbone.
         num_trainable: trained parameters of this rank's stage.
     """
 
     engine: TopologyEngine
-    model_config: Any
+    shape: DecoderShape
+    adapter: AdapterConfig
     num_trainable: int
 
 
@@ -287,7 +290,7 @@ def build_engine(
             f"{model.config.model_type} models do more to their logits than the output head: they are taken "
             "as the model makes them, all of a micro-batch at once, whatever training.loss_chunk_size is"
         )
-    return BuiltEngine(engine, model.config, num_trainable)
+    return BuiltEngine(engine, structure_of(model).shape, model.ssmlora_config, num_trainable)
 
 
 def _take(parameters: Mapping[str, nn.Parameter], checkpoint: Checkpoint) -> None:

@@ -18,6 +18,11 @@ from ssmlora_dist.errors import AdapterError
 
 SEED = 8
 NUM_LAYERS = 4
+LINEARS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+WHERE = ("model.layers", (LINEARS,) * NUM_LAYERS)
 CONFIG = AdapterConfig(
     rank=2, alpha=3.0, dropout=0.1, every_layer=("o_proj",), carry="raw", state_dtype="float32"
 )
@@ -70,7 +75,7 @@ def peft_directory(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_what_is_written_is_read_bitwise(saved: Path) -> None:
-    adapter = read_adapter(saved, NUM_LAYERS)
+    adapter = read_adapter(saved, *WHERE)
     tensors = lora_tensors(ALTERNATING)
     assert adapter.config == CONFIG
     assert (adapter.base, adapter.base_fingerprint) == (BASE, "f00d" * 16)
@@ -118,7 +123,7 @@ def test_plain_lora_names_its_modules_for_peft(
 def test_writing_again_replaces_what_was_there(saved: Path) -> None:
     tensors = {name: tensor + 1 for name, tensor in lora_tensors({"q_proj": [0]}).items()}
     write_adapter(saved, LORA, tensors)
-    adapter = read_adapter(saved, NUM_LAYERS)
+    adapter = read_adapter(saved, *WHERE)
     assert adapter.config == LORA
     assert adapter.base_fingerprint is None
     assert {name: tensor.tolist() for name, tensor in adapter.tensors.items()} == {
@@ -180,7 +185,7 @@ def test_a_damaged_directory_is_refused_with_place_and_remedy(
 ) -> None:
     damage(saved)
     with pytest.raises(AdapterError, match=message) as caught:
-        read_adapter(saved, NUM_LAYERS)
+        read_adapter(saved, *WHERE)
     assert str(caught.value).startswith(str(saved))
 
 
@@ -188,7 +193,7 @@ def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         AdapterError, match="nowhere: no such adapter directory; train one first, or correct the path"
     ):
-        read_adapter(tmp_path / "nowhere", NUM_LAYERS)
+        read_adapter(tmp_path / "nowhere", *WHERE)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +215,7 @@ def test_the_placement_of_a_directory_of_peft_is_found(
     alternate: tuple[str, ...],
     every_layer: set[str],
 ) -> None:
-    adapter = read_adapter(peft_directory(placed, base_model_name_or_path="org/base"), NUM_LAYERS)
+    adapter = read_adapter(peft_directory(placed, base_model_name_or_path="org/base"), *WHERE)
     assert adapter.config.method == "lora"
     assert adapter.config.alternate == alternate
     assert set(adapter.config.every_layer) == every_layer
@@ -267,7 +272,7 @@ def test_what_peft_can_do_and_this_cannot_is_refused(
 ) -> None:
     directory = peft_directory(placed, **settings)
     with pytest.raises(AdapterError, match=message) as caught:
-        read_adapter(directory, NUM_LAYERS)
+        read_adapter(directory, *WHERE)
     assert str(directory / PEFT) in str(caught.value)
 
 
@@ -288,11 +293,11 @@ def test_what_peft_can_do_and_this_cannot_is_refused(
 def test_features_that_are_named_and_not_used_are_no_obstacle(
     peft_directory: Callable[..., Path], settings: dict[str, Any]
 ) -> None:
-    assert read_adapter(peft_directory(EVERYWHERE, **settings), NUM_LAYERS).config.every_layer == ("q_proj",)
+    assert read_adapter(peft_directory(EVERYWHERE, **settings), *WHERE).config.every_layer == ("q_proj",)
 
 
 def test_rank_stabilised_scaling_is_carried_over(peft_directory: Callable[..., Path]) -> None:
-    config = read_adapter(peft_directory(EVERYWHERE, use_rslora=True), NUM_LAYERS).config
+    config = read_adapter(peft_directory(EVERYWHERE, use_rslora=True), *WHERE).config
     assert config.scaling == pytest.approx(4 / 2**0.5)
 
 
@@ -304,9 +309,9 @@ def rename_keys(directory: Path, rename: Callable[[str], str]) -> None:
 @pytest.mark.parametrize("name", ["default", "my_adapter"])
 def test_keys_with_the_name_of_the_adapter_are_read(peft_directory: Callable[..., Path], name: str) -> None:
     directory = peft_directory(EVERYWHERE)
-    expected = read_adapter(directory, NUM_LAYERS)
+    expected = read_adapter(directory, *WHERE)
     rename_keys(directory, lambda key: key.replace(".weight", f".{name}.weight"))
-    found = read_adapter(directory, NUM_LAYERS)
+    found = read_adapter(directory, *WHERE)
     assert found.config == expected.config
     assert found.tensors.keys() == expected.tensors.keys()
     assert all(torch.equal(found.tensors[key], expected.tensors[key]) for key in expected.tensors)
@@ -320,7 +325,7 @@ def test_several_adapters_in_one_file_are_refused(peft_directory: Callable[..., 
     }
     save_file(both, directory / WEIGHTS)
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: holds several adapters: x, y; "):
-        read_adapter(directory, NUM_LAYERS)
+        read_adapter(directory, *WHERE)
 
 
 def add_tensor(directory: Path, name: str, tensor: Tensor) -> Path:
@@ -346,7 +351,7 @@ def test_what_is_adapted_outside_of_decoder_layers_is_named(
 ) -> None:
     directory = add_tensor(peft_directory(EVERYWHERE), name, torch.zeros(2, 6))
     with pytest.raises(AdapterError, match=message):
-        read_adapter(directory, NUM_LAYERS)
+        read_adapter(directory, *WHERE)
 
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.lora_B.weight"
@@ -369,7 +374,7 @@ def test_tensors_that_say_nothing(
         write_adapter(directory, lora, lora_tensors(EVERYWHERE))
     add_tensor(directory, f"base_model.model.{Q_PROJ}", tensor)
     with pytest.raises(AdapterError, match=rf"adapter_model\.safetensors: .*{message}"):
-        read_adapter(directory, NUM_LAYERS)
+        read_adapter(directory, *WHERE)
 
 
 def test_sharded_parameters_are_not_saved(tmp_path: Path) -> None:

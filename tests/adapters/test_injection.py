@@ -13,7 +13,7 @@ from ssmlora_dist.adapters.injection import adapter_parameters, insert_adapters,
 from ssmlora_dist.adapters.layers import LoRALinear, SSMLoRALinear
 from ssmlora_dist.adapters.state import AdaptedDecoderLayer, StatefulDecoderLayer
 from ssmlora_dist.errors import AdapterError, ModelError
-from ssmlora_dist.models import FAMILIES
+from ssmlora_dist.models import structure_of
 from tests.tiny import FAMILY_NAMES, QV_AND_MLP, layers_of, tiny_model
 
 PREFIX = "model.layers"
@@ -88,11 +88,12 @@ def test_names_are_those_of_peft() -> None:
 
 @pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_every_projection_of_a_family_can_be_adapted(model_type: str) -> None:
-    projections = tuple(FAMILIES[model_type].projections)
-    config = AdapterConfig(rank=2, alternate=(), every_layer=projections, every_layer_method="ssmlora")
+    config = AdapterConfig(rank=2, alternate=(), every_layer="all-linear", every_layer_method="ssmlora")
     model = add_adapters(tiny_model(model_type, num_layers=2), config)
-    for layer in layers_of(model):
-        for axis, path in enumerate(FAMILIES[model_type].projections.values()):
+    paths = structure_of(model).linears
+    assert len(paths[0]) == 7
+    for layer, own in zip(layers_of(model), paths, strict=True):
+        for axis, path in enumerate(own):
             module = layer.get_submodule(path)
             assert isinstance(module, SSMLoRALinear)
             assert module.axis == axis
@@ -117,8 +118,7 @@ def adapters_of(layer: Any) -> dict[str, LoRALinear]:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_adapters_that_read_one_tensor_know_each_other(model_type: str, dropout: float) -> None:
-    projections = tuple(FAMILIES[model_type].projections)
-    config = AdapterConfig(method="lora", rank=2, alternate=(), every_layer=projections, dropout=dropout)
+    config = AdapterConfig(method="lora", rank=2, alternate=(), every_layer="all-linear", dropout=dropout)
     model = add_adapters(tiny_model(model_type, num_layers=2), config)
     inputs: dict[LoRALinear, Tensor] = {}
     for layer in layers_of(model):
@@ -191,11 +191,13 @@ def test_a_model_is_adapted_once() -> None:
         add_adapters(model, QV_AND_MLP)
 
 
-def test_other_families_are_refused() -> None:
+def test_a_model_without_linear_layers_is_refused() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model: Any = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=11, n_positions=8))
-    with pytest.raises(ModelError, match="'gpt2' is not supported; supported are llama"):
+    with pytest.raises(
+        ModelError, match=r"gpt2 models cannot be adapted: .*no linear layers.*; name a decoder"
+    ):
         add_adapters(model)
 
 

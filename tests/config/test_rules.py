@@ -2,14 +2,9 @@ from __future__ import annotations
 
 from ssmlora_dist.config.deepspeed_keys import DECIDED_BY, PASSED_ON
 from ssmlora_dist.config.problems import field_places
-from ssmlora_dist.config.rules import PROJECTIONS, rule_problems
-from ssmlora_dist.models.families import FAMILIES
+from ssmlora_dist.config.rules import rule_problems
 
 from .conftest import Load
-
-
-def test_projections_are_those_of_the_supported_families() -> None:
-    assert set(PROJECTIONS) == {name for family in FAMILIES.values() for name in family.projections}
 
 
 def test_what_decides_a_deepspeed_key_exists() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations, product
 
+from ..decoders import bare_config
 from .jobs import ROWS_FILE, Overrides
 
 NUM_LAYERS = 6
@@ -52,6 +54,25 @@ _NAMES = list(VARIANTS)
 TIED_DIRECTORY = "tied"
 # Time modules drop of their state, plain LoRA of its input.
 _DROPOUT = ("adapter.dropout=0.3", _SEVEN)
+_SIZES = {
+    "vocab_size": 259,
+    "num_hidden_layers": NUM_LAYERS,
+    "max_position_embeddings": 512,
+    "pad_token_id": 258,
+}
+# What they do before their first layer and behind the last, they must do once; fused projections; experts.
+_OTHERS: dict[str, Overrides] = {
+    model_type: (
+        f"model.config={json.dumps(bare_config(model_type) | _SIZES)}",
+        f"adapter.alternate={json.dumps(alternate)}",
+        "adapter.every_layer=all-linear",
+    )
+    for model_type, alternate in (
+        ("granite", ["q_proj", "v_proj"]),
+        ("gpt_neox", ["query_key_value", "attention.dense"]),
+        ("qwen3_moe", ["q_proj", "v_proj"]),
+    )
+}
 _TIED = f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}'
 
 
@@ -71,6 +92,7 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
     "lora": (1, ("adapter.method=lora",)),
     "tied from a file": (1, (_TIED,)),
     "dropout": (1, _DROPOUT),
+    **{model_type: (1, overrides) for model_type, overrides in _OTHERS.items()},
     # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
     "two ranks": (2, VARIANTS[_NAMES[0]]),
 }
@@ -98,6 +120,10 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
             "dropout",
         )
         for boundaries, ahead in (((0, 3), 0), ((0, 3), 2), ((0, 3), "auto"), ((0, 2, 3, 5), 1))
+    },
+    **{
+        f"{model_type} in two": (2, (*overrides, *_split((0, 3), 1)), model_type)
+        for model_type, overrides in _OTHERS.items()
     },
     "balanced": (2, (*VARIANTS[_NAMES[0]], "parallel.pipeline_stages=2"), _NAMES[0]),
 }

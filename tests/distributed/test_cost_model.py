@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +12,15 @@ from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.distributed.cost_model import (
     AdapterShape,
-    DecoderShape,
     ModelCosts,
     Workload,
     bytes_per_weight,
     model_costs,
 )
 from ssmlora_dist.distributed.schedule import Recompute
+from ssmlora_dist.models import empty_model, load_config, structure_of
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
+from ssmlora_dist.sizes import DecoderShape
 
 from ..tiny import QV_AND_MLP, layers_of, tiny_model
 
@@ -46,16 +46,7 @@ def costs_of(
     parameters = [0] * config.num_hidden_layers
     for name, parameter in adapter_parameters(model).items():
         parameters[int(name.split("layers.")[1].split(".")[0])] += parameter.numel()
-    shape = DecoderShape(
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.hidden_size // config.num_attention_heads,
-        config.vocab_size,
-        config.tie_word_embeddings,
-    )
+    shape = structure_of(model).shape
     return model_costs(
         shape,
         AdapterShape(tuple(parameters), num_axes=2, rank=4, state_dtype_bytes=BYTES[dtype]),
@@ -123,7 +114,7 @@ def test_flops_are_those_of_the_metrics() -> None:
     trained = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     whole = sum(layer.forward_flops + layer.backward_flops for layer in costs.layers)
     tokens = BATCH * TOKENS
-    assert whole - 6 * tokens * trained == tokens * DecoderShape.of(model.config).flops_per_token(TOKENS)
+    assert whole - 6 * tokens * trained == tokens * structure_of(model).shape.flops_per_token(TOKENS)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -197,29 +188,33 @@ def test_bytes_per_weight(mode: Any, double: bool, num_bytes: int) -> None:
 
 
 def decoder(
-    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, **more: int
-) -> Any:
-    """A configuration, by the names of transformers."""
-    return SimpleNamespace(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        vocab_size=1,
-        tie_word_embeddings=False,
-        **more,
+    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, **more: Any
+) -> DecoderShape:
+    config = load_config(
+        config={
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": key_value_heads,
+            "vocab_size": 1,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            **more,
+        }
     )
+    return structure_of(empty_model(config)).shape
 
 
 LLAMA_2_7B = decoder(4096, 11008, 32, 32, 32)
 LLAMA_2_70B = decoder(8192, 28672, 80, 64, 8)
 # Heads that together are wider than the hidden size.
-QWEN3_0_6B = decoder(1024, 3072, 28, 16, 8, head_dim=128)
+QWEN3_0_6B = decoder(1024, 3072, 28, 16, 8, head_dim=128, model_type="qwen3")
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("shape", "expected"),
     [
         # 4 x 4096^2 + 3 x 4096 x 11008 in each of 32 layers.
         (LLAMA_2_7B, 32 * (67_108_864 + 135_266_304)),
@@ -229,14 +224,13 @@ QWEN3_0_6B = decoder(1024, 3072, 28, 16, 8, head_dim=128)
         (QWEN3_0_6B, 28 * (4_194_304 + 2_097_152 + 9_437_184)),
     ],
 )
-def test_weights_that_multiply_each_token(config: Any, expected: int) -> None:
-    shape = DecoderShape.of(config)
-    assert shape.num_layers * shape.linear_weights == expected
+def test_weights_that_multiply_each_token(shape: DecoderShape, expected: int) -> None:
+    assert sum(layer.multiplied_weights for layer in shape.layers) == expected
 
 
 def test_flops_of_llama_2_7b() -> None:
     """4 N, and in each layer 2 products of half of 4,096 x 4,096 scores forward and twice that backward."""
-    shape = DecoderShape.of(LLAMA_2_7B)
+    shape = LLAMA_2_7B
     assert shape.flops_per_token(0) == 4 * 6_476_005_376
     attention_forward = 32 * 2 * 2 * (4096 / 2) * 4096
     assert shape.flops_per_token(4096) == 4 * 6_476_005_376 + 3 * attention_forward

@@ -4,10 +4,11 @@ import math
 
 import pytest
 
-from ssmlora_dist.distributed.cost_model import DecoderShape
 from ssmlora_dist.distributed.roofline import Ceilings, step_limit
+from ssmlora_dist.models import empty_model, load_config, structure_of
+from ssmlora_dist.models.shapes import SHAPES
 
-LLAMA_2_7B = DecoderShape(4096, 11008, 32, 32, 32, 128, 32000, tied_embeddings=False)
+LLAMA_2_7B = structure_of(empty_model(load_config(config=SHAPES["llama2-7b"]))).shape
 LINEAR_WEIGHTS = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
 ENDLESS = math.inf
 

@@ -48,7 +48,8 @@ BAD: dict[str, Case] = {
     ),
     "no-end": overriding("training.max_steps=null", says=("training.max_steps:", '"num_epochs"')),
     "unknown-projection": overriding(
-        'adapter.alternate=["q_prj"]', says=("adapter.alternate.0:", 'did you mean "q_proj"?')
+        'adapter.alternate=["q_prj"]',
+        says=("adapter: the model's layers have no projection 'q_prj'", "did you mean q_proj?"),
     ),
     "two-problems": overriding(
         "training.max_stps=3",

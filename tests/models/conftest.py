@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssmlora_dist.models import FAMILIES
+from tests.tiny import FAMILY_NAMES
 
 SEED = 7
 
@@ -63,7 +63,7 @@ def save_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 @pytest.fixture(scope="session")
 def checkpoints(save_checkpoint: Callable[..., Path]) -> dict[str, Path]:
     """A sharded float32 checkpoint of each family."""
-    return {model_type: save_checkpoint(model_type) for model_type in FAMILIES}
+    return {model_type: save_checkpoint(model_type) for model_type in FAMILY_NAMES}
 
 
 @pytest.fixture

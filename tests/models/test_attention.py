@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssmlora_dist.errors import ModelError
-from ssmlora_dist.models import FAMILIES
+from ssmlora_dist.models import load_config
 from ssmlora_dist.models import loading as loading_module
 from ssmlora_dist.models.loading import attention_implementation
 
@@ -16,7 +16,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def choose(attention: Any, model_type: str, device: torch.device, dtype: torch.dtype) -> str:
-    return attention_implementation(attention, FAMILIES[model_type], device, dtype)
+    return attention_implementation(attention, load_config(config={"model_type": model_type}), device, dtype)
 
 
 def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,5 +44,7 @@ def test_flash_attention_asked_for_where_it_cannot_run(monkeypatch: pytest.Monke
 
 
 def test_sdpa_asked_for_where_it_would_be_wrong() -> None:
-    with pytest.raises(ModelError, match=r"model\.attention: sdpa cannot cap.*gemma2"):
+    with pytest.raises(
+        ModelError, match=r"model\.attention: .*does not run gemma2 models with sdpa, .*a cap of its logits"
+    ):
         choose("sdpa", "gemma2", CPU, torch.bfloat16)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from ssmlora_dist.errors import ModelError
-from ssmlora_dist.models import FAMILIES, load_config, max_positions
+from ssmlora_dist.models import load_config, max_positions
+from tests.tiny import FAMILY_NAMES
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_a_directory_gives_what_transformers_reads(model_type: str, checkpoints: dict[str, Path]) -> None:
     from transformers import AutoConfig
 
@@ -40,7 +41,8 @@ def test_what_transformers_renames_is_accepted(tiny_config: Callable[..., dict[s
         ({"hiden_size": 32}, r"model\.config: a llama configuration has no key hiden_size; .*`hidden_size`"),
         ({"hidden_size": "32"}, r"model\.config: not a valid llama configuration: .*hidden_size"),
         ({"hidden_size": 33}, r"model\.config: not a valid llama configuration: .*33"),
-        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are llama"),
+        ({"model_type": "lama"}, r"model\.config: .*no model type 'lama'; did you mean 'llama'\?"),
+        ({"model_type": ["llama"]}, "no model type"),
     ],
 )
 def test_a_bad_bare_configuration(
@@ -65,7 +67,8 @@ def test_a_bare_configuration_without_type_or_nothing_at_all() -> None:
         ("{", r"config\.json: cannot be read as JSON"),
         ("[]", r"config\.json: names no `model_type`"),
         ('{"hidden_size": 32}', r"config\.json: names no `model_type`"),
-        ('{"model_type": "bert"}', "'bert' is not supported"),
+        ('{"model_type": "clip"}', "no causal language model of the type 'clip'"),
+        ('{"model_type": "llamma"}', r"config\.json: .*no model type 'llamma'; did you mean 'llama'\?"),
         ('{"model_type": "llama", "hidden_size": 33}', r"config\.json: not a valid llama configuration"),
     ],
 )

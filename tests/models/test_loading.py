@@ -14,12 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ssmlora_dist.adapters.projections import linear_layers
 from ssmlora_dist.errors import ModelError
-from ssmlora_dist.models import FAMILIES, decoder_layers, load_model
+from ssmlora_dist.models import decoder_layers, load_model, structure_of
 from ssmlora_dist.models import loading as loading_module
-from ssmlora_dist.models.loading import build_skeleton, fill, part_names
+from ssmlora_dist.models.loading import build_skeleton, fill
+from ssmlora_dist.models.stage import StageLayers
 from ssmlora_dist.models.weights import RandomWeights, SafetensorsWeights
 from ssmlora_dist.quantization import dequantized_weight, is_quantized, quantize_linear
+from tests.tiny import FAMILY_NAMES
 
 DTYPES = [torch.float32, torch.bfloat16]
 MODES = ["none", "nf4", "fp4", "int8"]
@@ -53,7 +56,7 @@ def logits(model: Any, token_ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quantization", MODES)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_logits_are_those_of_hugging_face_bitwise(
     model_type: str,
     quantization: Any,
@@ -129,9 +132,7 @@ def test_what_is_quantised_frozen_and_placed(
 ) -> None:
     model = load_model(str(checkpoints[model_type]), quantization=quantization, compute_dtype=torch.bfloat16)
     projections = [
-        layer.get_submodule(path)
-        for layer in decoder_layers(model).values()
-        for path in FAMILIES[model_type].projections.values()
+        linear for layer in decoder_layers(model).values() for linear in linear_layers(layer).values()
     ]
     assert len(projections) == 14
     assert all(is_quantized(projection) == (quantization != "none") for projection in projections)
@@ -211,7 +212,7 @@ def random_model(config: dict[str, Any], **changes: Any) -> Any:
     return load_model(init="random", config=config, **({"seed": 3} | changes))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_random_weights_depend_on_seed_and_name_alone(
     model_type: str, tiny_config: Callable[..., Any]
 ) -> None:
@@ -265,10 +266,10 @@ def test_random_weights_take_their_shapes_from_a_path(single: Path) -> None:
 
 def test_any_part_can_be_filled_alone(single: Path) -> None:
     whole = load_model(str(single), quantization="none", compute_dtype=torch.float32)
-    family, device = FAMILIES["llama"], torch.device("cpu")
+    device = torch.device("cpu")
     skeleton = build_skeleton(whole.config, torch.float32, "sdpa", device)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
-    names = part_names(skeleton.config, family)
+    names = StageLayers(0, 2, 2).part_names(structure_of(skeleton))
     assert names == [
         "model.embed_tokens",
         "model.layers.0",
@@ -277,7 +278,7 @@ def test_any_part_can_be_filled_alone(single: Path) -> None:
         "lm_head",
     ]
     part = skeleton.get_submodule("model.layers.1")
-    fill(part, "model.layers.1", SafetensorsWeights(single), family, device=device, dtype=torch.float32)
+    fill(part, "model.layers.1", SafetensorsWeights(single), device=device)
     for name, parameter in skeleton.named_parameters():
         assert parameter.is_meta == (not name.startswith("model.layers.1.")), name
         if not parameter.is_meta:
@@ -306,7 +307,7 @@ def test_no_more_than_one_dense_projection_is_alive(
 
 
 def test_random_weights_do_not_depend_on_what_was_read_before() -> None:
-    weights = RandomWeights(5, std=0.02, norm_weight=1.0)
+    weights = RandomWeights(5, std=0.02, started=lambda name: torch.ones(4))
     where: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
     shape = torch.Size([3, 4])
     alone = weights.read("b.weight", shape=shape, **where)

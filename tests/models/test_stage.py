@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist import add_adapters
-from ssmlora_dist.models.families import require_supported
 from ssmlora_dist.models.loss import checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers, cut_to_stage
 
@@ -32,7 +31,7 @@ def stage_of(first: int, stop: int, num_ahead: int | None, **changes: Any) -> Pi
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     stage = StageLayers(first, stop, NUM_LAYERS)
-    cut_to_stage(model, require_supported(model.config.model_type), stage)
+    cut_to_stage(model, stage)
     return PipelineStage(model, stage, 8, num_ahead)
 
 

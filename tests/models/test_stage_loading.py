@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssmlora_dist.errors import ModelError
-from ssmlora_dist.models import FAMILIES, load_model
+from ssmlora_dist.models import load_model
 from ssmlora_dist.models.safetensors_file import StoredTensor
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
 from ssmlora_dist.models.weights import SafetensorsWeights
+from tests.tiny import FAMILY_NAMES
 
 from .test_loading import hugging_face_model
 
@@ -65,7 +66,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     ("quantization", "dtype"), [("none", torch.float32), ("nf4", torch.bfloat16), ("int8", torch.float32)]
 )
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_a_chain_of_stages_gives_the_logits_of_hugging_face_bitwise(
     model_type: str,
     tied: bool,

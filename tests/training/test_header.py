@@ -16,9 +16,11 @@ from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.data import account_lines
 from ssmlora_dist.training.header import device_text, run_header
 
+from ..decoders import bare_config
 from ..tiny import tiny_config
 
 CPU = torch.device("cpu")
+DTYPE = {"compute_dtype": "float32"}
 CPU_INFO = "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nprocessor\t: 1\nmodel name\t: Some CPU @ 2 GHz\n"
 
 
@@ -66,6 +68,7 @@ def test_all_facts_of_a_run() -> None:
         "model": "random weights (llama)",
         "computes in": "float32, attention sdpa",
         "quantised": "nf4 of the projections, scales in 8 bits too",
+        "adapts": "ssmlora in turn on q_proj (16 -> 16), v_proj (16 -> 8)",
         # Three q_proj of 16 -> 16 and three v_proj of 16 -> 8 at rank 4, each with two matrices of the state.
         "parameters": "864 trained, 13,872 frozen",
         "batch": "8 = 1 ranks x 4 micro-batches x 2 sequences",
@@ -75,6 +78,20 @@ def test_all_facts_of_a_run() -> None:
         "recorded": "in its own files alone",
         "begins": "at step 0",
     }
+
+
+def test_fused_and_skipped_projections_show() -> None:
+    fused = {"init": "random", "config": bare_config("phi3"), "tokenizer": "bytes", **DTYPE}
+    adapter = {"alternate": ["qkv_proj"], "every_layer": "all-linear", "rank": 4}
+    assert facts(config(model=fused, adapter=adapter))["adapts"] == (
+        "ssmlora in turn on qkv_proj (16 -> 32); lora on o_proj (16 -> 16), gate_up_proj (16 -> 48), "
+        "down_proj (24 -> 16)"
+    )
+    mixed = {"init": "random", "config": bare_config("glm4_moe"), "tokenizer": "bytes", **DTYPE}
+    adapter = {"alternate": [], "every_layer": ["mlp.down_proj", "up_proj"], "rank": 4}
+    assert facts(config(model=mixed, adapter=adapter))["adapts"] == (
+        "lora on mlp.down_proj (24 -> 16, not in layers 1, 2, 3), up_proj (16 -> 24 or 16 -> 8)"
+    )
 
 
 def test_topology() -> None:

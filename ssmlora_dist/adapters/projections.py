@@ -1,0 +1,170 @@
+"""Projections: the linear layers of a decoder layer, which can be adapted, and their names by PEFT's rules.
+
+A name stands for the paths that end in it: `q_proj` and `self_attn.q_proj` both for `self_attn.q_proj`. Paths
+are those in a decoder layer, one list for each layer: the layers of a model need not be alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from ssmlora_dist.adapters.config import ALL_LINEAR, AdapterConfig
+from ssmlora_dist.adapters.layers import LoRALinear
+from ssmlora_dist.errors import AdapterError
+
+Paths = Sequence[Sequence[str]]
+"""Of the linear layers of each decoder layer."""
+EXPERTS = "experts"
+"""transformers' name for the module of all experts of a layer."""
+
+
+def linear_layers(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a decoder layer by path, dense or quantised; of adapted ones the base layers.
+
+    A linear layer that stands beside experts in one module is a router or a gate, and left out.
+    """
+    found: dict[str, nn.Linear] = {}
+    adapted: set[str] = set()
+    for path, module in layer.named_modules():
+        parent = path.rpartition(".")[0]
+        if isinstance(module, LoRALinear):
+            adapted.add(path)
+            found[path] = module.base_layer
+        elif (
+            isinstance(module, nn.Linear)
+            and parent not in adapted
+            and not hasattr(layer.get_submodule(parent), EXPERTS)
+        ):
+            found[path] = module
+    return found
+
+
+def named_by(name: str, paths: Sequence[str]) -> list[str]:
+    """Those of `paths` that `name` stands for."""
+    return [path for path in paths if path == name or path.endswith(f".{name}")]
+
+
+def shortest_name(path: str, paths: Paths) -> str:
+    """The shortest end of `path` that stands for no more than one linear layer of any decoder layer."""
+    parts = path.split(".")
+    for start in reversed(range(1, len(parts))):
+        name = ".".join(parts[start:])
+        if all(len(named_by(name, own)) <= 1 for own in paths):
+            return name
+    return path
+
+
+def resolve(config: AdapterConfig, prefix: str, paths: Paths) -> AdapterConfig:
+    """`config` with every projection of `every_layer` listed by a name that is unique in its decoder layer.
+
+    Args:
+        config: what to adapt.
+        prefix: name of the list of decoder layers in the model, such as `model.layers`.
+        paths: of the linear layers of each decoder layer of the whole model.
+
+    Raises:
+        AdapterError: a name or expression that stands for no linear layer, or not for one wherever
+            `alternate` puts it, with the nearest names.
+    """
+    for place, name in enumerate(config.alternate):
+        _check_alternate(name, place, len(config.alternate), paths)
+    in_turn = {path for own in paths for name in config.alternate for path in named_by(name, own)}
+    if isinstance(config.every_layer, tuple):
+        names = [each for name in config.every_layer for each in _expanded(name, paths)]
+    elif config.every_layer == ALL_LINEAR:
+        names = [shortest_name(path, paths) for path in _distinct(paths) if path not in in_turn]
+    else:
+        names = [shortest_name(path, paths) for path in _matching(config.every_layer, prefix, paths)]
+    every_layer = tuple(dict.fromkeys(names))
+    for path in _distinct(paths):
+        naming = [name for name in (*config.alternate, *every_layer) if named_by(name, [path])]
+        if len(naming) > 1:
+            raise AdapterError(
+                f"adapter: {path} is named more than once, by {' and '.join(map(repr, naming))}; a "
+                "projection is adapted once: leave one of them out of `alternate` or `every_layer`"
+            )
+    return config.model_copy(update={"every_layer": every_layer})
+
+
+def skipped_layers(config: AdapterConfig, paths: Paths) -> dict[str, list[int]]:
+    """For each projection of a resolved `every_layer`, the decoder layers that lack it, if any do."""
+    lacking = {
+        name: [index for index, own in enumerate(paths) if not named_by(name, own)] for name in config.listed
+    }
+    return {name: layers for name, layers in lacking.items() if layers}
+
+
+def _distinct(paths: Paths) -> list[str]:
+    return list(dict.fromkeys(path for own in paths for path in own))
+
+
+def _check_alternate(name: str, place: int, turns: int, paths: Paths) -> None:
+    found = [named_by(name, own) for own in paths]
+    if not any(found):
+        raise _unknown(name, paths)
+    for index in range(place, len(paths), turns):
+        if len(found[index]) > 1:
+            raise AdapterError(
+                f"adapter: `alternate` names {name!r}, which is {' and '.join(found[index])} in layer "
+                f"{index}; give more of the path of the one that is meant"
+            )
+        if not found[index]:
+            everywhere = [n for n in _names(paths) if all(named_by(n, own) for own in paths)]
+            instead = (
+                f"take one that all layers have ({', '.join(everywhere)})" if everywhere else "leave it out"
+            )
+            raise AdapterError(
+                f"adapter: `alternate` puts {name!r} into layer {index}, which has none: the layers of this "
+                f"model differ; {instead}, or name it in `every_layer`, which passes over layers without it"
+            )
+
+
+def _expanded(name: str, paths: Paths) -> Iterator[str]:
+    """The name, or names of what it stands for where that is several linear layers of one decoder layer."""
+    found = [named_by(name, own) for own in paths]
+    if not any(found):
+        raise _unknown(name, paths)
+    if all(len(own) <= 1 for own in found):
+        yield name
+    else:
+        yield from (shortest_name(path, paths) for path in _distinct(found))
+
+
+def _matching(expression: str, prefix: str, paths: Paths) -> Iterator[str]:
+    """Paths of the linear layers whose full name matches."""
+    pattern = re.compile(expression)
+    chosen = [
+        [path for path in own if pattern.fullmatch(f"{prefix}.{index}.{path}")]
+        for index, own in enumerate(paths)
+    ]
+    if not any(chosen):
+        raise AdapterError(
+            f"adapter: `every_layer` is the regular expression {expression!r}, which matches no linear layer "
+            f"as a whole; they are called {prefix}.0.{paths[0][0]} and the like; mend it, or list names: "
+            f"{', '.join(_names(paths))}"
+        )
+    for path in _distinct(chosen):
+        left = [i for i, own in enumerate(paths) if path in own and path not in chosen[i]]
+        if left:
+            raise AdapterError(
+                f"adapter: `every_layer` is the regular expression {expression!r}, which matches {path} in "
+                f"some layers and not in layer {left[0]}; have it match in every layer"
+            )
+        yield path
+
+
+def _names(paths: Paths) -> list[str]:
+    return list(dict.fromkeys(shortest_name(path, paths) for path in _distinct(paths)))
+
+
+def _unknown(name: str, paths: Paths) -> AdapterError:
+    names = _names(paths)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return AdapterError(
+        f"adapter: the model's layers have no projection {name!r}{hint}; they have {', '.join(names)}"
+    )

@@ -1,0 +1,128 @@
+"""What names of projections stand for, by PEFT's rules, in layers that need not be alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from ssmlora_dist import AdapterConfig, add_adapters
+from ssmlora_dist.adapters.layers import LoRALinear
+from ssmlora_dist.adapters.projections import linear_layers, resolve, shortest_name, skipped_layers
+from ssmlora_dist.errors import AdapterError
+from ssmlora_dist.models import decoder_layers, empty_model, load_config
+from tests.decoders import bare_config
+
+PREFIX = "model.layers"
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+ALIKE = ((*ATTENTION, *MLP),) * 3
+# Recurrent layers without queries; two of one name in the middle.
+MIXED = (
+    ("linear_attn.in_proj", "linear_attn.out_proj", *MLP),
+    ("self_attn.q_proj", "self_attn.out_proj", "cross_attn.q_proj", *MLP),
+    ("linear_attn.in_proj", "linear_attn.out_proj", *MLP),
+)
+
+
+def every_layer(value: Any, paths: Any = ALIKE, alternate: tuple[str, ...] = ()) -> Any:
+    config = AdapterConfig(alternate=alternate, every_layer=value)
+    return resolve(config, PREFIX, paths).every_layer
+
+
+def test_lists_stay_as_they_are() -> None:
+    assert every_layer(("o_proj", "mlp.up_proj")) == ("o_proj", "mlp.up_proj")
+
+
+def test_all_linear_layers_but_those_in_turn() -> None:
+    everything = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert every_layer("all-linear") == everything
+    assert every_layer("all-linear", alternate=("q_proj", "self_attn.v_proj")) == (
+        "k_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
+
+def test_an_expression_matches_full_names_as_a_whole() -> None:
+    assert every_layer(r".*\.(q|v)_proj") == ("q_proj", "v_proj")
+    assert every_layer(r"model\.layers\.\d+\.mlp\..*") == ("gate_proj", "up_proj", "down_proj")
+    with pytest.raises(AdapterError, match=r"'q_proj', which matches no linear layer .*layers\.0\.self_attn"):
+        every_layer("q_proj")
+    with pytest.raises(AdapterError, match=r"matches mlp\.up_proj in some layers and not in layer 2"):
+        every_layer(r"model\.layers\.[01]\.mlp\.up_proj")
+
+
+def test_layers_that_lack_a_name_are_passed_over_and_told() -> None:
+    config = AdapterConfig(alternate=(), every_layer=("in_proj", "down_proj"))
+    resolved = resolve(config, PREFIX, MIXED)
+    assert resolved == config
+    assert skipped_layers(resolved, MIXED) == {"in_proj": [1]}
+
+
+def test_what_stands_for_several_in_a_layer_is_taken_apart() -> None:
+    assert every_layer(("q_proj",), MIXED) == ("self_attn.q_proj", "cross_attn.q_proj")
+    assert every_layer(("out_proj",), MIXED) == ("out_proj",)
+    assert shortest_name("cross_attn.q_proj", MIXED) == "cross_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("alternate", "paths", "message"),
+    [
+        (("q_porj",), ALIKE, r"no projection 'q_porj' \(did you mean q_proj\?\); they have q_proj, k_proj"),
+        (
+            ("in_proj", "down_proj"),
+            (MIXED[1], MIXED[0]),
+            r"puts 'in_proj' into layer 0, which has none: .*layers have \(out_proj, .*every_layer",
+        ),
+        (
+            ("up_proj", "q_proj"),
+            MIXED,
+            r"'q_proj', which is self_attn.q_proj and cross_attn.q_proj in layer 1",
+        ),
+    ],
+)
+def test_in_turn_each_layer_must_have_its_one(alternate: Any, paths: Any, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        resolve(AdapterConfig(alternate=alternate), PREFIX, paths)
+
+
+def test_a_projection_is_adapted_once() -> None:
+    for value, alternate in ((("self_attn.q_proj",), ("q_proj",)), (("up_proj", "mlp.up_proj"), ())):
+        with pytest.raises(AdapterError, match=r"is named more than once, by '.*_proj' and '.*_proj'"):
+            every_layer(value, alternate=alternate)
+    with pytest.raises(AdapterError, match="q_proj is named more than once"):
+        every_layer(r".*q_proj", alternate=("q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize(
+    "value", ["all-linear", r".*\.(down_proj|mlp\.dense_\w+|q_proj)", ["down_proj", "dense"]]
+)
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "olmo_hybrid"])
+def test_what_peft_adapts_is_adapted(model_type: str, value: Any) -> None:
+    config = load_config(config=bare_config(model_type))
+    if isinstance(value, list):
+        value = [value[model_type == "gpt_neox"]]
+    ours = add_adapters(empty_model(config), AdapterConfig(method="lora", alternate=(), every_layer=value))
+    with torch.device("meta"):
+        peft = get_peft_model(empty_model(config), LoraConfig(target_modules=value, task_type="CAUSAL_LM"))
+    found = {name for name, module in ours.named_modules() if isinstance(module, LoRALinear)}
+    theirs = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+        for name, _ in peft.named_modules()
+        if name.endswith(".lora_A.default")
+    }
+    assert found == theirs
+
+
+def test_linear_layers_of_adapted_layers_are_the_base_layers() -> None:
+    model = empty_model(load_config(config=bare_config("llama")))
+    before = linear_layers(decoder_layers(model)[0])
+    add_adapters(model, AdapterConfig(every_layer="all-linear"))
+    after = linear_layers(decoder_layers(model)[0])
+    assert after.keys() == before.keys()
+    assert all(after[path] is before[path] for path in before)
