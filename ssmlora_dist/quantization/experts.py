@@ -47,8 +47,8 @@ ReadTensor = Callable[[str, torch.Size], Tensor]
 def expert_weights(module: nn.Module) -> tuple[str, ...]:
     """Names of the experts' weights [E,M,N] that `module` itself holds; they need no storage.
 
-    Experts are floating parameters of three axes, but for kernels of convolutions. Their layout is known where
-    the module follows transformers' interface of interchangeable implementations.
+    Experts are floating parameters of three axes, but for kernels of convolutions. Their layout is known
+    where the module follows transformers' interface of interchangeable implementations.
 
     Raises:
         ModelError: there are such weights in a layout that is not known.
@@ -66,9 +66,9 @@ def expert_weights(module: nn.Module) -> tuple[str, ...]:
     ):
         listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise ModelError(
-            f"quantization.mode: the weights of {type(module).__name__} ({listed}) are in a layout that is not "
-            'known, and would stay in full size; set the mode to "none", or name a model whose experts follow '
-            "transformers' experts interface"
+            f"quantization.mode: {type(module).__name__} holds weights ({listed}) in a layout that is not "
+            'known, so that they would stay dense; set the mode to "none", or name a model whose experts '
+            "follow transformers' experts interface"
         )
     return tuple(shapes)
 
@@ -76,9 +76,10 @@ def expert_weights(module: nn.Module) -> tuple[str, ...]:
 class QuantizedExperts(nn.Module):
     """In the place of a module of experts: computes what its class does, with quantised weights.
 
-    Each weight is a frozen parameter [E,P] of its name, viewed as the storage dtype, so that a sharding engine
-    that expects one floating dtype takes it; its values mean nothing as numbers. Moving the module moves it,
-    and casting the module leaves every bit as it is. Differentiable in the hidden states and routing weights.
+    Each weight is a frozen parameter [E,P] of its name, viewed as the storage dtype, so that a sharding
+    engine that expects one floating dtype takes it; its values mean nothing as numbers. Moving the module
+    moves it, and casting the module leaves every bit as it is. Differentiable in hidden states and routing
+    weights.
 
     The dequantised weights are never left to autograd, not even in a recompute: those of one layer's experts
     take gigabytes.
@@ -138,7 +139,7 @@ class QuantizedExperts(nn.Module):
         return self.experts_class.forward(stand_in, *args, **kwargs)
 
     def dequantize(self, name: str, packed: Tensor, expert: int | None = None) -> Tensor:
-        """The weight `name` [E,M,N], or that of one expert [M,N], in the compute dtype, from `packed` [E,P]."""
+        """The weight `name` [E,M,N], or one expert's [M,N], in the compute dtype, from `packed` [E,P]."""
         shape = self.shapes[name]
         num_weights = shape[1:].numel()
         first, stop = (0, shape[0]) if expert is None else (expert, expert + 1)
@@ -257,7 +258,7 @@ def quantize_experts(
 
 
 class ExpertWeights:
-    """Stands for a weight [E,M,N], or for that of one expert [M,N], in the forward pass of the experts' class.
+    """Stands for a weight [E,M,N], or one expert's [M,N], in the forward pass of the experts' class.
 
     Products with it dequantise it and save for the backward pass what is packed. One expert is had by its
     index; those at several indices are dequantised at once, as a tensor.
@@ -316,9 +317,9 @@ class ExpertWeights:
         offsets = (kwargs or {}).get("offs")
         if not isinstance(weights, cls) or not (func in (F.linear, Tensor.matmul) or offsets is not None):
             raise ModelError(
-                f"quantization.mode: the experts' implementation applies {func.__name__} to their weights, which "
-                "must be dense for that; choose another by `model.set_experts_implementation`, or set the mode "
-                'to "none"'
+                f"quantization.mode: the experts' implementation applies {func.__name__} to their weights, "
+                "which must be dense for that; choose another by `model.set_experts_implementation`, or set "
+                'the mode to "none"'
             )
         if func is F.linear:
             weights = weights.transpose(-2, -1)

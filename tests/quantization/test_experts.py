@@ -129,6 +129,10 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(torch.uint8)
+
+
 def logits_and_gradient(model: Any, checkpointed: bool = False) -> tuple[Tensor, Tensor]:
     """Of two rows of tokens, and the gradient of the loss at the embeddings' output."""
     if checkpointed:
@@ -159,11 +163,12 @@ def test_logits_and_gradients_are_those_of_the_dequantised_experts(
 
 def packed_elsewhere(weight: Tensor, mode: str, double_quantization: bool) -> Tensor:
     """One expert's weight, quantised and dequantised as the weight of a linear layer."""
-    rows, columns = weight.shape
+    # In one row: on CPUs bitsandbytes 0.50.2 mixes up the scales of 4-bit rows that end within a block.
+    rows, columns = weight.shape if mode == "int8" else (1, weight.numel())
     linear = nn.Linear(columns, rows, bias=False, dtype=weight.dtype)
-    linear.weight.data = weight
+    linear.weight.data = weight.reshape(rows, columns)
     settings = {"double_quantization": double_quantization, "compute_dtype": weight.dtype}
-    return dequantized_weight(quantize_linear(linear, mode=mode, **settings))
+    return dequantized_weight(quantize_linear(linear, mode=mode, **settings)).view(weight.shape)
 
 
 # The second size fills neither blocks of weights nor, within an expert, blocks of scales.
@@ -258,7 +263,7 @@ class TestOneModule:
         self, mode: Any, implementation: str
     ) -> None:
         quantized = quantize_experts(tiny_experts(implementation=implementation), mode=mode).train()
-        before = {name: tensor.clone() for name, tensor in tensors_of(quantized).items()}
+        before = {name: bytes_of(tensor).clone() for name, tensor in tensors_of(quantized).items()}
         expected = output(quantized)
         quantized.eval()
         with torch.inference_mode():
@@ -266,7 +271,8 @@ class TestOneModule:
         found = output(quantized.train())
         assert torch.equal(evaluated, expected[0])
         assert all(map(torch.equal, found, expected))
-        assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(quantized).items())
+        for name, tensor in tensors_of(quantized).items():
+            assert torch.equal(bytes_of(tensor), before[name]), name
 
     @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
     @pytest.mark.parametrize("mode", MODES)
@@ -363,7 +369,7 @@ class TestOneModule:
     def test_other_operations_are_refused(self) -> None:
         quantized = quantize_experts(tiny_experts(), mode="nf4")
         weights = ExpertWeights(quantized, "down_proj", quantized.down_proj)
-        with pytest.raises(ModelError, match="applies bmm to their weights.*set_experts_implementation"):
+        with pytest.raises(ModelError, match=r"applies bmm to .*set_experts_implementation"):
             torch.bmm(torch.ones(1, 1, 1), weights)
 
 
