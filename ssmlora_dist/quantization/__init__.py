@@ -8,6 +8,7 @@ from ssmlora_dist.quantization.linear import (
     keep_weights_of_recompute,
     quantize_linear,
 )
+from ssmlora_dist.quantization.sizes import stored_bytes
 
 __all__ = [
     "QuantizationMode",
@@ -20,4 +21,5 @@ __all__ = [
     "quantize_experts",
     "quantize_linear",
     "stored_as",
+    "stored_bytes",
 ]
