@@ -20,8 +20,11 @@ class DecoderShape:
     """Sizes of a decoder, by the names of transformers.
 
     Attributes:
+        intermediate_size: of the MLP or, in a mixture, of one expert.
         head_dim: width of one attention head; `hidden_size / num_attention_heads` in most models.
         tied_embeddings: whether the output head is the embedding's matrix; two stages hold a copy each.
+        num_experts: E, of each layer; 1: an MLP, without a router.
+        experts_per_token: how many of them each token goes through.
     """
 
     hidden_size: int
@@ -32,20 +35,26 @@ class DecoderShape:
     head_dim: int
     vocab_size: int
     tied_embeddings: bool
+    num_experts: int = 1
+    experts_per_token: int = 1
 
     @classmethod
     def of(cls, config: Any) -> DecoderShape:
-        """Of a transformers configuration of a supported family."""
+        """Of a transformers configuration of a supported family; its layers are taken to be alike."""
         heads = config.num_attention_heads
+        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+        of_one = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
         return cls(
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=of_one or config.intermediate_size,
             num_layers=config.num_hidden_layers,
             num_attention_heads=heads,
             num_key_value_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             vocab_size=config.vocab_size,
             tied_embeddings=config.tie_word_embeddings,
+            num_experts=experts,
+            experts_per_token=config.num_experts_per_tok if experts > 1 else 1,
         )
 
     @property
@@ -59,10 +68,30 @@ class DecoderShape:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def attention_weights(self) -> int:
+        """Weights of the four projections around attention of one layer."""
+        return 2 * self.hidden_size * (self.attention_size + self.key_value_size)
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of the three projections of one layer's MLP or, in a mixture, of all its experts."""
+        return self.num_experts * 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def router_weights(self) -> int:
+        """Weights by which one layer chooses experts; they are not quantised."""
+        return self.hidden_size * self.num_experts if self.num_experts > 1 else 0
+
+    @property
     def linear_weights(self) -> int:
-        """Weights of the seven projections of one layer."""
-        attention = 2 * self.attention_size + 2 * self.key_value_size
-        return self.hidden_size * (attention + 3 * self.intermediate_size)
+        """Weights of the projections of one layer, those of all experts."""
+        return self.attention_weights + self.mlp_weights
+
+    @property
+    def active_weights(self) -> int:
+        """Weights of one layer that multiply a token: of the experts, those that it goes through."""
+        through = self.mlp_weights * self.experts_per_token // self.num_experts
+        return self.attention_weights + through + self.router_weights
 
     def flops_per_token(self, sequence_length: float) -> float:
         """Model FLOPs of a training step per token, forward and backward to the inputs.
@@ -70,7 +99,7 @@ class DecoderShape:
         Neither recompute nor the output head counts. Frozen weights have no weight gradients, so both passes
         are 2 per weight; causal attention is 2 * 2 * S/2 per unit of width forward and twice that backward.
         """
-        per_layer = 4.0 * self.linear_weights + 6.0 * self.attention_size * sequence_length
+        per_layer = 4.0 * self.active_weights + 6.0 * self.attention_size * sequence_length
         return self.num_layers * per_layer
 
 
@@ -235,23 +264,30 @@ def _layer_cost(
 ) -> PartCost:
     hidden, state = shape.hidden_size, adapters.num_axes * adapters.rank
     tokens = workload.micro_batch_size * workload.sequence_length
-    linear = 2 * tokens * shape.linear_weights
+    linear = 2 * tokens * shape.active_weights
     attention = 2 * tokens * workload.sequence_length * shape.attention_size
     forward = linear + attention + 2 * tokens * parameters
     # Queries, keys, values and the attention's output; three tensors of the MLP's width; the two norms'
     # inputs in float32; the adapters' input. A frozen product keeps nothing.
     saved = 2 * shape.attention_size + 2 * shape.key_value_size + 3 * shape.intermediate_size + hidden
-    norm_bytes = 2 * hidden * compute_dtype_bytes
+    dequantized = shape.linear_weights
+    if shape.num_experts > 1:
+        # Of each expert that a token goes through its output too, for the gradient of its share. Experts'
+        # weights do not stay; the larger of their two tensors is dequantised whole.
+        saved += (shape.experts_per_token - 1) * 3 * shape.intermediate_size
+        saved += shape.experts_per_token * hidden
+        dequantized = shape.attention_weights + shape.mlp_weights * 2 // 3
+    unquantized_bytes = (2 * hidden + shape.router_weights) * compute_dtype_bytes
     is_quantized = bytes_per_linear_weight < compute_dtype_bytes
     return PartCost(
         forward_flops=forward,
         recompute_flops=forward if workload.recompute != "none" else 0,
         backward_flops=linear + 2 * attention + 4 * tokens * parameters,
-        frozen_bytes=math.ceil(shape.linear_weights * bytes_per_linear_weight) + norm_bytes,
+        frozen_bytes=math.ceil(shape.linear_weights * bytes_per_linear_weight) + unquantized_bytes,
         adapter_bytes=parameters * ADAPTER_BYTES_PER_PARAMETER,
         input_bytes=tokens * (hidden * compute_dtype_bytes + state * adapters.state_dtype_bytes),
         saved_bytes=tokens * (saved * compute_dtype_bytes + 2 * hidden * FLOAT32_BYTES),
-        dequantized_bytes=shape.linear_weights * compute_dtype_bytes if is_quantized else 0,
+        dequantized_bytes=dequantized * compute_dtype_bytes if is_quantized else 0,
     )
 
 

@@ -2,8 +2,8 @@
 
 A frozen weight costs 2 FLOPs per token forward, 2 backward to the input and, with gradient checkpointing, 2
 again for the recompute, which can do without a layer's last projection. Quantised weights are dequantised
-twice: forward, and backward with the recompute. That is bound by memory: the packed bytes are read and 16-bit
-weights written. Adapters, norms, activation functions and the optimiser count as nothing: what they take is
+twice: forward, and backward with the recompute; those of experts, which are not kept in between, in each pass.
+That is bound by memory: the packed bytes are read and 16-bit weights written. Adapters, norms, activation functions and the optimiser count as nothing: what they take is
 what is to be seen.
 """
 
@@ -87,17 +87,21 @@ def step_limit(
     passes = 3 if checkpointing else 2
     tokens = micro_batch_size * sequence_length
     supervised = micro_batch_size * (sequence_length if supervised_tokens is None else supervised_tokens)
-    linear_weights = shape.num_layers * shape.linear_weights
+    active_weights = shape.num_layers * shape.active_weights
     head_weights = shape.hidden_size * shape.vocab_size
-    # Nothing but its weight is needed of a layer's last product.
-    not_again = shape.num_layers * shape.hidden_size * shape.intermediate_size if checkpointing else 0
-    matmul_flops = 2 * tokens * (passes * linear_weights - not_again) + 2 * 3 * supervised * head_weights
+    is_mixture = shape.num_experts > 1
+    # Nothing but its weight is needed of a layer's last product; of experts' outputs, the router's gradient is.
+    last_weights = shape.hidden_size * shape.intermediate_size
+    not_again = shape.num_layers * last_weights if checkpointing and not is_mixture else 0
+    matmul_flops = 2 * tokens * (passes * active_weights - not_again) + 2 * 3 * supervised * head_weights
     # Forward two products of S/2 positions each; backward five, as the scores are computed again.
     forward = 2 * tokens * sequence_length * shape.attention_size * shape.num_layers
     attention_flops = forward * (passes - 1 + 2.5)
     moved = 0.0
     if bytes_per_linear_weight is not None:
-        moved = 2 * linear_weights * (bytes_per_linear_weight + compute_dtype_bytes)
+        of_experts = shape.mlp_weights if is_mixture else 0
+        dequantized = 2 * (shape.linear_weights - of_experts) + passes * of_experts
+        moved = shape.num_layers * dequantized * (bytes_per_linear_weight + compute_dtype_bytes)
     return StepLimit(
         num_tokens=tokens,
         matmul_seconds=matmul_flops / (ceilings.matmul_tflops * 1e12),

@@ -45,3 +45,20 @@ def test_the_design_s_figure_for_one_h100() -> None:
     """Llama-2-7B, 4,096 tokens, 790 TFLOP/s everywhere and no dequantisation: about 19,000 tokens/s."""
     limit = step_limit(LLAMA_2_7B, Ceilings(790.0, 790.0, ENDLESS), sequence_length=4096)
     assert 17_500 < limit.tokens_per_second < 19_500
+
+
+def test_of_a_mixture_active_weights_are_multiplied_and_all_dequantised() -> None:
+    # Qwen3-30B-A3B.
+    shape = DecoderShape(2048, 768, 48, 32, 4, 128, 151936, False, num_experts=128, experts_per_token=8)
+    limit = step_limit(
+        shape,
+        Ceilings(1.0, 2.0, 4.0),
+        sequence_length=1024,
+        supervised_tokens=0,
+        bytes_per_linear_weight=0.5,
+    )
+    attention, expert, router = 2 * 2048 * (4096 + 512), 3 * 2048 * 768, 2048 * 128
+    assert limit.matmul_seconds == pytest.approx(2 * 1024 * 3 * 48 * (attention + 8 * expert + router) / 1e12)
+    # Experts' weights do not live from the recompute to the backward pass.
+    dequantized = 48 * (2 * attention + 3 * 128 * expert)
+    assert limit.dequantization_seconds == pytest.approx(dequantized * 2.5 / 4e9)
