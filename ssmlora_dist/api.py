@@ -15,7 +15,7 @@ from ssmlora_dist.adapters.injection import adapter_parameters, insert_adapters,
 from ssmlora_dist.adapters.mixing import mix_in
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models.families import decoder_layers, require_supported
-from ssmlora_dist.quantization import stored_as
+from ssmlora_dist.quantization import QuantizedExperts, stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,7 +157,8 @@ def _precision_of(model: PreTrainedModel) -> dict[str, Any]:
         stored_as(module)
         for layer in decoder_layers(model).values()
         for path, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and not path.endswith(("lora_A", "lora_B"))
+        if (isinstance(module, nn.Linear) and not path.endswith(("lora_A", "lora_B")))
+        or isinstance(module, QuantizedExperts)
     ]
     if any(each != stored[0] for each in stored):
         return {}

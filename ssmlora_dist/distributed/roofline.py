@@ -2,9 +2,9 @@
 
 A frozen weight costs 2 FLOPs per token forward, 2 backward to the input and, with gradient checkpointing, 2
 again for the recompute, which can do without a layer's last projection. Quantised weights are dequantised
-twice: forward, and backward with the recompute; those of experts, which are not kept in between, in each pass.
-That is bound by memory: the packed bytes are read and 16-bit weights written. Adapters, norms, activation functions and the optimiser count as nothing: what they take is
-what is to be seen.
+twice: forward, and backward with the recompute; those of experts in each of the three, as they are not kept
+in between. That is bound by memory: the packed bytes are read and 16-bit weights written. Adapters, norms,
+activation functions and the optimiser count as nothing: what they take is what is to be seen.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def step_limit(
     active_weights = shape.num_layers * shape.active_weights
     head_weights = shape.hidden_size * shape.vocab_size
     is_mixture = shape.num_experts > 1
-    # Nothing but its weight is needed of a layer's last product; of experts' outputs, the router's gradient is.
+    # Nothing but its weight is needed of a layer's last product; experts' go into the router's gradient.
     last_weights = shape.hidden_size * shape.intermediate_size
     not_again = shape.num_layers * last_weights if checkpointing and not is_mixture else 0
     matmul_flops = 2 * tokens * (passes * active_weights - not_again) + 2 * 3 * supervised * head_weights

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -32,7 +32,7 @@ from ssmlora_dist.models.weights import (
 )
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.progress import counted
-from ssmlora_dist.quantization import QuantizationMode, quantize_linear
+from ssmlora_dist.quantization import QuantizationMode, expert_weights, quantize_experts, quantize_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,11 +108,14 @@ def load_model(
         source = _stored_weights(directory, model_config, family, stage, swap_rows)
     implementation = attention_implementation(attention, family, device, compute_dtype)
     model = build_skeleton(model_config, compute_dtype, implementation, device)
-    settings: dict[str, Any] = {"double_quantization": double_quantization, "compute_dtype": compute_dtype}
-    quantize = None if quantization == "none" else partial(quantize_linear, mode=quantization, **settings)
+    quantize: dict[str, Any] | None = None
+    if quantization != "none":
+        quantize = {"mode": quantization, "double_quantization": double_quantization}
     names = part_names(model_config, family) if stage is None else stage.part_names(model_config, family)
     parts = {name: model.get_submodule(name) for name in names}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
+    if quantize is not None:
+        _refuse_unknown_experts(parts.values())
     source.check(_shapes(parts), model.state_dict().keys(), ignored)
     doing = "loading" if quantize is None else "loading and quantising"
     for name, part in counted(parts.items(), f"{doing} the base model", len(parts)):
@@ -176,9 +179,9 @@ def fill(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    quantize: Callable[[nn.Linear], nn.Module] | None = None,
+    quantize: Mapping[str, Any] | None = None,
 ) -> None:
-    """Gives `part` its weights, frozen: each is read, quantised if it is a projection's, and released.
+    """Gives `part` its weights, frozen: each is read, quantised if a projection's or experts', and released.
 
     Args:
         part: an embedding, decoder layer, norm or head, whose parameters have no storage yet.
@@ -187,7 +190,8 @@ def fill(
         family: names the projections.
         device: where the weights go, and are quantised.
         dtype: of the weights.
-        quantize: makes a frozen quantised layer of a dense one; None leaves the projections dense.
+        quantize: `mode` and `double_quantization` of `quantize_linear` and `quantize_experts`; None leaves
+            all weights dense.
 
     Raises:
         ModelError: a tensor cannot be read.
@@ -197,17 +201,29 @@ def fill(
     def fill_module(path: str) -> None:
         module = part.get_submodule(path)
         prefix = f"{name}.{path}" if path else name
+
+        def read(key: str, shape: torch.Size) -> Tensor:
+            return source.read(f"{prefix}.{key}", shape=shape, device=device, dtype=dtype)
+
+        if quantize is not None and expert_weights(module):
+            part.set_submodule(path, quantize_experts(module, read, compute_dtype=dtype, **quantize))
+            return
         for key, empty in list(module.named_parameters(recurse=False)):
-            tensor = source.read(f"{prefix}.{key}", shape=empty.shape, device=device, dtype=dtype)
-            setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+            setattr(module, key, nn.Parameter(read(key, empty.shape), requires_grad=False))
         if quantize is not None and path in projections:
             assert isinstance(module, nn.Linear)
-            parent, _, child = path.rpartition(".")
-            setattr(part.get_submodule(parent), child, quantize(module))
+            part.set_submodule(path, quantize_linear(module, compute_dtype=dtype, **quantize))
 
     # By path, and in a function: any name that outlived its turn would keep a dense layer alive.
     for path in [path for path, _ in part.named_modules()]:
         fill_module(path)
+
+
+def _refuse_unknown_experts(parts: Iterable[nn.Module]) -> None:
+    """Raises ModelError if any of `parts` holds experts that cannot be quantised."""
+    for part in parts:
+        for module in part.modules():
+            expert_weights(module)
 
 
 def _shapes(parts: Mapping[str, nn.Module]) -> dict[str, torch.Size]:

@@ -8,12 +8,14 @@ from ssmlora_dist.quantization.linear import (
     keep_weights_of_recompute,
     quantize_linear,
 )
+from ssmlora_dist.quantization.mxfp4 import dequantize_mxfp4
 from ssmlora_dist.quantization.sizes import stored_bytes
 
 __all__ = [
     "QuantizationMode",
     "QuantizedExperts",
     "QuantizedLinear",
+    "dequantize_mxfp4",
     "dequantized_weight",
     "expert_weights",
     "is_quantized",
