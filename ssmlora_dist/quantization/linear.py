@@ -269,6 +269,7 @@ def keep_weights_of_recompute(layer: nn.Module) -> None:
     In training its quantised layers then leave their dequantised weights to autograd. Checkpointing drops
     what the forward pass leaves; what the recompute leaves lives until the backward pass, which follows at
     once, has used it. So the weights of one decoder layer exist at a time. Without checkpointing all would.
+    Those of experts, gigabytes in one layer, are not left even then.
 
     The recompute also ends before the layer's last product, of which nothing but the weight is needed.
     """
