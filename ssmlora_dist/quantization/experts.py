@@ -47,8 +47,9 @@ ReadTensor = Callable[[str, torch.Size], Tensor]
 def expert_weights(module: nn.Module) -> tuple[str, ...]:
     """Names of the experts' weights [E,M,N] that `module` itself holds; they need no storage.
 
-    Experts are floating parameters of three axes, but for kernels of convolutions. Their layout is known
-    where the module follows transformers' interface of interchangeable implementations.
+    Experts are floating parameters of three axes, but for kernels of convolutions and vectors that are
+    spread over axes of one. Their layout is known where the module follows transformers' interface of
+    interchangeable implementations.
 
     Raises:
         ModelError: there are such weights in a layout that is not known.
@@ -56,7 +57,7 @@ def expert_weights(module: nn.Module) -> tuple[str, ...]:
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.is_floating_point()
+        if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point()
     }
     if not shapes or isinstance(module, nn.modules.conv._ConvNd):
         return ()

@@ -20,6 +20,7 @@ from ssmlora_dist.quantization import (
     dequantized_weight,
     expert_weights,
     is_quantized,
+    keep_weights_of_recompute,
     quantize_experts,
     quantize_linear,
     stored_as,
@@ -211,7 +212,8 @@ class TestOneModule:
     @pytest.mark.parametrize("mode", MODES)
     def test_the_graph_holds_no_dequantised_weight(self, mode: Any, implementation: str) -> None:
         experts = tiny_experts(implementation=implementation)
-        quantized, saved = quantize_experts(experts, mode=mode), []
+        quantized, saved = quantize_experts(experts, mode=mode).train(), []
+        keep_weights_of_recompute(quantized)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             output(quantized)[0]
         packed = {getattr(quantized, name).data_ptr() for name in quantized.shapes}
@@ -374,15 +376,21 @@ class TestOneModule:
 
 
 def test_layouts_that_are_not_known_are_refused_without_weights() -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
     with torch.device("meta"):
         known = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
         unknown = nn.Module()
         unknown.num_experts, unknown.w1 = EXPERTS, nn.Parameter(torch.empty(EXPERTS, 8, 8))
-        convolution = nn.Conv1d(8, 8, 4, groups=8)
+        spread = nn.Module()
+        spread.scale = nn.Parameter(torch.empty(1, 1, 8))
+        of_a_family = Llama4TextExperts(Llama4TextConfig(hidden_size=8, intermediate_size=8))
     assert len(experts_of(known)) == 2
-    assert expert_weights(convolution) == expert_weights(nn.Linear(2, 2)) == ()
+    for module in (spread, nn.Conv1d(8, 8, 4, groups=4), nn.Linear(2, 2)):
+        assert expert_weights(module) == ()
+    with pytest.raises(ModelError, match=r"Llama4TextExperts holds weights \(gate_up_proj \[16, 8, 16\]"):
+        expert_weights(of_a_family)
     with pytest.raises(ModelError, match=r'w1 \[6, 8, 8\].* set the mode to "none"'):
         expert_weights(unknown)
 
