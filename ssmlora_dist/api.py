@@ -17,7 +17,7 @@ from ssmlora_dist.adapters.mixing import mix_in
 from ssmlora_dist.adapters.projections import linear_layers, resolve
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models.structure import decoder_layers, keep_structure, structure_of
-from ssmlora_dist.quantization import stored_as
+from ssmlora_dist.quantization import QuantizedExperts, stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,14 +173,18 @@ def _precision_of(model: PreTrainedModel) -> dict[str, Any]:
     stored = [
         {**stored_as(module), "compute_dtype": _computes_in(module, dtype)}
         for layer in decoder_layers(model).values()
-        for module in linear_layers(layer).values()
+        for module in (*linear_layers(layer).values(), *_experts_of(layer))
     ]
     if any(each != stored[0] for each in stored) or stored[0]["compute_dtype"] != dtype:
         return {}
     return {**stored[0], "compute_dtype": str(dtype).removeprefix("torch.")}
 
 
-def _computes_in(layer: nn.Linear, default: torch.dtype) -> torch.dtype:
+def _experts_of(layer: nn.Module) -> list[QuantizedExperts]:
+    return [module for module in layer.modules() if isinstance(module, QuantizedExperts)]
+
+
+def _computes_in(layer: Any, default: torch.dtype) -> torch.dtype:
     """The dtype of a linear layer's products; `default` where it takes that of its input."""
     dtype: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
     return dtype if dtype.is_floating_point else default

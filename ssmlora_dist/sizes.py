@@ -13,7 +13,9 @@ class LayerSizes:
         linear_weights: weights of the linear layers, with which every token is multiplied.
         expert_weights: weights of all experts.
         active_expert_weights: of the experts that one token goes through.
-        other_weights: of norms, biases, routers and what else there is.
+        largest_expert_weights: of the largest tensor that holds experts.
+        router_weights: with which experts are chosen for every token.
+        other_weights: of norms, biases, the router and what else there is.
         last_weights: of the last linear layer, whose output nothing in the layer needs.
         attention_size: width of all query heads together; 0 without attention.
         activation_size: widths of what linear layers and experts take in and give out, the hidden states
@@ -23,6 +25,8 @@ class LayerSizes:
     linear_weights: int
     expert_weights: int
     active_expert_weights: int
+    largest_expert_weights: int
+    router_weights: int
     other_weights: int
     last_weights: int
     attention_size: int
@@ -31,7 +35,7 @@ class LayerSizes:
     @property
     def multiplied_weights(self) -> int:
         """Weights with which one token is multiplied."""
-        return self.linear_weights + self.active_expert_weights
+        return self.linear_weights + self.active_expert_weights + self.router_weights
 
 
 @dataclass(frozen=True)

@@ -190,17 +190,19 @@ def _layer_cost(
     forward = linear + attention + 2 * tokens * parameters
     # A frozen product keeps nothing; what stands between two is kept for the operations there. The two norms'
     # inputs are in float32.
-    other_bytes = (layer.other_weights + layer.expert_weights) * compute_dtype_bytes
+    stored = layer.linear_weights + layer.expert_weights
+    # Experts' weights do not stay; the largest of their tensors is dequantised whole.
+    dequantized = layer.linear_weights + layer.largest_expert_weights
     is_quantized = bytes_per_linear_weight < compute_dtype_bytes
     return PartCost(
         forward_flops=forward,
         recompute_flops=forward if workload.recompute != "none" else 0,
         backward_flops=linear + 2 * attention + 4 * tokens * parameters,
-        frozen_bytes=math.ceil(layer.linear_weights * bytes_per_linear_weight) + other_bytes,
+        frozen_bytes=math.ceil(stored * bytes_per_linear_weight) + layer.other_weights * compute_dtype_bytes,
         adapter_bytes=parameters * ADAPTER_BYTES_PER_PARAMETER,
         input_bytes=tokens * (hidden * compute_dtype_bytes + state * adapters.state_dtype_bytes),
         saved_bytes=tokens * (layer.activation_size * compute_dtype_bytes + 2 * hidden * FLOAT32_BYTES),
-        dequantized_bytes=layer.linear_weights * compute_dtype_bytes if is_quantized else 0,
+        dequantized_bytes=dequantized * compute_dtype_bytes if is_quantized else 0,
     )
 
 

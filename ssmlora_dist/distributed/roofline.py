@@ -2,9 +2,9 @@
 
 A frozen weight costs 2 FLOPs per token forward, 2 backward to the input and, with gradient checkpointing, 2
 again for the recompute, which can do without a layer's last projection. Quantised weights are dequantised
-twice: forward, and backward with the recompute. That is bound by memory: the packed bytes are read and 16-bit
-weights written. Adapters, norms, activation functions and the optimiser count as nothing: what they take is
-what is to be seen.
+twice: forward, and backward with the recompute; those of experts in each of the three, as they are not kept
+in between. That is bound by memory: the packed bytes are read and 16-bit weights written. Adapters, norms,
+activation functions and the optimiser count as nothing: what they take is what is to be seen.
 """
 
 from __future__ import annotations
@@ -88,9 +88,8 @@ def step_limit(
     tokens = micro_batch_size * sequence_length
     supervised = micro_batch_size * (sequence_length if supervised_tokens is None else supervised_tokens)
     multiplied = sum(layer.multiplied_weights for layer in shape.layers)
-    linear_weights = sum(layer.linear_weights for layer in shape.layers)
     head_weights = shape.hidden_size * shape.vocab_size
-    # Nothing but its weight is needed of a layer's last product.
+    # Nothing but its weight is needed of a layer's last product; experts' go into the router's gradient.
     not_again = sum(layer.last_weights for layer in shape.layers) if checkpointing else 0
     matmul_flops = 2 * tokens * (passes * multiplied - not_again) + 2 * 3 * supervised * head_weights
     # Forward two products of S/2 positions each; backward five, as the scores are computed again.
@@ -98,7 +97,9 @@ def step_limit(
     attention_flops = forward * (passes - 1 + 2.5)
     moved = 0.0
     if bytes_per_linear_weight is not None:
-        moved = 2 * linear_weights * (bytes_per_linear_weight + compute_dtype_bytes)
+        # Experts' weights do not live from the recompute to the backward pass.
+        dequantized = sum(2 * layer.linear_weights + passes * layer.expert_weights for layer in shape.layers)
+        moved = dequantized * (bytes_per_linear_weight + compute_dtype_bytes)
     return StepLimit(
         num_tokens=tokens,
         matmul_seconds=matmul_flops / (ceilings.matmul_tflops * 1e12),

@@ -15,8 +15,8 @@ from ssmlora_dist.models.structure import model_class
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Accepted by transformers for what it stores under another name.
-LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
+# Accepted by transformers for what it stores under another name; and what models read where it is there.
+UNLISTED_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "head_dim")
 QUANTIZATION_KEY = "quantization_config"
 # Of an adapter's directory, by PEFT's name for it.
 ADAPTER_FILE = "adapter_config.json"
@@ -99,7 +99,7 @@ def _bare_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     default = AutoConfig.for_model(values["model_type"])
-    known = [*default.to_dict(), *default.attribute_map, *LEGACY_KEYS]
+    known = [*default.to_dict(), *default.attribute_map, *UNLISTED_KEYS]
     unknown = [key for key in values if key not in known and (key, values[key]) != (QUANTIZATION_KEY, None)]
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], known, n=1)

@@ -11,7 +11,7 @@ import copy
 import ctypes
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -41,7 +41,7 @@ from ssmlora_dist.models.weights import (
 )
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.progress import counted
-from ssmlora_dist.quantization import QuantizationMode, quantize_linear
+from ssmlora_dist.quantization import QuantizationMode, expert_weights, quantize_experts, quantize_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,11 +118,18 @@ def load_model(
     else:
         assert directory is not None
         source = _stored_weights(directory, model, structure, stage, swap_rows)
-    settings: dict[str, Any] = {"double_quantization": double_quantization, "compute_dtype": compute_dtype}
-    quantize = None if quantization == "none" else partial(quantize_linear, mode=quantization, **settings)
+    quantize: dict[str, Any] | None = None
+    if quantization != "none":
+        quantize = {
+            "mode": quantization,
+            "double_quantization": double_quantization,
+            "compute_dtype": compute_dtype,
+        }
     held = stage or StageLayers(0, structure.num_layers, structure.num_layers)
     parts = {name: model.get_submodule(name) for name in held.part_names(structure)}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
+    if quantize is not None:
+        _refuse_unknown_experts(parts.values())
     source.check(_shapes(parts), model.state_dict().keys(), ignored)
     doing = "loading" if quantize is None else "loading and quantising"
     for name, part in counted(parts.items(), f"{doing} the base model", len(parts)):
@@ -196,16 +203,16 @@ def fill(
     source: WeightSource,
     *,
     device: torch.device,
-    quantize: Callable[[nn.Linear], nn.Module] | None = None,
+    quantize: Mapping[str, Any] | None = None,
 ) -> None:
-    """Gives `part` its weights, frozen: each is read, quantised if it is a linear layer's, and released.
+    """Gives `part` its weights, frozen: each is read, quantised where it multiplies, and released.
 
     Args:
         part: an embedding, decoder layer, norm or head, whose tensors have no storage yet, but a dtype.
         name: its path in the model.
         source: what to read from.
         device: where the weights go, and are quantised.
-        quantize: makes a frozen quantised layer of a dense one; None leaves the linear layers dense.
+        quantize: keywords of `quantize_linear` and `quantize_experts`; None leaves all weights dense.
 
     Raises:
         ModelError: a tensor cannot be read.
@@ -215,19 +222,30 @@ def fill(
     def fill_module(path: str) -> None:
         module = part.get_submodule(path)
         prefix = f"{name}.{path}" if path else name
-        stored = [key for key in stored_tensors_of(module) if "." not in key]
-        for key in stored:
+
+        def read(key: str, shape: torch.Size) -> Tensor:
             empty = getattr(module, key)
-            tensor = source.read(f"{prefix}.{key}", shape=empty.shape, device=device, dtype=empty.dtype)
-            _set(module, key, tensor)
+            return source.read(f"{prefix}.{key}", shape=shape, device=device, dtype=empty.dtype)
+
+        if quantize is not None and expert_weights(module):
+            part.set_submodule(path, quantize_experts(module, read, **quantize))
+            return
+        for key in [key for key in stored_tensors_of(module) if "." not in key]:
+            _set(module, key, read(key, getattr(module, key).shape))
         if quantize is not None and path in projections:
             assert isinstance(module, nn.Linear)
-            parent, _, child = path.rpartition(".")
-            setattr(part.get_submodule(parent), child, quantize(module))
+            part.set_submodule(path, quantize_linear(module, **quantize))
 
     # By path, and in a function: any name that outlived its turn would keep a dense layer alive.
     for path in [path for path, _ in part.named_modules()]:
         fill_module(path)
+
+
+def _refuse_unknown_experts(parts: Iterable[nn.Module]) -> None:
+    """Raises ModelError if any of `parts` holds experts that cannot be quantised."""
+    for part in parts:
+        for module in part.modules():
+            expert_weights(module)
 
 
 def _shapes(parts: Mapping[str, nn.Module]) -> dict[str, torch.Size]:

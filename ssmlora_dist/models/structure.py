@@ -68,8 +68,18 @@ def structure_of(model: PreTrainedModel) -> Structure:
     Raises:
         ModelError: the model is no causal language model with one list of decoder layers, with the reason.
     """
+    from transformers import PreTrainedModel
+
+    is_whole = isinstance(model, PreTrainedModel)
     known = getattr(model, _ATTRIBUTE, None)
-    return known if isinstance(known, Structure) else _discover(model)
+    if is_whole and isinstance(known, Structure):
+        return known
+    if not is_whole or model.get_output_embeddings() is None:
+        raise ModelError(
+            f"a {type(model).__name__} is no causal language model of transformers by itself; pass it as "
+            "`load_model` or `AutoModelForCausalLM` gives it, with nothing around it and nothing taken off"
+        )
+    return _discover(model)
 
 
 def keep_structure(model: PreTrainedModel) -> Structure:
@@ -186,7 +196,7 @@ def _discover(model: PreTrainedModel) -> Structure:
     decoder: Any = model.get_submodule(decoder_path)
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
-    if head is None or id(head) not in paths or id(embedding) not in paths:
+    if id(head) not in paths or id(embedding) not in paths:
         raise _unlike(model, "it has no output head and token embedding of its own")
     embedding_path, head_path = paths[id(embedding)], paths[id(head)]
     owned = (layers, embedding_path, head_path)
@@ -267,7 +277,8 @@ def stored_tensors_of(module: nn.Module) -> list[str]:
 
 
 def _sizes(layer: nn.Module, config: Any) -> LayerSizes:
-    linears = list(linear_layers(layer).values())
+    projections = linear_layers(layer)
+    linears = list(projections.values())
     hidden = config.hidden_size
     experts = [
         parameter
@@ -278,17 +289,28 @@ def _sizes(layer: nn.Module, config: Any) -> LayerSizes:
     weights = [module.in_features * module.out_features for module in linears]
     # Per token: what an expert's weight takes in or gives out besides the hidden states.
     widths = [_width(hidden, module.out_features, module.in_features) for module in linears]
-    active = 0
+    # Of every expert that a token goes through its output stays, for the gradient of its share.
+    active, router, num_through = 0, 0, 0
+    for path, module in layer.named_modules():
+        parent = layer.get_submodule(path.rpartition(".")[0])
+        weight = getattr(module, "weight", None)
+        if hasattr(parent, EXPERTS) and path not in projections and isinstance(weight, Tensor):
+            router += weight.numel() if weight.dim() == 2 else 0
     for parameter in experts:
         share = min(len(parameter), getattr(config, "num_experts_per_tok", None) or len(parameter))
         active += share * parameter[0].numel()
         if parameter.dim() == 3:
             widths.append(share * _width(hidden, *parameter.shape[1:]))
+            num_through = share
+    if experts:
+        widths.append(num_through * hidden)
     expert_weights = sum(parameter.numel() for parameter in experts)
     return LayerSizes(
         linear_weights=sum(weights),
         expert_weights=expert_weights,
         active_expert_weights=active,
+        largest_expert_weights=max((parameter.numel() for parameter in experts), default=0),
+        router_weights=router,
         other_weights=sum(p.numel() for p in layer.parameters()) - sum(weights) - expert_weights,
         last_weights=weights[-1] if weights and not experts else 0,
         attention_size=_attention_size(layer, config),

@@ -85,11 +85,7 @@ class QuantizedLinear(nn.Linear, ABC):
         return cast(Tensor, output).to(input.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
+        return super()._apply(keeping_dtypes(fn), recurse)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -225,11 +221,21 @@ def quantize_linear(
         codes, scale, _ = functional.int8_vectorwise_quant(weight.contiguous().to(torch.float16))
         packed = codes.view(-1).view(storage).unsqueeze(1)
         return Linear8bit(*sizes, packed, bias, compute_dtype, scale=scale).train(linear.training)
-    packed, quant_state = _quantize_4bit(weight.contiguous(), mode, double_quantization, storage)
+    packed, quant_state = quantize_4bit(weight.contiguous(), mode, double_quantization, storage)
     return Linear4bit(*sizes, packed, bias, compute_dtype, quant_state=quant_state).train(linear.training)
 
 
-def _quantize_4bit(
+def keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of `Module._apply`, which then moves tensors but does not cast them."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
+def quantize_4bit(
     weight: Tensor, mode: str, double_quantization: bool, storage: torch.dtype
 ) -> tuple[Tensor, Any]:
     """What bitsandbytes' `quantize_4bit` gives; on a CPU without its temporaries of five times the weight."""
@@ -265,33 +271,13 @@ def keep_weights_of_recompute(layer: nn.Module) -> None:
     In training its quantised layers then leave their dequantised weights to autograd. Checkpointing drops
     what the forward pass leaves; what the recompute leaves lives until the backward pass, which follows at
     once, has used it. So the weights of one decoder layer exist at a time. Without checkpointing all would.
+    Those of experts, gigabytes in one layer, are not left even then.
 
     The recompute also ends before the layer's last product, of which nothing but the weight is needed.
     """
     for module in layer.modules():
         if isinstance(module, QuantizedLinear):
             module.is_recomputed = True
-
-
-def is_quantized(layer: nn.Module) -> bool:
-    """Whether `layer` stores its weight in 4 or 8 bits."""
-    return isinstance(layer, QuantizedLinear)
-
-
-def stored_as(layer: nn.Module) -> dict[str, Any]:
-    """How a linear layer, ours or bitsandbytes' own, stores its weight: `quantization` and what it needs."""
-    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
-    if state is not None:
-        return {"quantization": state.quant_type, "double_quantization": state.nested}
-    in_8_bits = isinstance(layer, Linear8bit) or layer.weight.dtype == torch.int8
-    return {"quantization": "int8" if in_8_bits else "none"}
-
-
-def dequantized_weight(layer: nn.Linear) -> Tensor:
-    """The weight [O,D] that `layer` multiplies with: a new tensor if it is quantised, else its own."""
-    if isinstance(layer, QuantizedLinear):
-        return layer.dequantize(layer.weight.detach())
-    return layer.weight.detach()
 
 
 @functools.cache

@@ -25,6 +25,7 @@ def test_there_are_configurations() -> None:
         "llama3_8b_ssmlora",
         "llama2_13b_ssmlora",
         "llama2_70b_ssmlora_zero3",
+        "qwen3_30b_a3b_ssmlora",
     }
 
 

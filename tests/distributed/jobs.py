@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 Overrides = tuple[str, ...]
 
 # Rows of 3 to 60 target tokens: a mean of means is far from the mean over all target tokens.
@@ -79,15 +81,42 @@ EVALUATED: dict[str, Overrides] = {
     for name in (REFERENCE, "zero 3, nothing persistent", DROPOUT)
 }
 
+# Two experts of six for each token.
+_MIXTURE_CONFIG = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "moe_intermediate_size": 24,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+
+
+def mixture(num_layers: int) -> Overrides:
+    """In the place of the tiny Llama, a model whose layers are of experts."""
+    return (f"model.config={json.dumps({**_MIXTURE_CONFIG, 'num_hidden_layers': num_layers})}",)
+
+
 # As a real backbone is kept, and evaluated in between: bitsandbytes' own 4-bit layers pass no gradient then.
 QUANTIZED: dict[str, Overrides] = {
-    f"{mode} in bfloat16, {name}": (
+    f"{kind} in bfloat16, {name}": (
+        *overrides,
         *TOPOLOGIES[name],
-        f"quantization.mode={mode}",
         "model.compute_dtype=bfloat16",
         *_EVALUATION,
     )
-    for mode in ("nf4", "int8")
+    for kind, overrides in {
+        "nf4": ("quantization.mode=nf4",),
+        "int8": ("quantization.mode=int8",),
+        "experts": ("quantization.mode=nf4", *mixture(4)),
+    }.items()
     for name in (REFERENCE, "zero 3, nothing persistent")
 }
 

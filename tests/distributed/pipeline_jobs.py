@@ -6,7 +6,7 @@ import json
 from itertools import combinations, product
 
 from ..decoders import bare_config
-from .jobs import ROWS_FILE, Overrides
+from .jobs import ROWS_FILE, Overrides, mixture
 
 NUM_LAYERS = 6
 NUM_STEPS = 20
@@ -88,6 +88,10 @@ def _split(boundaries: tuple[int, ...], ahead: int | str = "auto") -> Overrides:
 PLAIN: dict[str, tuple[int, Overrides]] = {
     **{name: (1, overrides) for name, overrides in VARIANTS.items()},
     "nf4": (1, ("quantization.mode=nf4", "model.compute_dtype=bfloat16", *EVALUATION)),
+    "experts": (
+        1,
+        (*mixture(NUM_LAYERS), "quantization.mode=nf4", "model.compute_dtype=bfloat16", *EVALUATION),
+    ),
     "float16": (1, ("model.compute_dtype=float16", *EVALUATION)),
     "lora": (1, ("adapter.method=lora",)),
     "tied from a file": (1, (_TIED,)),
@@ -109,6 +113,7 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
     )
 } | {
     "nf4 in stages": (2, (*PLAIN["nf4"][1], *_split((0, 2))), "nf4"),
+    "experts in stages": (2, (*PLAIN["experts"][1], *_split((0, 2))), "experts"),
     "float16 in stages": (2, (*PLAIN["float16"][1], *_split((0, 2))), "float16"),
     "lora in stages": (3, (*PLAIN["lora"][1], *_split((0, 2, 3))), "lora"),
     "tied from a file in two": (2, (_TIED, *_split((0, 3))), "tied from a file"),

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +20,7 @@ from ssmlora_dist.distributed.cost_model import (
 from ssmlora_dist.distributed.schedule import Recompute
 from ssmlora_dist.models import empty_model, load_config, structure_of
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
+from ssmlora_dist.quantization import expert_weights, quantize_experts, quantize_linear
 from ssmlora_dist.sizes import DecoderShape
 
 from ..tiny import QV_AND_MLP, layers_of, tiny_model
@@ -130,11 +131,8 @@ def test_bytes_of_weights_are_those_of_a_real_model(tied: bool) -> None:
     assert (costs.shared_bytes > 0) == tied
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_bytes_are_near_those_of_a_real_layer(dtype: torch.dtype) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4}
-    config = AdapterConfig(rank=4)
-    model = adapted(4, config, dtype=dtype, num_key_value_heads=2, **sizes)
+def saved_bytes(model: Any, layer: Any, **inputs: Tensor) -> int:
+    """What autograd keeps of a layer's forward pass, without parameters."""
     saved: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: list[Tensor] = []
@@ -146,7 +144,6 @@ def test_saved_bytes_are_near_those_of_a_real_layer(dtype: torch.dtype) -> None:
             kept.append(tensor)
         return tensor
 
-    layer = layers_of(model)[2]
     original = layer.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -154,9 +151,18 @@ def test_saved_bytes_are_near_those_of_a_real_layer(dtype: torch.dtype) -> None:
             return original(*args, **kwargs)
 
     layer.forward = watched
-    model.model(input_ids=torch.ones(BATCH, TOKENS, dtype=torch.long), use_cache=False)
+    model.model(**inputs, use_cache=False)
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_bytes_are_near_those_of_a_real_layer(dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4}
+    config = AdapterConfig(rank=4)
+    model = adapted(4, config, dtype=dtype, num_key_value_heads=2, **sizes)
+    found = saved_bytes(model, layers_of(model)[2], input_ids=torch.ones(BATCH, TOKENS, dtype=torch.long))
     estimate = costs_of(model, "none", dtype).layers[2].saved_bytes
-    assert sum(saved.values()) == pytest.approx(estimate, rel=SAVED_TOLERANCE)
+    assert found == pytest.approx(estimate, rel=SAVED_TOLERANCE)
 
 
 def test_dequantised_weights_are_in_the_compute_dtype() -> None:
@@ -226,6 +232,84 @@ QWEN3_0_6B = decoder(1024, 3072, 28, 16, 8, head_dim=128, model_type="qwen3")
 )
 def test_weights_that_multiply_each_token(shape: DecoderShape, expected: int) -> None:
     assert sum(layer.multiplied_weights for layer in shape.layers) == expected
+
+
+# Qwen3-30B-A3B: 30.5 billion weights with 0.6 of embedding and head, of which 3.3 multiply a token.
+QWEN3_30B_A3B = decoder(
+    2048,
+    6144,
+    48,
+    32,
+    4,
+    head_dim=128,
+    moe_intermediate_size=768,
+    num_experts=128,
+    num_experts_per_tok=8,
+    model_type="qwen3_moe",
+)
+
+
+def test_of_experts_all_take_memory_and_a_few_take_time() -> None:
+    shape, layer = QWEN3_30B_A3B, QWEN3_30B_A3B.layers[0]
+    attention, expert, router = 2 * 2048 * (4096 + 512), 3 * 2048 * 768, 2048 * 128
+    assert layer.linear_weights + layer.expert_weights == attention + 128 * expert
+    assert layer.multiplied_weights == attention + 8 * expert + router
+    assert shape.flops_per_token(0) == 48 * 4 * layer.multiplied_weights
+    assert 48 * (layer.linear_weights + layer.expert_weights) == 29_896_998_912
+    assert 48 * layer.multiplied_weights == 2_730_491_904
+
+
+def mixture(num_layers: int = 2) -> Any:
+    """A dense model of experts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 176, "num_attention_heads": 4, "vocab_size": 67}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 6, "num_experts_per_tok": 3}
+    config = AutoConfig.for_model("mixtral", num_hidden_layers=num_layers, **sizes, **experts)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
+    )
+    return model.requires_grad_(False).train()
+
+
+def mixture_costs(model: Any) -> ModelCosts:
+    return model_costs(
+        structure_of(model).shape,
+        AdapterShape((0,) * model.config.num_hidden_layers, num_axes=0, rank=4, state_dtype_bytes=2),
+        Workload(TOKENS, BATCH, 4, SUPERVISED, CHUNK, "none"),
+        bytes_per_linear_weight=2,
+        compute_dtype_bytes=2,
+    )
+
+
+def test_a_mixture_s_flops_and_bytes_are_those_of_a_real_model() -> None:
+    model = mixture()
+    costs, frozen = mixture_costs(model), sum(p.nbytes for p in model.parameters())
+    assert sum(part.frozen_bytes for part in (costs.embedding, *costs.layers, costs.head)) == frozen
+    embedded = torch.randn(BATCH, TOKENS, 128, dtype=torch.bfloat16).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.model(inputs_embeds=embedded).last_hidden_state
+        forward = counter.get_total_flops()
+        hidden.sum().backward()
+    hidden_by_mask = 2 * (2 * BATCH * TOKENS * TOKENS * 128)
+    assert forward == sum(layer.forward_flops for layer in costs.layers) + hidden_by_mask
+    backward = sum(layer.backward_flops for layer in costs.layers) + 2 * hidden_by_mask
+    assert counter.get_total_flops() - forward == backward
+
+
+def test_saved_bytes_of_a_mixture_are_near_those_of_a_real_layer() -> None:
+    model = mixture()
+    model.set_attn_implementation("sdpa")
+    model.set_experts_implementation("grouped_mm")
+    layer, estimate = model.model.layers[1], mixture_costs(model).layers[1].saved_bytes
+    for path, module in list(layer.named_modules()):
+        if isinstance(module, nn.Linear):
+            layer.set_submodule(path, quantize_linear(module, mode="nf4"))
+        elif expert_weights(module):
+            layer.set_submodule(path, quantize_experts(module, mode="nf4"))
+    embedded = torch.randn(BATCH, TOKENS, 128, dtype=torch.bfloat16).requires_grad_()
+    found = saved_bytes(model, layer, inputs_embeds=embedded)
+    assert found == pytest.approx(estimate, rel=SAVED_TOLERANCE)
 
 
 def test_flops_of_llama_2_7b() -> None:

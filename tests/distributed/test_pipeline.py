@@ -89,8 +89,9 @@ def test_other_sums_stay_near(trained: Trained, job: str) -> None:
         assert error <= ADAPTER_TOLERANCE, f"{name} differs by {error:.1e}"
 
 
-def test_evaluation_gives_the_same_scores_in_stages(trained: Trained) -> None:
-    assert trained.evaluation("nf4 in stages") == trained.evaluation("nf4")
+@pytest.mark.parametrize("job", ["nf4", "experts"])
+def test_evaluation_gives_the_same_scores_in_stages(trained: Trained, job: str) -> None:
+    assert trained.evaluation(f"{job} in stages") == trained.evaluation(job)
 
 
 @pytest.mark.parametrize("job", PLAIN)
