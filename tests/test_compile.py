@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssmlora_dist import AdapterConfig
 from ssmlora_dist.models.loss import checkpoint_layers
+from tests.own_forms import Fading, Mixing
 from tests.tiny import adapted_model, token_ids
 
 NUM_LAYERS = 2
@@ -21,6 +22,11 @@ CONFIGS = {
     ),
     "mixed": AdapterConfig(rank=4, every_layer=("down_proj",), dropout=0.2),
     "lora": AdapterConfig(rank=4, method="lora", alternate=(), every_layer=("q_proj", "k_proj", "v_proj")),
+    "none handed on": AdapterConfig(rank=4, carry="none", dropout=0.2),
+    **{
+        form: AdapterConfig(rank=4, method=form, every_layer=("up_proj",), dropout=0.2)
+        for form in ("constant", "gated", "rolled", Fading.name, Mixing.name)
+    },
 }
 # Float32, relative to the largest number of a tensor: a compiler fuses and reorders.
 TOLERANCE = 1e-5

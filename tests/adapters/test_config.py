@@ -25,7 +25,7 @@ def test_by_default_q_and_v_alternate_with_a_full_state_gradient() -> None:
         ({"alternate": ("q_proj",), "every_layer": ("q_proj",)}, "names q_proj more than once"),
         (
             {"method": "lora", "every_layer": ("o_proj",), "every_layer_method": "ssmlora"},
-            'needs `method` "ssmlora"',
+            'needs `method` to be a form with one.*set `method` to "ssmlora"',
         ),
         ({"state_input_scale": 0.0}, "greater than 0"),
         ({"rank": 0}, "greater than or equal to 1"),

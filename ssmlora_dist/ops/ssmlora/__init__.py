@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ssmlora_dist.ops.form import Drop, Form, Gradients, Inputs, Parameters
 from ssmlora_dist.ops.registry import register_form
-from ssmlora_dist.ops.ssmlora import operators  # noqa: F401 (registers torch.ops.ssmlora.state_forward)
-from ssmlora_dist.ops.ssmlora.reference import MIN_SPREAD, normalize, state_step
+from ssmlora_dist.ops.ssmlora import (
+    operators,  # noqa: F401 (registers torch.ops.ssmlora.state_forward)
+    reference,
+)
 from ssmlora_dist.ops.ssmlora.state_step import Recurrence
 
 # A component of the min-max normalised state this close to 0 or 1 counts as saturated.
@@ -47,7 +49,7 @@ class SSMLoRA(Form):
     def step(self, z: Tensor, state: Any, parameters: Parameters, drop: Drop) -> tuple[Tensor, Tensor]:
         """See `Form.step`."""
         h = self._h(z, state, parameters)
-        n = normalize(h, self.normalization)
+        n = reference.normalize(h, self.normalization)
         return z + drop(n), n if self.carry == "normalized" else h
 
     def measure(self, z: Tensor, state: Any, parameters: Parameters) -> tuple[Tensor, ...]:
@@ -59,7 +61,7 @@ class SSMLoRA(Form):
         near = (h <= low + margin) | (h >= high - margin)
         # The least and the largest component are at 0 and 1 always.
         saturated = (near.sum(-1) - 2).clamp(min=0) / max(1, self.rank - 2)
-        return spread.squeeze(-1), saturated, spread.squeeze(-1) < MIN_SPREAD
+        return spread.squeeze(-1), saturated, spread.squeeze(-1) < reference.MIN_SPREAD
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Form.forward`."""
@@ -76,7 +78,7 @@ class SSMLoRA(Form):
         return u, d_z, d_state if needs_d_state else None, d_parameters
 
     def _h(self, z: Tensor, state: Tensor, parameters: Parameters) -> Tensor:
-        return state_step(state, z, parameters["state_transition"], parameters["state_input"])
+        return reference.state_step(state, z, parameters["state_transition"], parameters["state_input"])
 
     def _arguments(self, inputs: Inputs) -> tuple[Any, ...]:
         """Those that both operators take."""
