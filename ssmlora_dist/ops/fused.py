@@ -122,7 +122,7 @@ def add_delta(
         return _add_product(base_BSO, u_TR, right_RO, scaling, in_place=False), handed_on
     settings = (form, tuple(parameters), scaling, dropout)
     y_BSO, handed_on = _Delta.apply(  # type: ignore[no-untyped-call]
-        base_BSO, z_BSR, state, lora_B_OR, seeds, settings, in_place, *parameters.values()
+        settings, in_place, base_BSO, z_BSR, state, lora_B_OR, seeds, *parameters.values()
     )
     return y_BSO, handed_on
 
@@ -162,16 +162,10 @@ class _DownProjection(torch.autograd.Function):
 class _Delta(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        base: Tensor,
-        z: Tensor,
-        state: Tensor | None,
-        lora_B: Tensor,
-        seeds: Tensor | None,
-        settings: tuple[Form, tuple[str, ...], float, Dropout],
-        in_place: bool,
-        *parameters: Tensor,
+        ctx: Any, settings: tuple[Form, tuple[str, ...], float, Dropout], in_place: bool, *tensors: Any
     ) -> tuple[Tensor, Tensor | None]:
+        # All in one: where as many are given as there are names, torch 2.13's compiler takes one for `ctx`.
+        base, z, state, lora_B, seeds, *parameters = tensors
         ctx.set_materialize_grads(False)
         ctx.settings = settings
         ctx.save_for_backward(z, state, lora_B, seeds, *parameters)
@@ -193,10 +187,10 @@ class _Delta(torch.autograd.Function):
             d_u.mul_(scaling)
         by_name = dict(zip(names, parameters, strict=True))
         inputs = Inputs(z, state, by_name, scaling, seeds, dropout)
-        u, d_z, d_state, d_parameters = form.backward(inputs, d_u, d_handed_on, ctx.needs_input_grad[2])
+        u, d_z, d_state, d_parameters = form.backward(inputs, d_u, d_handed_on, ctx.needs_input_grad[4])
         scaled = u if form.scales_in_forward else u * scaling
         d_B = _product(_rows(d_y).t(), _rows(scaled), lora_B.dtype)
-        return d_y, d_z, d_state, d_B, None, None, None, *d_parameters
+        return None, None, d_y, d_z, d_state, d_B, None, *d_parameters
 
 
 def _projections(

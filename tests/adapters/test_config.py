@@ -32,7 +32,7 @@ def test_by_default_q_and_v_alternate_with_a_full_state_gradient() -> None:
         ({"dropout": 1.0}, "less than 1"),
         ({"alpha": float("nan")}, "finite"),
         ({"rnak": 8}, "rnak"),
-        ({"carry": "cooked"}, "'normalized' or 'raw'"),
+        ({"carry": "cooked"}, "'normalized', 'raw' or 'none'"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
