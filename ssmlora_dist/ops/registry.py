@@ -49,8 +49,8 @@ def form_named(name: str) -> type[Form]:
         near = difflib.get_close_matches(name.casefold(), names, n=1)
         remedy = f'did you mean "{near[0]}"?' if near else "choose one of these"
         raise ValueError(
-            f'"{name}" given; allowed: {", ".join(names)}; {remedy} A form of your own has to be registered '
-            "first, in a run by the file that adapter.form_module names"
+            f'"{name}" given; allowed: {", ".join(names)}; {remedy} (a form of your '
+            "own has to be registered first, in a run by the file that adapter.form_module names)"
         )
     return _forms[name]
 

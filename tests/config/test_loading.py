@@ -168,7 +168,7 @@ def test_a_form_is_registered_by_the_file_that_is_named(load: Load, tmp_path: Pa
 
 def test_a_form_that_is_not_known_or_cannot_be_imported_is_a_problem_of_its_key(problems: Problems) -> None:
     [line] = problems(("adapter.method", "gatd"))
-    assert line.startswith('adapter.method: "gatd" given; allowed: constant, gated, ')
+    assert line.startswith('adapter.method: "gatd" given; allowed: constant, ')
     assert 'did you mean "gated"' in line
     [line] = problems(("adapter.form_module", "nowhere/forms.py"))
     assert line.startswith('adapter.form_module: "nowhere/forms.py" given, which cannot be imported')
