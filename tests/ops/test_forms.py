@@ -119,8 +119,8 @@ def test_i10_every_form(kind: type[Form], dtype: torch.dtype, seeds: Tensor | No
 
 
 @every_form
-# Not 1: an rms is then the component itself, and the gradient through it what rounding leaves of 0.
-@pytest.mark.parametrize("rank", [2, 3, 7, 32])
+# From 3 on: an rms of one component and a minmax of two are constants; their gradient is rounding.
+@pytest.mark.parametrize("rank", [3, 7, 32])
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_i10_every_size(kind: type[Form], rank: int, tokens: int) -> None:
     assert_is_its_reference(form_of(kind, rank), tokens, torch.float64, SEEDS)
