@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ssmlora_dist import AdapterConfig, add_adapters
-from ssmlora_dist.adapters.layers import SSMLoRALinear
+from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
-from ssmlora_dist.ops import reference
+from ssmlora_dist.ops.ssmlora import SSMLoRA, reference
 from ssmlora_dist.quantization.linear import QuantizedLinear
 
 RANK, ALPHA = 8, 16
@@ -19,24 +19,25 @@ RANK, ALPHA = 8, 16
 VARIANTS = ("frozen", "ssmlora", "lora", "peft", "eager", "redequantizing")
 
 
-class EagerTimeModule(SSMLoRALinear):
-    """The recurrence as `ops.reference` writes it, tensor by tensor."""
+class EagerTimeModule(LoRALinear):
+    """The recurrence as its reference writes it, tensor by tensor."""
 
-    def step(self, x_BSD: Tensor, h_prev_BSR: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, x_BSD: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.form, SSMLoRA)
+        assert state is not None
         mask_BSR = None
         if self.training and self.dropout > 0:
-            mask_BSR = nn.functional.dropout(torch.ones_like(h_prev_BSR, dtype=torch.float32), self.dropout)
+            mask_BSR = nn.functional.dropout(torch.ones_like(state, dtype=torch.float32), self.dropout)
         return reference.time_module(
             x_BSD,
             self.base_layer(x_BSD),
-            h_prev_BSR,
+            state,
             self.lora_A.weight,
             self.lora_B.weight,
-            self.state_transition,
-            self.state_input,
+            *self.form_parameters.values(),
             scaling=self.scaling,
-            normalization=self.normalization,
-            carry=self.carry,
+            normalization=self.form.normalization,
+            carry=self.form.carry,
             detach_state=self.detach_state,
             dropout_mask_BSR=mask_BSR,
         )
@@ -65,7 +66,7 @@ class Variant:
             add_adapters(model, _adapter_config("lora" if name == "lora" else "ssmlora", dropout))
         if name == "eager":
             for module in model.modules():
-                if isinstance(module, SSMLoRALinear):
+                if isinstance(module, LoRALinear):
                     module.__class__ = EagerTimeModule
         if checkpointing:
             checkpoint_layers(model)
@@ -109,7 +110,7 @@ class Variant:
 
 def _adapter_config(method: str, dropout: float) -> AdapterConfig:
     return AdapterConfig(
-        method=method,  # type: ignore[arg-type]
+        method=method,
         rank=RANK,
         alpha=ALPHA,
         dropout=dropout,

@@ -32,6 +32,7 @@ def main() -> None:
         path=arguments.model,
         quantization=arguments.quantization,
         dtype=arguments.dtype,
+        form_module=arguments.form_module,
         device=device,
         warn=Console(enabled=True).warn,
     )

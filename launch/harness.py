@@ -71,6 +71,7 @@ def main() -> None:
         path=arguments.model,
         quantization=arguments.quantization,
         dtype=arguments.dtype,
+        form_module=arguments.form_module,
         device=device,
         warn=console.warn,
     )

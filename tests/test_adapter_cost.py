@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.adapter_variants import EagerTimeModule
 from ssmlora_dist import AdapterConfig
-from ssmlora_dist.adapters.layers import SSMLoRALinear
+from ssmlora_dist.adapters.layers import LoRALinear
 from tests.tiny import adapted_model, tiny_model
 
 # PEFT warns of much that is meant here.
@@ -49,7 +49,7 @@ def build(kind: str, dtype: torch.dtype, dropout: float) -> Any:
     )
     model = adapted_model(config=settings, dtype=dtype, **SHAPE)
     for module in model.modules():
-        if kind == "eager" and isinstance(module, SSMLoRALinear):
+        if kind == "eager" and isinstance(module, LoRALinear):
             module.__class__ = EagerTimeModule
     return model
 

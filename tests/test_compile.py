@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssmlora_dist import AdapterConfig
 from ssmlora_dist.models.loss import checkpoint_layers
+from tests.own_forms import Fading, Mixing
 from tests.tiny import adapted_model, token_ids
 
 NUM_LAYERS = 2
@@ -21,6 +22,13 @@ CONFIGS = {
     ),
     "mixed": AdapterConfig(rank=4, every_layer=("down_proj",), dropout=0.2),
     "lora": AdapterConfig(rank=4, method="lora", alternate=(), every_layer=("q_proj", "k_proj", "v_proj")),
+    "gated and constant": AdapterConfig(
+        rank=4, method="gated", every_layer=("up_proj",), every_layer_method="constant", dropout=0.2
+    ),
+    "rolled, none handed on": AdapterConfig(rank=4, method="rolled", carry="none", dropout=0.2),
+    "forms of a reference alone": AdapterConfig(
+        rank=4, method=Mixing.name, every_layer=("up_proj",), every_layer_method=Fading.name, dropout=0.2
+    ),
 }
 # Float32, relative to the largest number of a tensor: a compiler fuses and reorders.
 TOLERANCE = 1e-5

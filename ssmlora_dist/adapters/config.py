@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import re
-from typing import Literal
+from dataclasses import fields
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-Method = Literal["ssmlora", "lora"]
+from ssmlora_dist.ops.form import Form
+from ssmlora_dist.ops.registry import form_named
+
 StateGradient = Literal["full", "detached"]
-Carry = Literal["normalized", "raw"]
+Carry = Literal["normalized", "raw", "none"]
 Normalization = Literal["minmax", "rms", "none"]
 DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
 ALL_LINEAR = "all-linear"
@@ -22,37 +35,47 @@ class AdapterConfig(BaseModel):
     `alternate[i % len(alternate)]`. `every_layer` names those adapted in each layer that has them: a
     list, `"all-linear"` (all linear layers of a decoder layer but routers and what `alternate` names), or a
     regular expression that matches full names as a whole, such as `".*attn.(q|v)_proj"`. By PEFT's rules a
-    name stands for the paths that end in it: `q_proj` for `self_attn.q_proj`. With
-    `method="ssmlora"` the alternating modules are time modules; those of every layer are plain LoRA unless
-    `every_layer_method="ssmlora"`. With `method="lora"` all of them are plain LoRA.
+    name stands for the paths that end in it: `q_proj` for `self_attn.q_proj`. The alternating modules are of
+    the form `method`, those of every layer of the form `every_layer_method`: names of forms that are
+    registered, see `register_form`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    method: Method = "ssmlora"
-    """`ssmlora` (arXiv 2502.04958) or `lora`."""
+    method: str = "ssmlora"
+    """Form of the state: `ssmlora` (arXiv 2502.04958), `lora` or another that is registered (README)."""
     rank: int = Field(default=8, ge=1, le=1024)
     """R, the inner width of every adapter."""
     alpha: float = Field(default=16.0, gt=0)
     """The adapter's output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability; on the normalised state of a time module, on the input of a plain LoRA module."""
+    """Probability; on the normalised state, or on the input of a plain LoRA module."""
     alternate: tuple[str, ...] = ("q_proj", "v_proj")
     """Projections that take turns over the layers, such as `["q_proj", "v_proj"]`."""
     every_layer: tuple[str, ...] | str = ()
     """Projections adapted in each layer: names, `"all-linear"`, or a regular expression for full names."""
-    every_layer_method: Method = "lora"
-    """What the modules of `every_layer` are: `lora` or `ssmlora`."""
+    every_layer_method: str = "lora"
+    """Form of the modules of `every_layer`."""
     state_gradient: StateGradient = "full"
     """`full` sends gradients through the state into earlier layers; `detached` stops them at every module."""
     carry: Carry = "normalized"
-    """What the next module on the axis receives: the `normalized` state n, or the `raw` state h."""
+    """What the next module receives: the `normalized` state n, the `raw` state h, or zeros (`none`)."""
     normalization: Normalization = "minmax"
     """`minmax` (the paper's), `rms` or `none`, over the rank, per token."""
     state_input_scale: float = Field(default=0.1, gt=0)
     """`state_input` starts at this multiple of the identity; never 0."""
     state_dtype: DTypeName | None = None
     """Dtype of the state between layers; null takes the compute dtype."""
+    form_settings: dict[str, Any] = Field(default={}, exclude_if=lambda value: not value)
+    """What the forms of this adapter can be told beyond the settings above."""
+    form_module: str | None = Field(default=None, min_length=1, exclude_if=lambda value: value is None)
+    """Python file (`forms/mine.py`) or module that registers forms of your own; imported before a run."""
+
+    @field_validator("method", "every_layer_method")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        form_named(name)
+        return name
 
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:
@@ -69,9 +92,58 @@ class AdapterConfig(BaseModel):
         repeated = sorted({name for name in named if named.count(name) > 1})
         if repeated:
             raise ValueError(f"names {', '.join(repeated)} more than once over `alternate` and `every_layer`")
-        if self.method == "lora" and self.every_layer_method == "ssmlora":
-            raise ValueError('`every_layer_method` "ssmlora" needs `method` "ssmlora"')
+        if form_named(self.every_layer_method).has_state and not form_named(self.method).has_state:
+            raise ValueError(
+                f'`every_layer_method` "{self.every_layer_method}" has a state, so it needs `method` to be a '
+                f'form with one, and "{self.method}" has none; set `method` to "{self.every_layer_method}"'
+            )
+        self._check_settings()
         return self
+
+    def _check_settings(self) -> None:
+        """Refuses what no form here would read, and what a form refuses."""
+        forms = {name: form_named(name) for name in (self.method, self.every_layer_method)}
+        named = " and ".join(f'"{name}"' for name in forms)
+        for name, default in _SHARED.items():
+            is_read = any(name in settings_of(form) for form in forms.values())
+            if name == "carry" and self.carry == "none":
+                is_read = any(form.has_state for form in forms.values())
+            if getattr(self, name) != default and not is_read:
+                raise ValueError(
+                    f"`{name}` {getattr(self, name)!r} given, which {named} does not read; leave it out, or "
+                    "choose a `method` that reads it"
+                )
+        known = [name for form in forms.values() for name in settings_of(form) if name not in _SHARED]
+        for name in self.form_settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                allowed = f"allowed: {', '.join(known)}" if known else f"{named} has none of its own"
+                remedy = f"did you mean {near[0]}?" if near else "remove it"
+                raise ValueError(f"`form_settings` has {name!r}; {allowed}; {remedy}")
+        for name in forms:
+            self.form(name)
+
+    def form(self, name: str, axis: int = 0, num_axes: int = 1) -> Form:
+        """The form of that name as it is set here.
+
+        Raises:
+            ValueError: it refuses a setting.
+        """
+        form = form_named(name)
+        given = self.form_settings | {shared: getattr(self, shared) for shared in _SHARED}
+        if self.carry == "none":
+            del given["carry"]
+        settings = {key: given[key] for key in settings_of(form) if key in given}
+        try:
+            return _builder(name).validate_python(
+                {"rank": self.rank, "axis": axis, "num_axes": num_axes, **settings}
+            )
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = problem["loc"][0] if problem["loc"] else "form_settings"
+            raise ValueError(
+                f'`{key}` {given.get(str(key))!r} given, which "{name}" refuses: {problem["msg"]}; correct it'
+            ) from None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -88,3 +160,22 @@ class AdapterConfig(BaseModel):
     def scaling(self) -> float:
         """alpha / rank."""
         return self.alpha / self.rank
+
+
+# Settings of `AdapterConfig` that forms may read, with what they are by default.
+_SHARED = {
+    name: AdapterConfig.model_fields[name].default for name in ("carry", "normalization", "state_input_scale")
+}
+
+
+def settings_of(form: type[Form]) -> list[str]:
+    """The names of a form's settings."""
+    return [field.name for field in fields(form) if field.name not in _SIZES]
+
+
+_SIZES = [field.name for field in fields(Form)]
+
+
+@functools.cache
+def _builder(name: str) -> TypeAdapter[Form]:
+    return TypeAdapter(form_named(name))

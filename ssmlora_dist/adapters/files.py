@@ -24,6 +24,7 @@ from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.projections import Paths, named_by, shortest_name
 from ssmlora_dist.durable import write_tensors, write_text
 from ssmlora_dist.errors import AdapterError
+from ssmlora_dist.ops.registry import form_named, form_names
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -158,12 +159,27 @@ def read_config(directory: Path) -> AdapterConfig | None:
     path = directory / SETTINGS_FILE
     if not path.exists():
         return None
+    settings = _read_settings(path).get("adapter")
+    if isinstance(settings, dict):
+        _refuse_unregistered(path, settings)
     try:
-        return AdapterConfig.model_validate(_read_settings(path).get("adapter"))
+        return AdapterConfig.model_validate(settings)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, ("adapter", *problem["loc"])))
         raise AdapterError(f"{path}: {place}: {problem['msg']}; the file is damaged") from error
+
+
+def _refuse_unregistered(path: Path, settings: Mapping[str, Any]) -> None:
+    for name in (settings.get("method"), settings.get("every_layer_method")):
+        if isinstance(name, str) and name not in form_names():
+            module = settings.get("form_module")
+            trained = f"; in training it came from {module}" if module else ""
+            raise AdapterError(
+                f'{path}: its form "{name}" is not registered here, and no code is imported because an '
+                f"adapter names it{trained}; if you trust that, name it as --form-module (launch/generate.py "
+                "and its like) or adapter.form_module (a configuration), or import it before the adapter"
+            )
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -232,10 +248,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _peft_config(config: AdapterConfig, names: Iterable[str], base_model: str | None) -> dict[str, Any]:
+    is_plain_lora = all(form_named(name).is_mergeable for name in (config.method, config.every_layer_method))
     modules = sorted(name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight"))
     is_a_list = isinstance(config.every_layer, tuple) and not config.alternate
     return {
-        "peft_type": "LORA" if config.method == "lora" else "SSMLORA",
+        "peft_type": "LORA" if is_plain_lora else "SSMLORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": config.rank,

@@ -1,8 +1,8 @@
-"""The state's health: how far its components spread and how often normalisation has nothing to work with."""
+"""The state's health: what each form measures of it, as means over tokens by time axis."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,64 +10,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmlora_dist.adapters.layers import SSMLoRALinear
-from ssmlora_dist.ops.reference import MIN_SPREAD, state_step
-
-# A component of the min-max normalised state this close to 0 or 1 counts as saturated.
-SATURATION_MARGIN = 0.02
+from ssmlora_dist.adapters.layers import LoRALinear
+from ssmlora_dist.ops.form import state_dtype
+from ssmlora_dist.ops.registry import form_named
 
 
 class StateHealth:
-    """Sums over the tokens that passed through the time modules of each axis.
+    """Sums over the tokens that passed through the adapters of each axis.
 
     Args:
-        axes: names of the time axes.
+        axes: names of the time axes, and of their forms.
         device: where the sums are kept.
+
+    Attributes:
+        sums: one for each figure of each axis, behind them the numbers of tokens, one for each axis.
     """
 
-    def __init__(self, axes: Sequence[str], device: torch.device) -> None:
-        self.axes = tuple(axes)
-        self.sums = torch.zeros(len(self.axes), 4, dtype=torch.float64, device=device)
+    def __init__(self, axes: Mapping[str, str], device: torch.device) -> None:
+        self.axes = list(axes)
+        self.figures = [form_named(form).figures for form in axes.values()]
+        self.sums = torch.zeros(sum(map(len, self.figures)) + len(axes), dtype=torch.float64, device=device)
 
-    def add(self, axis: int, h_BSR: Tensor) -> None:
-        """Counts the raw states h [B,S,R] of one module."""
-        low_BS1, high_BS1 = h_BSR.amin(-1, keepdim=True), h_BSR.amax(-1, keepdim=True)
-        spread_BS1 = high_BS1 - low_BS1
-        margin_BS1 = SATURATION_MARGIN * spread_BS1
-        near_BSR = (h_BSR <= low_BS1 + margin_BS1) | (h_BSR >= high_BS1 - margin_BS1)
-        # The least and the largest component are at 0 and 1 always.
-        saturated_BS = (near_BSR.sum(-1) - 2).clamp(min=0) / max(1, h_BSR.shape[-1] - 2)
-        dead_BS1 = spread_BS1 < MIN_SPREAD
-        totals = [spread_BS1.sum(), saturated_BS.sum(), dead_BS1.sum(), torch.tensor(spread_BS1.numel())]
-        self.sums[axis] += torch.stack([total.to(self.sums) for total in totals])
+    def add(self, axis: int, values: Sequence[Tensor]) -> None:
+        """Counts what one adapter measured, [B,S] each, at least one."""
+        first = sum(map(len, self.figures[:axis]))
+        for place, value in enumerate(values, first):
+            self.sums[place] += value.sum().to(self.sums)
+        self.sums[axis - len(self.axes)] += values[0].numel()
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        """Means per token by name and axis, from `sums` (flat; added up over the ranks)."""
-        rows: dict[str, float] = {}
-        for index, axis in enumerate(self.axes):
-            spread, saturated, dead, count = sums[4 * index : 4 * index + 4]
-            if count:
-                rows[f"state_spread_{axis}"] = spread / count
-                rows[f"state_saturation_{axis}"] = saturated / count
-                rows[f"state_dead_rows_{axis}"] = dead / count
-        return rows
+        """Means per token by name and axis, from `sums`, added up over the ranks."""
+        counts = sums[len(sums) - len(self.axes) :]
+        places = [
+            (f"state_{figure}_{axis}", count)
+            for axis, figures, count in zip(self.axes, self.figures, counts, strict=True)
+            for figure in figures
+        ]
+        return {name: total / count for (name, count), total in zip(places, sums, strict=False) if count}
 
 
 @contextmanager
-def watch_state(model: nn.Module, axes: Sequence[str], device: torch.device) -> Iterator[StateHealth]:
+def watch_state(model: nn.Module, axes: Mapping[str, str], device: torch.device) -> Iterator[StateHealth]:
     """Watches every forward pass of `model` in the body; the passes compute what they always do."""
     health = StateHealth(axes, device)
 
     @torch.no_grad()
     def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        assert isinstance(module, SSMLoRALinear)
+        assert isinstance(module, LoRALinear)
         assert module.call is not None
         x_BSD = inputs[0]
         z_BSR = F.linear(x_BSD, module.lora_A.weight.to(x_BSD.dtype))
-        h_prev_BSR = module.call.read(module.axis)
-        health.add(module.axis, state_step(h_prev_BSR, z_BSR, module.state_transition, module.state_input))
+        wide = state_dtype(z_BSR.dtype)
+        state = module.call.read(module.form)
+        health.add(
+            module.form.axis, module.form.measure(z_BSR.to(wide), state.to(wide), module.form_parameters)
+        )
 
-    hooks = [m.register_forward_pre_hook(observe) for m in model.modules() if isinstance(m, SSMLoRALinear)]
+    hooks = [
+        module.register_forward_pre_hook(observe)
+        for module in model.modules()
+        if isinstance(module, LoRALinear) and module.form.has_state and module.form.figures
+    ]
     try:
         yield health
     finally:

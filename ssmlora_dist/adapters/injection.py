@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.config import AdapterConfig
-from ssmlora_dist.adapters.layers import LoRALinear, SSMLoRALinear
+from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.placement import placement, time_axes
 from ssmlora_dist.adapters.projections import linear_layers, named_by
 from ssmlora_dist.adapters.state import bind_adapters, thread_state
@@ -38,7 +38,7 @@ def insert_adapters(
     Raises:
         AdapterError: the layers are adapted already.
     """
-    axes = time_axes(config)
+    axes = list(time_axes(config))
     # Every layer is checked before the first is changed.
     paths = {layer_idx: _paths(layer, placement(config, layer_idx)) for layer_idx, layer in layers.items()}
     for layer_idx, layer in layers.items():
@@ -50,8 +50,16 @@ def insert_adapters(
             base_layer = layer.get_submodule(path)
             assert isinstance(base_layer, nn.Linear)
             stream = layer_idx * len(config.targets) + config.targets.index(projection)
-            axis = axes.index(projection) if method == "ssmlora" else 0
-            adapted = _build(base_layer, config, method, stream, axis)
+            axis = axes.index(projection) if projection in axes else 0
+            adapted = LoRALinear(
+                base_layer,
+                config.form(method, axis, len(axes)),
+                config.alpha,
+                config.dropout,
+                stream=stream,
+                detach_state=config.state_gradient == "detached",
+                hands_on=config.carry != "none",
+            )
             adapted.reset_parameters(_generator(seed, f"{prefix}.{layer_idx}.{path}"))
             adapted.train(layer.training)
             setattr(owner, path.rpartition(".")[2], adapted)
@@ -106,23 +114,6 @@ def load_adapter_tensors(module: nn.Module, tensors: Mapping[str, Tensor], sourc
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-
-
-def _build(base_layer: nn.Linear, config: AdapterConfig, method: str, stream: int, axis: int) -> LoRALinear:
-    if method == "lora":
-        return LoRALinear(base_layer, config.rank, config.alpha, config.dropout, stream=stream)
-    return SSMLoRALinear(
-        base_layer,
-        config.rank,
-        config.alpha,
-        config.dropout,
-        stream=stream,
-        axis=axis,
-        normalization=config.normalization,
-        carry=config.carry,
-        detach_state=config.state_gradient == "detached",
-        state_input_scale=config.state_input_scale,
-    )
 
 
 def _paths(layer: nn.Module, projections: Iterable[str]) -> dict[str, str]:

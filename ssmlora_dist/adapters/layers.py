@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops import fused
-from ssmlora_dist.ops.dropout import draw_seeds
-from ssmlora_dist.ops.state_step import Recurrence
+from ssmlora_dist.ops.dropout import Dropout, draw_seeds
+from ssmlora_dist.ops.form import Form
 
 
 def _adapter_dtype(base_layer: nn.Linear) -> torch.dtype:
@@ -25,29 +25,49 @@ def _adapter_dtype(base_layer: nn.Linear) -> torch.dtype:
 
 
 class LoRALinear(nn.Module):
-    """y = x W_0 + scaling * dropout(x) W_a W_b (Hu et al. 2021, arXiv 2106.09685).
+    """y = x W_0 + scaling * u W_b, where a form makes u, and the state handed on, of z = x W_a.
+
+    `step` is the pure function, state in and state out. A decoder layer calls its projection with the input
+    alone, so `forward` reads and writes the state that the layer binds, in a `LayerCall`, for the length of
+    its own call (`adapters.state`).
 
     Args:
         base_layer: the frozen layer; anything with `in_features`, `out_features` and `weight`.
-        rank: R.
+        form: what is computed between W_a and W_b; it says the rank, and which axis of the state is its own.
         alpha: the adapter's output is scaled by alpha / rank.
-        dropout: probability of dropping an input feature of the adapter while training.
+        dropout: probability while training, of what the form says: its input, or the state.
         stream: tells the adapter's dropout from that of all others in the model.
+        detach_state: stops gradients through the state received, hence into earlier adapters.
+        hands_on: whether the next adapter of the axis receives anything; if not, all receive zeros.
 
     Attributes:
         readers: the adapters that read the same input in every call, this one among them.
     """
 
     def __init__(
-        self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, *, stream: int = 0
+        self,
+        base_layer: nn.Linear,
+        form: Form,
+        alpha: float,
+        dropout: float = 0.0,
+        *,
+        stream: int = 0,
+        detach_state: bool = False,
+        hands_on: bool = True,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.rank, self.scaling, self.dropout, self.stream = rank, alpha / rank, dropout, stream
+        self.form, self.rank, self.scaling = form, form.rank, alpha / form.rank
+        self.dropout, self.stream = dropout, stream
+        self.detach_state, self.hands_on = detach_state, hands_on
         device, dtype = base_layer.weight.device, _adapter_dtype(base_layer)
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=dtype)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=dtype)
+        self.lora_A = nn.Linear(self.in_features, self.rank, bias=False, device=device, dtype=dtype)
+        self.lora_B = nn.Linear(self.rank, self.out_features, bias=False, device=device, dtype=dtype)
+        start = form.start_values()
+        self.parameter_names = tuple(start)
+        for name, value in start.items():
+            self.register_parameter(name, nn.Parameter(self.lora_A.weight.new_empty(value.shape)))
         self.readers: list[LoRALinear] = [self]
 
     @property
@@ -58,26 +78,71 @@ class LoRALinear(nn.Module):
     @property
     def drops_input(self) -> bool:
         """Whether `lora_A` reads another tensor than the base layer while training."""
-        return self.dropout > 0
+        return self.dropout > 0 and self.form.drops_input
+
+    @property
+    def form_parameters(self) -> dict[str, Tensor]:
+        """The parameters beyond LoRA's, by name."""
+        return {name: getattr(self, name) for name in self.parameter_names}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws `lora_A` (Kaiming uniform, a = sqrt 5), on the CPU for all devices alike; `lora_B` = 0."""
+        """Draws `lora_A` (Kaiming uniform, a = sqrt 5), on the CPU for all devices alike; `lora_B` = 0.
+
+        The form's parameters get its start values.
+        """
         drawn = torch.empty(self.lora_A.weight.shape, dtype=self.lora_A.weight.dtype)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
             self.lora_A.weight.copy_(drawn)
             self.lora_B.weight.zero_()
+            for name, value in self.form.start_values(generator).items():
+                self.get_parameter(name).copy_(value)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """[B,S,D] -> [B,S,O] in the dtype of the base layer's output."""
+    def step(self, x_BSD: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """([B,S,D], state) -> ([B,S,O], state [B,S,R] in the dtype of the state received); pure.
+
+        Args:
+            x_BSD: the input of the base layer.
+            state: [B,S,R], or [B,S,A,R] for a form that reads all axes; None for one without a state.
+        """
         x_BSD, z_BSR = self._down_project(x_BSD)
         base_BSO, is_ours = self._frozen(x_BSD)
-        # Under autocast a quantised layer gives another dtype than the product with `lora_A`.
-        return fused.add_lora(base_BSO, z_BSR.to(base_BSO.dtype), self.lora_B.weight, self.scaling, is_ours)
+        return fused.add_delta(
+            base_BSO,
+            # Under autocast a quantised layer gives another dtype than the product with `lora_A`.
+            z_BSR.to(base_BSO.dtype),
+            state.detach() if state is not None and self.detach_state else state,
+            self.lora_B.weight,
+            self.form,
+            self.form_parameters,
+            self.scaling,
+            None if self.form.drops_input else self._dropout_seeds(x_BSD),
+            self._dropout,
+            is_ours,
+        )
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """[B,S,D] -> [B,S,O] in the dtype of the base layer's output.
+
+        Raises:
+            AdapterError: a form with a state is called outside such a layer; `step` is the function for that.
+        """
+        if not self.form.has_state:
+            return self.step(x_BSD)[0]
+        call = self.call
+        if call is None:
+            raise AdapterError(
+                "an adapter with a state was called outside of its decoder layer, so it has none; "
+                "call the decoder layer, or `step(x, state)`"
+            )
+        y_BSO, state_BSR = self.step(x_BSD, call.read(self.form))
+        if self.hands_on and state_BSR is not None:
+            call.write(self.form.axis, state_BSR)
+        return y_BSO
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        return f"form={self.form.name}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
     def _down_project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """x, to be given to the base layer, and z [B,S,R]."""
@@ -86,8 +151,7 @@ class LoRALinear(nn.Module):
         if call is not None and len(self.readers) > 1 and not hasattr(self.lora_A.weight, "ds_id"):
             return call.down_project(self, x_BSD)
         seeds = self._dropout_seeds(x_BSD) if self.drops_input else None
-        drawing = (self.stream, self.dropout, self._first_token)
-        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [self.lora_A.weight], seeds, *drawing)
+        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [self.lora_A.weight], seeds, *self._dropout)
         return x_BSD, z_BSR
 
     def _frozen(self, x_BSD: Tensor) -> tuple[Tensor, bool]:
@@ -98,9 +162,9 @@ class LoRALinear(nn.Module):
         return base_BSO, is_ours
 
     @property
-    def _first_token(self) -> int:
+    def _dropout(self) -> Dropout:
         call = self.call
-        return 0 if call is None else call.first_token
+        return Dropout(self.stream, self.dropout, 0 if call is None else call.first_token)
 
     def _dropout_seeds(self, x_BSD: Tensor) -> Tensor | None:
         """[B]; None where nothing is dropped."""
@@ -109,90 +173,12 @@ class LoRALinear(nn.Module):
         return (self.call or LayerCall()).dropout_seeds(x_BSD.shape[0], x_BSD.device)
 
 
-class SSMLoRALinear(LoRALinear):
-    """A time module: LoRA whose low-rank code takes one state step along depth (arXiv 2502.04958).
-
-    The maths is `ops.reference.time_module`. `step` is the pure form, state in and state out. A decoder
-    layer calls its projection with the input alone, so `forward` reads and writes the state that the layer
-    binds, in a `LayerCall`, for the length of its own call (`adapters.state`).
-
-    Args:
-        base_layer, rank, alpha, dropout, stream: as for `LoRALinear`; dropout acts on the normalised state.
-        axis: index of the module's time axis in the state [B,S,A,R].
-        normalization, carry, detach_state: as for `ops.reference.time_module`.
-        state_input_scale: `state_input` starts as this multiple of the identity.
-    """
-
-    drops_input = False
-
-    def __init__(
-        self,
-        base_layer: nn.Linear,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        *,
-        stream: int = 0,
-        axis: int = 0,
-        normalization: str = "minmax",
-        carry: str = "normalized",
-        detach_state: bool = False,
-        state_input_scale: float = 0.1,
-    ) -> None:
-        super().__init__(base_layer, rank, alpha, dropout, stream=stream)
-        self.axis = axis
-        self.normalization, self.carry, self.detach_state = normalization, carry, detach_state
-        self.state_input_scale = state_input_scale
-        self.state_transition = nn.Parameter(self.lora_A.weight.new_empty(rank, rank))
-        self.state_input = nn.Parameter(self.lora_A.weight.new_empty(rank, rank))
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """As LoRA, with `state_transition` = 0 and `state_input` = scale * I."""
-        super().reset_parameters(generator)
-        with torch.no_grad():
-            self.state_transition.zero_()
-            self.state_input.copy_(torch.eye(self.rank) * self.state_input_scale)
-
-    def step(self, x_BSD: Tensor, h_prev_BSR: Tensor) -> tuple[Tensor, Tensor]:
-        """([B,S,D], state [B,S,R]) -> ([B,S,O], state [B,S,R] in the dtype of the state received); pure."""
-        x_BSD, z_BSR = self._down_project(x_BSD)
-        base_BSO, is_ours = self._frozen(x_BSD)
-        drawing = (self.dropout, self.stream, self._first_token)
-        return fused.time_module(
-            base_BSO,
-            z_BSR.to(base_BSO.dtype),
-            h_prev_BSR.detach() if self.detach_state else h_prev_BSR,
-            self.lora_B.weight,
-            self.state_transition,
-            self.state_input,
-            Recurrence(self.scaling, self.normalization, self.carry, *drawing),
-            self._dropout_seeds(x_BSD),
-            is_ours,
-        )
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """[B,S,D] -> [B,S,O] inside a decoder layer that has bound its state.
-
-        Raises:
-            AdapterError: when called outside such a layer; `step` is the form for that.
-        """
-        call = self.call
-        if call is None:
-            raise AdapterError(
-                "a time module was called outside of its decoder layer, so it has no state; "
-                "call the decoder layer, or `step(x, state)`"
-            )
-        y_BSO, state_BSR = self.step(x_BSD, call.read(self.axis))
-        call.write(self.axis, state_BSR)
-        return y_BSO
-
-
 class LayerCall:
     """What the adapters of one decoder layer share while it runs, and no longer.
 
     Args:
         dropout_seeds_B: int64, one for each row; None draws them when they are first asked for.
-        state_BSAR: as it enters the layer; its axes are read and written one by one. None for plain LoRA.
+        state_BSAR: as it enters the layer; its axes are written one by one. None without any.
         first_token: where the first of the tokens stands in its row, for the dropout.
     """
 
@@ -215,9 +201,9 @@ class LayerCall:
         self._seeds_B = draw_seeds(num_rows, device) if seeds_B is None else seeds_B.to(device)
         return self._seeds_B
 
-    def read(self, axis: int) -> Tensor:
-        """State [B,S,R] of one axis."""
-        return self._columns[axis]
+    def read(self, form: Form) -> Tensor:
+        """The state that a form receives: [B,S,R] of its axis, or of all axes [B,S,A,R]."""
+        return self.packed() if form.reads_all_axes else self._columns[form.axis]
 
     def write(self, axis: int, state_BSR: Tensor) -> None:
         """Hands on the state of one axis, rounded to the dtype in which the state entered."""

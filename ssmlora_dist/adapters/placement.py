@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from ssmlora_dist.adapters.config import AdapterConfig, Method
+from ssmlora_dist.adapters.config import AdapterConfig
+from ssmlora_dist.ops.registry import form_named
 
 
-def placement(config: AdapterConfig, layer_idx: int) -> dict[str, Method]:
-    """Projections adapted in layer `layer_idx`, and how: `{"q_proj": "ssmlora", "o_proj": "lora"}`."""
-    chosen: dict[str, Method] = {}
+def placement(config: AdapterConfig, layer_idx: int) -> dict[str, str]:
+    """Projections adapted in layer `layer_idx`, and the form: `{"q_proj": "ssmlora", "o_proj": "lora"}`."""
+    chosen = dict.fromkeys(config.listed, config.every_layer_method)
     if config.alternate:
-        chosen[config.alternate[layer_idx % len(config.alternate)]] = config.method
-    for name in config.listed:
-        chosen[name] = config.every_layer_method if config.method == "ssmlora" else "lora"
+        chosen = {config.alternate[layer_idx % len(config.alternate)]: config.method, **chosen}
     return chosen
 
 
-def time_axes(config: AdapterConfig) -> tuple[str, ...]:
-    """The projections that form time axes, in the order of the state's axis A; empty for plain LoRA."""
-    if config.method == "lora":
-        return ()
-    every_layer = config.listed if config.every_layer_method == "ssmlora" else ()
-    return config.alternate + every_layer
+def forms_by_projection(config: AdapterConfig) -> dict[str, str]:
+    """The form of every projection that is adapted anywhere, in the order of `config.targets`."""
+    alternate = dict.fromkeys(config.alternate, config.method)
+    return alternate | dict.fromkeys(config.listed, config.every_layer_method)
+
+
+def time_axes(config: AdapterConfig) -> dict[str, str]:
+    """The projections that form time axes, in the order of the state's axis A, and their forms."""
+    return {name: form for name, form in forms_by_projection(config).items() if form_named(form).has_state}

@@ -154,7 +154,7 @@ def join_stages(layers: Iterable[nn.Module], hidden_size: int, is_first: bool, i
     """
     ordered = list(layers)
     first, last = ordered[0], ordered[-1]
-    # Plain LoRA carries no state: hidden states cross the boundary as they are.
+    # Without a form that has a state, hidden states cross the boundary as they are.
     if not isinstance(first, StatefulDecoderLayer) or not isinstance(last, StatefulDecoderLayer):
         return hidden_size
     first.receives_packed, last.sends_packed = not is_first, not is_last

@@ -64,7 +64,7 @@ def build_parser(description: str) -> ArgumentParser:
 def build_adapter_parser(description: str) -> ArgumentParser:
     """The arguments that every script which loads a trained adapter has, for `config.build.load_trained`.
 
-    Parsed, they are `adapter`, `model`, `quantization` and `dtype`.
+    Parsed, they are `adapter`, `model`, `quantization`, `dtype` and `form_module`.
     """
     parser = ArgumentParser(description=description)
     add = parser.add_argument
@@ -90,6 +90,12 @@ def build_adapter_parser(description: str) -> ArgumentParser:
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         help="of the base model; by default that of training, or that of the stored weights",
+    )
+    add(
+        "--form-module",
+        type=name_argument,
+        metavar="MODULE",
+        help="Python file or module that registers the adapter's form of the state, if it is one of your own",
     )
     return parser
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ssmlora_dist.adapters.files import SETTINGS_FILE, read_base
+from ssmlora_dist.adapters.files import SETTINGS_FILE, read_base, read_config
 from ssmlora_dist.adapters.projections import resolve
 from ssmlora_dist.api import add_adapters, load_adapter
 from ssmlora_dist.config.schema import ModelSection, RetrievalSection, RunConfig, SourceSection
@@ -36,6 +36,7 @@ from ssmlora_dist.models import (
 from ssmlora_dist.models.location import locate_base
 from ssmlora_dist.models.stage import StageLayers
 from ssmlora_dist.models.structure import check_layers
+from ssmlora_dist.ops.registry import import_forms
 from ssmlora_dist.tokenization import end_token_ids
 from ssmlora_dist.tracking import Store, check_store, choose_store
 
@@ -161,6 +162,7 @@ def load_trained(
     path: str | None = None,
     quantization: str | None = None,
     dtype: str | None = None,
+    form_module: str | None = None,
     device: torch.device | str = "cpu",
     warn: Callable[[str], object] = warnings.warn,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -171,6 +173,7 @@ def load_trained(
         path: of the base model, where it is not where it was during training.
         quantization: of the base model; by default what the adapter was trained on, or none.
         dtype: of the base model; by default what the adapter was trained on, or that of the stored weights.
+        form_module: registers the adapter's form of the state; imported first.
         device: where the model computes.
         warn: told what was not recorded.
 
@@ -178,7 +181,11 @@ def load_trained(
         AdapterError: the directory cannot be read or belongs to another base model.
         ModelError: the base model cannot be found or read.
     """
+    if form_module is not None:
+        import_forms(form_module)
     base = read_base(directory)
+    # Refused before the base model is loaded.
+    read_config(directory)
     endings = {key: base.pop(key, None) for key in ENDINGS}
     tokenizer = base.pop("tokenizer", None)
     located = locate_base(directory, base, path, weights=base.get("init") != "random")

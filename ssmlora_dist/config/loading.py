@@ -16,7 +16,8 @@ from ssmlora_dist.config.rules import rule_problems
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.shown import shown
 from ssmlora_dist.config.topology import topology_problems
-from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.errors import AdapterError, ConfigError
+from ssmlora_dist.ops.registry import import_forms
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.ranks import read_place
 
@@ -68,6 +69,7 @@ def load_config(
     data, lines = read_json(path)
     lines += apply_overrides(data, overrides)
     _refuse_half_characters(data, str(path))
+    lines += _import_forms(data.get("adapter"))
     config, doubtful, schema_lines = _validate(data)
     lines += schema_lines
     lines += rule_problems(config, doubtful, check_files=check_files, for_training=for_training)
@@ -151,6 +153,18 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]
         else:
             holder[parts[-1]] = value
     return lines
+
+
+def _import_forms(adapter: Any) -> list[str]:
+    """Imports `adapter.form_module`, whose forms the section may name; a line if that fails."""
+    module = adapter.get("form_module") if isinstance(adapter, dict) else None
+    if not isinstance(module, str) or not module:
+        return []
+    try:
+        import_forms(module)
+    except AdapterError as error:
+        return [f"adapter.form_module: {error}"]
+    return []
 
 
 def _parse(text: str, repeated: list[tuple[dict[str, Any], str]] | None = None) -> Any:

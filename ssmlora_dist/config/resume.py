@@ -46,6 +46,7 @@ RULES = (
     ),
     ResumeRule("model.attention", True, "implementations compute the same but for rounding"),
     ResumeRule("quantization.*", False, "the adapter was trained on the backbone as it is stored"),
+    ResumeRule("adapter.form_module", True, "says where the code of a form lies"),
     ResumeRule("adapter.*", False, "it says what the checkpoint's parameters are and compute"),
     ResumeRule("data.train.path", True, "the contents are compared, wherever they lie"),
     ResumeRule("data.train.hub", True, "the contents are compared, wherever they lie"),

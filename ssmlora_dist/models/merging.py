@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist.adapters.files import SavedAdapter, read_adapter, read_base, read_config
-from ssmlora_dist.adapters.placement import placement, time_axes
+from ssmlora_dist.adapters.placement import forms_by_projection, placement
 from ssmlora_dist.adapters.projections import named_by, resolve
 from ssmlora_dist.durable import explained, sync
 from ssmlora_dist.errors import AdapterError, ModelError
@@ -24,6 +24,7 @@ from ssmlora_dist.models.loading import GENERATION_CONFIG_FILE
 from ssmlora_dist.models.location import METADATA_PATTERNS, locate_base
 from ssmlora_dist.models.structure import Structure, empty_model, structure_of
 from ssmlora_dist.models.weights import SafetensorsWeights, is_finite
+from ssmlora_dist.ops.registry import form_named
 from ssmlora_dist.progress import counted
 from ssmlora_dist.tokenization import end_token_ids
 
@@ -71,10 +72,11 @@ def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
         raise ModelError(f"{out}: exists, and nothing in it is overwritten; choose another --out")
     base = read_base(directory)
     config = read_config(directory)
-    if config is not None and time_axes(config):
+    forms = {} if config is None else forms_by_projection(config)
+    if unmergeable := [name for name in forms.values() if not form_named(name).is_mergeable]:
         raise AdapterError(
-            f"{directory}: SSMLoRA cannot be merged: a time module's state depends on the input, so no "
-            "weight computes the same; use the adapter as it is, or train plain LoRA"
+            f'{directory}: "{unmergeable[0]}" cannot be merged: it adds more than a product of input and '
+            "weight, such as a state; use the adapter as it is, or train plain LoRA"
         )
     is_stored = path is not None or base.get("init") != "random"
     base_directory = locate_base(directory, base, path, weights=True) if is_stored else None

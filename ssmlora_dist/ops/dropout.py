@@ -10,6 +10,7 @@ Shapes: B batch, S tokens, C components; int32 arithmetic wraps around.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,20 @@ SHIFTS = (16, 13, 16)
 FACTORS = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)
 # Where the chain of hashes starts: 0 hashes to 0.
 START = 0x5A17C9E3
+
+
+class Dropout(NamedTuple):
+    """How an adapter drops, seeds aside.
+
+    Attributes:
+        stream: which adapter of the model it is.
+        probability: of dropping.
+        first_token: where the first of the tokens stands in its row, if the rows are split among processes.
+    """
+
+    stream: int = 0
+    probability: float = 0.0
+    first_token: int = 0
 
 
 def draw_seeds(num_rows: int, device: torch.device) -> Tensor:

@@ -2,9 +2,9 @@
 
 An adapter on a frozen linear layer is three calls:
 
-    x, z = down_project(x, [lora_A])          z = x W_a
-    base = x W_0                              the frozen layer, on the x that came back
-    y = add_lora(base, z, lora_B)             or: y, state = time_module(base, z, state, lora_B, ...)
+    x, z = down_project(x, [lora_A])                          z = x W_a
+    base = x W_0                                              the frozen layer, on the x that came back
+    y, state = add_delta(base, z, state, lora_B, form, ...)   y = base + scaling u W_b, u by the form
 
 Between forward and backward pass they hold x (the tensor itself: no copy, no cast), z and the state received;
 all else is worked out again. The delta is added into `base`, and the gradient through W_a into the one that
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssmlora_dist.ops import operators  # noqa: F401 (registers torch.ops.ssmlora)
-from ssmlora_dist.ops.state_step import Recurrence
+from ssmlora_dist.ops.dropout import Dropout
+from ssmlora_dist.ops.form import Form, Inputs, Parameters
 
 # A view of what nobody else refers to: see `is_held`.
 _LONE_VIEW = torch.empty(1).view(1)
@@ -85,47 +85,46 @@ def is_held(tensor: Tensor, witness: object) -> bool:
     )
 
 
-def add_lora(
-    base_BSO: Tensor, z_BSR: Tensor, lora_B_OR: Tensor, scaling: float, in_place: bool = True
-) -> Tensor:
-    """y = base + scaling z W_b [B,S,O]; `in_place`, `base` is lost."""
-    y_BSO: Tensor = _LoRADelta.apply(  # type: ignore[no-untyped-call]
-        base_BSO, z_BSR, lora_B_OR, scaling, in_place
-    )
-    return y_BSO
-
-
-def time_module(
+def add_delta(
     base_BSO: Tensor,
     z_BSR: Tensor,
-    h_prev_BSR: Tensor,
+    state: Tensor | None,
     lora_B_OR: Tensor,
-    transition_RR: Tensor,
-    input_RR: Tensor,
-    recurrence: Recurrence,
+    form: Form,
+    parameters: Parameters,
+    scaling: float,
     seeds: Tensor | None = None,
+    dropout: Dropout = Dropout(),  # noqa: B008 (immutable)
     in_place: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """What follows z in `reference.time_module`: y [B,S,O], and the state handed on.
+) -> tuple[Tensor, Tensor | None]:
+    """y = base + scaling u W_b [B,S,O], and the state handed on, of which `form` makes u and the latter.
 
     Args:
         base_BSO: the frozen layer's output, in the dtype of x.
         z_BSR: x W_a.
-        h_prev_BSR: state received; detached, no gradient goes through it.
+        state: received, [B,S,R] or, if the form reads all axes, [B,S,A,R]; detached, no gradient goes through
+            it. None for a form without one.
         lora_B_OR: W_b transposed.
-        transition_RR: W_c.
-        input_RR: W_d.
-        recurrence: scaling, normalisation, carry and dropout.
-        seeds: of the dropout, int64, one for each row [B]; None keeps everything.
+        form: what is computed in between.
+        parameters: the form's, by name.
+        scaling: alpha / rank.
+        seeds: of the form's dropout, int64, one for each row [B]; None keeps everything.
+        dropout: which adapter drops, and with what probability.
         in_place: y takes the place of `base`, which is lost.
 
     Returns:
-        y, and n or h [B,S,R] in the dtype of `h_prev_BSR`.
+        y, and [B,S,R] in the dtype of `state`, or None for a form without one.
     """
-    y_BSO, carried_BSR = _TimeModule.apply(  # type: ignore[no-untyped-call]
-        base_BSO, z_BSR, h_prev_BSR, lora_B_OR, transition_RR, input_RR, recurrence, seeds, in_place
+    if torch.compiler.is_compiling() and type(form).backward is Form.backward:
+        # The compiler itself finds what to keep and what to work out again.
+        u_BSR, handed_on = form.run(Inputs(z_BSR, state, parameters, scaling, seeds, dropout))
+        u_TR, right_RO = _rows(u_BSR), lora_B_OR.to(z_BSR.dtype).t()
+        return _add_product(base_BSO, u_TR, right_RO, scaling, in_place=False), handed_on
+    settings = (form, tuple(parameters), scaling, dropout)
+    y_BSO, handed_on = _Delta.apply(  # type: ignore[no-untyped-call]
+        settings, in_place, base_BSO, z_BSR, state, lora_B_OR, seeds, *parameters.values()
     )
-    return y_BSO, carried_BSR
+    return y_BSO, handed_on
 
 
 class _DownProjection(torch.autograd.Function):
@@ -160,55 +159,38 @@ class _DownProjection(torch.autograd.Function):
         return d_x, None, None, *d_weights
 
 
-class _LoRADelta(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, base: Tensor, z: Tensor, lora_B: Tensor, scaling: float, in_place: bool) -> Tensor:
-        ctx.scaling = scaling
-        ctx.save_for_backward(z, lora_B)
-        return _add_product(base, _rows(z), lora_B.to(z.dtype).t(), scaling, in_place=in_place)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        z, lora_B = ctx.saved_tensors
-        d_u = torch.mm(_rows(d_y), lora_B.to(z.dtype)).mul_(ctx.scaling)
-        d_B = _product(_rows(d_y).t(), _rows(z) * ctx.scaling, lora_B.dtype)
-        return d_y, d_u.view(z.shape), d_B, None, None
-
-
-class _TimeModule(torch.autograd.Function):
+class _Delta(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        base: Tensor,
-        z: Tensor,
-        h_prev: Tensor,
-        lora_B: Tensor,
-        transition: Tensor,
-        input: Tensor,
-        recurrence: Recurrence,
-        seeds: Tensor | None,
-        in_place: bool,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, settings: tuple[Form, tuple[str, ...], float, Dropout], in_place: bool, *tensors: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        # All in one: where as many are given as there are names, torch 2.13's compiler takes one for `ctx`.
+        base, z, state, lora_B, seeds, *parameters = tensors
         ctx.set_materialize_grads(False)
-        ctx.recurrence = recurrence
-        ctx.save_for_backward(z, h_prev, lora_B, transition, input, seeds)
-        u, carried = torch.ops.ssmlora.state_forward(z, h_prev, transition, input, seeds, *recurrence)
-        return _add_product(base, _rows(u), lora_B.to(z.dtype).t(), in_place=in_place), carried
+        ctx.settings = settings
+        ctx.save_for_backward(z, state, lora_B, seeds, *parameters)
+        form, names, scaling, dropout = settings
+        by_name = dict(zip(names, parameters, strict=True))
+        u, handed_on = form.forward(Inputs(z, state, by_name, scaling, seeds, dropout))
+        outer = 1.0 if form.scales_in_forward else scaling
+        return _add_product(base, _rows(u), lora_B.to(z.dtype).t(), outer, in_place=in_place), handed_on
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor | None, d_carried: Tensor | None) -> tuple[Tensor | None, ...]:
-        z, h_prev, lora_B, transition, input, seeds = ctx.saved_tensors
+    def backward(ctx: Any, d_y: Tensor | None, d_handed_on: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, state, lora_B, seeds, *parameters = ctx.saved_tensors
+        form, names, scaling, dropout = ctx.settings
         if d_y is None:
             d_y = z.new_zeros((*z.shape[:-1], lora_B.shape[0]))
         d_u = torch.mm(_rows(d_y), lora_B.to(z.dtype)).view(z.shape)
-        u, d_z, d_h_prev, d_transition, d_input = torch.ops.ssmlora.state_backward(
-            d_u, d_carried, ctx.needs_input_grad[2], z, h_prev, transition, input, seeds, *ctx.recurrence
-        )
-        d_B = _product(_rows(d_y).t(), _rows(u), lora_B.dtype)
-        d_h_prev = d_h_prev if ctx.needs_input_grad[2] else None
-        return d_y, d_z, d_h_prev, d_B, d_transition, d_input, None, None, None
+        if not form.scales_in_forward:
+            d_u.mul_(scaling)
+        by_name = dict(zip(names, parameters, strict=True))
+        inputs = Inputs(z, state, by_name, scaling, seeds, dropout)
+        u, d_z, d_state, d_parameters = form.backward(inputs, d_u, d_handed_on, ctx.needs_input_grad[4])
+        scaled = u if form.scales_in_forward else u * scaling
+        d_B = _product(_rows(d_y).t(), _rows(scaled), lora_B.dtype)
+        return None, None, d_y, d_z, d_state, d_B, None, *d_parameters
 
 
 def _projections(

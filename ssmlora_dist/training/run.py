@@ -293,7 +293,7 @@ class _Run:
                 sum_over_ranks=lambda values: [v / place.num_stages for v in self.group.sum(values)],
                 description=f"evaluation after step {step}" if step else "evaluation before training",
             )
-        row = health.metrics(self.group.sum(health.sums.flatten().tolist()))
+        row = health.metrics(self.group.sum(health.sums.tolist()))
         if self.group.is_main:
             self._log(row | score_row(scores), step)
         return scores

@@ -25,14 +25,14 @@ def test_by_default_q_and_v_alternate_with_a_full_state_gradient() -> None:
         ({"alternate": ("q_proj",), "every_layer": ("q_proj",)}, "names q_proj more than once"),
         (
             {"method": "lora", "every_layer": ("o_proj",), "every_layer_method": "ssmlora"},
-            'needs `method` "ssmlora"',
+            'needs `method` to be a form with one.*set `method` to "ssmlora"',
         ),
         ({"state_input_scale": 0.0}, "greater than 0"),
         ({"rank": 0}, "greater than or equal to 1"),
         ({"dropout": 1.0}, "less than 1"),
         ({"alpha": float("nan")}, "finite"),
         ({"rnak": 8}, "rnak"),
-        ({"carry": "cooked"}, "'normalized' or 'raw'"),
+        ({"carry": "cooked"}, "'normalized', 'raw' or 'none'"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:

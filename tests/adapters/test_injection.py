@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters, insert_adapters, load_adapter_tensors
-from ssmlora_dist.adapters.layers import LoRALinear, SSMLoRALinear
+from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.state import AdaptedDecoderLayer, StatefulDecoderLayer
 from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.models import structure_of
@@ -95,8 +95,8 @@ def test_every_projection_of_a_family_can_be_adapted(model_type: str) -> None:
     for layer, own in zip(layers_of(model), paths, strict=True):
         for axis, path in enumerate(own):
             module = layer.get_submodule(path)
-            assert isinstance(module, SSMLoRALinear)
-            assert module.axis == axis
+            assert isinstance(module, LoRALinear)
+            assert (module.form.name, module.form.axis) == ("ssmlora", axis)
 
 
 def test_layers_of_plain_lora_have_no_state() -> None:
@@ -104,7 +104,7 @@ def test_layers_of_plain_lora_have_no_state() -> None:
     for layer in layers_of(model):
         assert isinstance(layer, AdaptedDecoderLayer)
         assert not isinstance(layer, StatefulDecoderLayer)
-    assert sum(type(module) is LoRALinear for module in model.modules()) == NUM_LAYERS
+    assert sum(isinstance(module, LoRALinear) for module in model.modules()) == NUM_LAYERS
 
 
 def adapters_of(layer: Any) -> dict[str, LoRALinear]:

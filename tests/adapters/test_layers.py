@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssmlora_dist.adapters.layers import LayerCall, LoRALinear, SSMLoRALinear
+from ssmlora_dist.adapters.layers import LayerCall, LoRALinear
 from ssmlora_dist.adapters.state import bind
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops.dropout import draw_seeds, keep_mask
-from ssmlora_dist.ops.reference import time_module
+from ssmlora_dist.ops.lora import LoRA
+from ssmlora_dist.ops.ssmlora import SSMLoRA
+from ssmlora_dist.ops.ssmlora.reference import time_module
 from ssmlora_dist.quantization import quantize_linear
 
 SEED = 3
@@ -43,6 +45,16 @@ def base_layer(storage: str, dtype: torch.dtype = torch.float32, bias: bool = Tr
     return quantize_linear(linear, mode=mode, compute_dtype=dtype)
 
 
+def plain_lora(base: nn.Linear, rank: int, *settings: Any, **others: Any) -> LoRALinear:
+    return LoRALinear(base, LoRA(rank=rank), *settings, **others)
+
+
+def time_module_on(
+    base: nn.Linear, rank: int, *settings: Any, axis: int = 0, detach_state: bool = False, **form: Any
+) -> LoRALinear:
+    return LoRALinear(base, SSMLoRA(rank=rank, axis=axis, **form), *settings, detach_state=detach_state)
+
+
 def randomized(module: LoRALinear) -> Any:
     module.reset_parameters(torch.Generator().manual_seed(SEED))
     own = [p for name, p in module.named_parameters() if not name.startswith("base_layer")]
@@ -61,13 +73,13 @@ def state(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("kind", [LoRALinear, SSMLoRALinear])
+@pytest.mark.parametrize("kind", [plain_lora, time_module_on])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_autocast_to_another_dtype_than_that_of_the_layer(storage: str, kind: Any, grad: bool) -> None:
     """A quantised layer gives the dtype of its input all the same, where a dense one follows autocast."""
     layer = randomized(kind(base_layer(storage), RANK, ALPHA))
     x, h = tokens().requires_grad_(grad), state()
-    run = (lambda: layer(x)) if kind is LoRALinear else (lambda: layer.step(x, h)[0])
+    run = (lambda: layer(x)) if kind is plain_lora else (lambda: layer.step(x, h)[0])
     wanted = run()
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
         got = run()
@@ -80,7 +92,7 @@ def test_autocast_to_another_dtype_than_that_of_the_layer(storage: str, kind: An
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_lora_is_its_formula(storage: str) -> None:
-    layer = randomized(LoRALinear(base_layer(storage), RANK, ALPHA))
+    layer = randomized(plain_lora(base_layer(storage), RANK, ALPHA))
     x = tokens()
     expected = layer.base_layer(x) + SCALING * (x @ layer.lora_A.weight.T) @ layer.lora_B.weight.T
     torch.testing.assert_close(layer(x), expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
@@ -91,7 +103,7 @@ def test_lora_is_its_formula(storage: str) -> None:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_step_is_the_reference(storage: str, normalization: str, carry: str) -> None:
     layer = randomized(
-        SSMLoRALinear(base_layer(storage), RANK, ALPHA, normalization=normalization, carry=carry)
+        time_module_on(base_layer(storage), RANK, ALPHA, normalization=normalization, carry=carry)
     )
     x, h_prev = tokens(), state()
     y, carried = layer.step(x, h_prev)
@@ -113,21 +125,21 @@ def test_a_step_is_the_reference(storage: str, normalization: str, carry: str) -
 
 @pytest.mark.parametrize("detach_state", [False, True])
 def test_a_detached_module_sends_no_gradient_to_the_state_it_received(detach_state: bool) -> None:
-    layer = randomized(SSMLoRALinear(base_layer("dense"), RANK, ALPHA, detach_state=detach_state))
+    layer = randomized(time_module_on(base_layer("dense"), RANK, ALPHA, detach_state=detach_state))
     h_prev = state().requires_grad_()
     y, carried = layer.step(tokens(), h_prev)
     (gradient,) = torch.autograd.grad((y.sum() + carried.square().sum()), h_prev, allow_unused=True)
     assert (gradient is None) == detach_state
 
 
-@pytest.mark.parametrize("kind", [LoRALinear, SSMLoRALinear])
+@pytest.mark.parametrize("kind", [plain_lora, time_module_on])
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_module_is_its_base_layer(kind: Any, storage: str, dtype: torch.dtype) -> None:
     layer = kind(base_layer(storage, dtype), RANK, ALPHA)
     layer.reset_parameters(torch.Generator().manual_seed(SEED))
     x = tokens(dtype)
-    y = layer.step(x, torch.zeros(2, 3, RANK))[0] if kind is SSMLoRALinear else layer(x)
+    y = layer.step(x, torch.zeros(2, 3, RANK))[0] if kind is time_module_on else layer(x)
     assert y.dtype == dtype
     assert torch.equal(y, layer.base_layer(x))
     assert layer.lora_A.weight.abs().max() > 0
@@ -136,7 +148,7 @@ def test_a_fresh_module_is_its_base_layer(kind: Any, storage: str, dtype: torch.
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapter_parameters_are_float32_whatever_the_storage(storage: str, dtype: torch.dtype) -> None:
-    layer = SSMLoRALinear(base_layer(storage, dtype), RANK, ALPHA)
+    layer = time_module_on(base_layer(storage, dtype), RANK, ALPHA)
     own = {name: p for name, p in layer.named_parameters() if not name.startswith("base_layer")}
     shapes = {name: tuple(p.shape) for name, p in own.items()}
     assert shapes == {
@@ -150,14 +162,14 @@ def test_adapter_parameters_are_float32_whatever_the_storage(storage: str, dtype
 
 
 def test_adapter_parameters_are_float64_under_a_float64_layer() -> None:
-    layer = randomized(SSMLoRALinear(base_layer("dense", torch.float64), RANK, ALPHA))
+    layer = randomized(time_module_on(base_layer("dense", torch.float64), RANK, ALPHA))
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
     y, carried = layer.step(tokens(torch.float64), state(torch.float64))
     assert y.dtype == carried.dtype == torch.float64
 
 
 def test_the_state_starts_small_and_not_at_zero() -> None:
-    layer = SSMLoRALinear(base_layer("dense"), RANK, ALPHA, state_input_scale=0.25)
+    layer = time_module_on(base_layer("dense"), RANK, ALPHA, state_input_scale=0.25)
     layer.reset_parameters()
     assert torch.equal(layer.state_input, 0.25 * torch.eye(RANK))
     assert torch.equal(layer.state_transition, torch.zeros(RANK, RANK))
@@ -165,7 +177,7 @@ def test_the_state_starts_small_and_not_at_zero() -> None:
 
 def test_lora_dropout_acts_on_the_input_while_training() -> None:
     dropout = 0.5
-    layer = randomized(LoRALinear(base_layer("dense"), RANK, ALPHA, dropout, stream=STREAM))
+    layer = randomized(plain_lora(base_layer("dense"), RANK, ALPHA, dropout, stream=STREAM))
     x = tokens()
     torch.manual_seed(SEED)
     trained = layer.train()(x)
@@ -173,7 +185,7 @@ def test_lora_dropout_acts_on_the_input_while_training() -> None:
     dropped = x * keep_mask(draw_seeds(x.shape[0], x.device), STREAM, tuple(x.shape), dropout) / (1 - dropout)
     expected = layer.base_layer(x) + SCALING * (dropped @ layer.lora_A.weight.T) @ layer.lora_B.weight.T
     torch.testing.assert_close(trained, expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
-    without = randomized(LoRALinear(layer.base_layer, RANK, ALPHA))
+    without = randomized(plain_lora(layer.base_layer, RANK, ALPHA))
     without.load_state_dict(layer.state_dict())
     assert torch.equal(layer.eval()(x), without(x))
     assert not torch.equal(trained, without(x))
@@ -181,7 +193,7 @@ def test_lora_dropout_acts_on_the_input_while_training() -> None:
 
 def test_state_dropout_acts_on_the_normalised_state_while_training() -> None:
     dropout = 0.25
-    layer = randomized(SSMLoRALinear(base_layer("dense"), OUT_FEATURES, ALPHA, dropout))
+    layer = randomized(time_module_on(base_layer("dense"), OUT_FEATURES, ALPHA, dropout))
     with torch.no_grad():
         layer.lora_B.weight.copy_(torch.eye(OUT_FEATURES))  # y - y_0 is then scaling * (z + K n)
     x, h_prev = tokens(), torch.zeros(2, 3, OUT_FEATURES)
@@ -200,14 +212,14 @@ def test_state_dropout_acts_on_the_normalised_state_while_training() -> None:
     assert 0.1 < share < 0.4, f"{share:.2f} dropped, with probability {dropout}"
 
 
-def test_a_time_module_outside_a_layer_says_what_to_call() -> None:
-    layer = randomized(SSMLoRALinear(base_layer("dense"), RANK, ALPHA))
+def test_an_adapter_with_a_state_outside_a_layer_says_what_to_call() -> None:
+    layer = randomized(time_module_on(base_layer("dense"), RANK, ALPHA))
     with pytest.raises(AdapterError, match=r"outside of its decoder layer.*`step\(x, state\)`"):
         layer(tokens())
 
 
 def test_inside_a_layer_it_reads_and_writes_its_own_axis() -> None:
-    layer = randomized(SSMLoRALinear(base_layer("dense"), RANK, ALPHA, axis=1))
+    layer = randomized(time_module_on(base_layer("dense"), RANK, ALPHA, axis=1))
     x, entered = tokens(), torch.randn(2, 3, 3, RANK)
     call = LayerCall(state_BSAR=entered)
     with bind([layer], call):
@@ -220,7 +232,7 @@ def test_inside_a_layer_it_reads_and_writes_its_own_axis() -> None:
 
 
 def test_the_state_is_let_go_when_a_layer_fails() -> None:
-    layer = SSMLoRALinear(base_layer("dense"), RANK, ALPHA)
+    layer = time_module_on(base_layer("dense"), RANK, ALPHA)
 
     def fail() -> None:
         with bind([layer], LayerCall(state_BSAR=torch.zeros(1, 1, 1, RANK))):
@@ -242,7 +254,7 @@ def test_the_state_leaves_in_the_dtype_it_entered() -> None:
 
 
 def test_adapters_of_one_call_share_its_seeds_and_draw_apart() -> None:
-    layers = [randomized(LoRALinear(base_layer("dense"), RANK, ALPHA, 0.5, stream=s)).train() for s in (1, 2)]
+    layers = [randomized(plain_lora(base_layer("dense"), RANK, ALPHA, 0.5, stream=s)).train() for s in (1, 2)]
     layers[1].load_state_dict(layers[0].state_dict())
     x = tokens()
     dropout_seeds = torch.arange(x.shape[0])
@@ -263,7 +275,7 @@ def test_adapters_of_one_call_share_its_seeds_and_draw_apart() -> None:
 
 def readers(number: int = 3, **settings: Any) -> list[Any]:
     """Adapters that read one input."""
-    layers = [randomized(LoRALinear(base_layer("dense"), RANK, ALPHA, **settings)) for _ in range(number)]
+    layers = [randomized(plain_lora(base_layer("dense"), RANK, ALPHA, **settings)) for _ in range(number)]
     for layer in layers:
         layer.readers = layers
     return layers
@@ -357,14 +369,14 @@ def test_sharded_weights_are_not_read_ahead_of_their_module() -> None:
 
 
 def test_printing_a_module_shows_its_settings() -> None:
-    assert "rank=4, scaling=1.5, dropout=0.1" in repr(LoRALinear(base_layer("dense"), RANK, ALPHA, 0.1))
+    assert "rank=4, scaling=1.5, dropout=0.1" in repr(plain_lora(base_layer("dense"), RANK, ALPHA, 0.1))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_start_values_are_the_same_on_every_device() -> None:
     on_cpu, on_cuda = (
-        SSMLoRALinear(base_layer("dense").to(device), RANK, ALPHA) for device in ("cpu", "cuda")
+        time_module_on(base_layer("dense").to(device), RANK, ALPHA) for device in ("cpu", "cuda")
     )
     for layer in (on_cpu, on_cuda):
         layer.reset_parameters(torch.Generator().manual_seed(SEED))

@@ -40,10 +40,10 @@ def test_lora_places_plain_modules_at_the_same_places() -> None:
 
 
 def test_time_axes_are_the_projections_with_time_modules() -> None:
-    assert time_axes(AdapterConfig(every_layer=("o_proj",))) == ("q_proj", "v_proj")
+    assert tuple(time_axes(AdapterConfig(every_layer=("o_proj",)))) == ("q_proj", "v_proj")
     dense = AdapterConfig(every_layer=("o_proj", "up_proj"), every_layer_method="ssmlora")
-    assert time_axes(dense) == ("q_proj", "v_proj", "o_proj", "up_proj")
-    assert time_axes(AdapterConfig(method="lora", every_layer=("o_proj",))) == ()
+    assert tuple(time_axes(dense)) == ("q_proj", "v_proj", "o_proj", "up_proj")
+    assert time_axes(AdapterConfig(method="lora", every_layer=("o_proj",))) == {}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist import AdapterConfig
-from ssmlora_dist.adapters.layers import SSMLoRALinear
+from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.state import StatefulDecoderLayer
 from tests.tiny import FAMILY_NAMES, QV_AND_MLP, adapted_model, layers_of, token_ids
 
@@ -25,11 +25,11 @@ class Recorder:
 
     def __init__(self, model: Any) -> None:
         self.layers: list[tuple[Any, dict[str, Any], Any]] = []
-        self.modules: dict[str, list[tuple[SSMLoRALinear, Tensor, Tensor]]] = {}
+        self.modules: dict[str, list[tuple[LoRALinear, Tensor, Tensor]]] = {}
         for layer in layers_of(model):
             layer.register_forward_hook(self._layer, with_kwargs=True)
             for name, module in layer.named_modules():
-                if isinstance(module, SSMLoRALinear):
+                if isinstance(module, LoRALinear) and module.form.has_state:
                     axis = self.modules.setdefault(name.rpartition(".")[2], [])
                     module.register_forward_hook(
                         lambda module, inputs, output, axis=axis: axis.append((module, inputs[0], output))
@@ -141,7 +141,7 @@ def test_nothing_of_the_state_outlives_a_forward_pass() -> None:
     model(token_ids(2, 7), use_cache=False)
     held = [name for name, value in _attributes(model) if isinstance(value, Tensor)]
     assert held == []
-    assert all(m.call is None for m in model.modules() if isinstance(m, SSMLoRALinear))
+    assert all(m.call is None for m in model.modules() if isinstance(m, LoRALinear))
 
 
 def test_a_layer_that_fails_lets_go_of_its_state() -> None:
@@ -154,7 +154,7 @@ def test_a_layer_that_fails_lets_go_of_its_state() -> None:
     with pytest.raises(RuntimeError, match="in the layer"):
         model(token_ids(2, 7), use_cache=False)
     hook.remove()
-    assert all(m.call is None for m in model.modules() if isinstance(m, SSMLoRALinear))
+    assert all(m.call is None for m in model.modules() if isinstance(m, LoRALinear))
     assert torch.equal(
         model(token_ids(2, 7), use_cache=False).logits,
         adapted_model()(token_ids(2, 7), use_cache=False).logits,

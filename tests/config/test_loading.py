@@ -144,3 +144,33 @@ def test_what_the_machine_computes_in_is_judged_where_auto_is_given(
     with pytest.raises(ConfigError) as refused:
         load(*changes, world_size=2, device_type="cpu")
     assert 'adapter.state_dtype: "bfloat16" given with compute_dtype "float32"' in str(refused.value)
+
+
+OWN_FORM = """
+from dataclasses import dataclass
+from typing import ClassVar
+from ssmlora_dist import Form, register_form
+
+@register_form
+@dataclass(frozen=True, kw_only=True)
+class Filed(Form):
+    name: ClassVar[str] = "from_a_file"
+"""
+
+
+def test_a_form_is_registered_by_the_file_that_is_named(load: Load, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(OWN_FORM)
+    for _ in range(2):
+        config = load(("adapter.method", "from_a_file"), ("adapter.form_module", str(file)))
+        assert config.adapter.form("from_a_file").name == "from_a_file"
+
+
+def test_a_form_that_is_not_known_or_cannot_be_imported_is_a_problem_of_its_key(problems: Problems) -> None:
+    [line] = problems(("adapter.method", "gatd"))
+    assert line.startswith('adapter.method: "gatd" given; allowed: constant, ')
+    assert 'did you mean "gated"' in line
+    [line] = problems(("adapter.form_module", "nowhere/forms.py"))
+    assert line.startswith('adapter.form_module: "nowhere/forms.py" given, which cannot be imported')
+    [line] = problems(("adapter.method", "lora"), ("adapter.carry", "raw"))
+    assert line.startswith("adapter: `carry` 'raw' given, which \"lora\" does not read; leave it out")

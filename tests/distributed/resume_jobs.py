@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import permutations, product
 
 from .jobs import ROWS_FILE, Overrides
 
@@ -53,13 +53,30 @@ STREAMED: dict[str, tuple[int, Overrides]] = {
     f"streamed-{name}": (TOPOLOGIES[name][0], (*TOPOLOGIES[name][1], f"data.train={_STREAM}"))
     for name in ("dp1", "zero3", "pp2")
 }
+# With forms of the state that the package does not know, one of which reads all axes.
+_OWN_FORMS: Overrides = (
+    "adapter.form_module=tests.own_forms",
+    "adapter.method=mixing",
+    'adapter.every_layer=["o_proj"]',
+    "adapter.every_layer_method=fading",
+    'adapter.form_settings={"decay":0.8}',
+)
+OWN_FORMS: dict[str, tuple[int, Overrides]] = {
+    f"own-{name}": (TOPOLOGIES[name][0], (*TOPOLOGIES[name][1], *_OWN_FORMS))
+    for name in ("dp1", "zero3", "pp2")
+}
 RUNS = dict(
-    sorted({**TOPOLOGIES, **BITWISE_ONLY, **STREAMED}.items(), key=lambda run: "pipeline" in str(run[1][1]))
+    sorted(
+        {**TOPOLOGIES, **BITWISE_ONLY, **STREAMED, **OWN_FORMS}.items(),
+        key=lambda run: "pipeline" in str(run[1][1]),
+    )
 )
 PAIRS = [
     *product(TOPOLOGIES, TOPOLOGIES),
     *((name, name) for name in BITWISE_ONLY),
     *product(STREAMED, STREAMED),
+    *((name, name) for name in OWN_FORMS),
+    *permutations(OWN_FORMS, 2),
 ]
 
 

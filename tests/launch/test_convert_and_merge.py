@@ -40,7 +40,7 @@ REFUSED = {
     "convert_damaged": "step-00000020/optimizer.safetensors: its checksum is not the manifest's",
     "convert_nowhere": "checkpoints/step-00000030: no such checkpoint; correct the path",
     "merge_again": "merged: exists, and nothing in it is overwritten; choose another --out",
-    "merge_state": "SSMLoRA cannot be merged: a time module's state depends on the input",
+    "merge_state": '"ssmlora" cannot be merged: it adds more than a product of input and weight',
     "merge_nothing": "nothing: no such adapter directory; train one first, or correct the path",
 }
 

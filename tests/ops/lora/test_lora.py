@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ssmlora_dist.ops import fused
 from ssmlora_dist.ops.dropout import keep_mask
-from tests.ops.one_module import DROPOUT, DROPOUT_SEEDS, SCALING, STREAM, TOLERANCES, draw, kept_by
-from tests.ops.recurrence import weights_like
+from ssmlora_dist.ops.lora import LoRA
+from tests.ops.ssmlora.one_module import DROPOUT, DROPOUT_SEEDS, SCALING, STREAM, TOLERANCES, draw, kept_by
+from tests.ops.ssmlora.recurrence import weights_like
 
+FORM = LoRA(rank=4)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
@@ -29,7 +31,7 @@ def test_lora_is_its_formula(dtype: torch.dtype, num_readers: int) -> None:
         x_BSD, z = fused.down_project(x_BSD, [a for a, _ in matrices])
         bases = [F.linear(x_BSD, inputs.frozen_OD) for _ in matrices]
         return [
-            fused.add_lora(base, z_BSR, b, SCALING)
+            fused.add_delta(base, z_BSR, None, b, FORM, {}, SCALING)[0]
             for base, z_BSR, (_, b) in zip(bases, z, matrices, strict=True)
         ]
 
@@ -55,7 +57,7 @@ def test_lora_drops_the_input_of_its_own_half_alone() -> None:
 
     def ours(x_BSD: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x_BSD, (z_BSR,) = fused.down_project(x_BSD, [a], seeds, STREAM, DROPOUT)
-        return fused.add_lora(F.linear(x_BSD, inputs.frozen_OD), z_BSR, b, SCALING)
+        return fused.add_delta(F.linear(x_BSD, inputs.frozen_OD), z_BSR, None, b, FORM, {}, SCALING)[0]
 
     def formula(x_BSD: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(x_BSD, inputs.frozen_OD) + SCALING * F.linear(F.linear(x_BSD * kept, a), b)

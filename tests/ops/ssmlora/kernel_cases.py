@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmlora_dist.ops import dropout, state_step, triton_kernels
-from ssmlora_dist.ops.reference import MIN_SPREAD
+from ssmlora_dist.ops import dropout, triton_dropout
+from ssmlora_dist.ops.ssmlora import state_step, triton_kernels
+from ssmlora_dist.ops.ssmlora.reference import MIN_SPREAD
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BATCH, SCALING, STREAM, PROBABILITY, FIRST_TOKEN = 2, 1.5, 5, 0.3, 1000
@@ -130,17 +131,18 @@ def test_the_same_bits_in_every_run() -> None:
 def test_dropout_drops_the_same(dtype: torch.dtype) -> None:
     x = torch.randn(2, 7, 1500, generator=torch.Generator().manual_seed(0))
     x = x.to(DEVICE, dtype)[..., :1300]
-    got = triton_kernels.dropout(x, SEEDS, STREAM, PROBABILITY, FIRST_TOKEN)
+    got = triton_dropout.dropout(x, SEEDS, STREAM, PROBABILITY, FIRST_TOKEN)
     expected = dropout.dropout(x, SEEDS, STREAM, PROBABILITY, FIRST_TOKEN)
     assert torch.equal(got == 0, expected == 0)
     torch.testing.assert_close(got, expected, rtol=TOLERANCES[dtype], atol=0)
 
 
 def test_other_dtypes_and_ranks_are_left_to_the_plain_operators() -> None:
-    for operator, shape, dtype, taken in (
-        ("state_forward", (1, 1, 256), torch.bfloat16, True),
-        ("state_forward", (1, 1, 257), torch.bfloat16, False),
-        ("state_backward", (1, 1, 8), torch.float64, False),
-        ("dropout", (1, 1, 4096), torch.float16, True),
+    for kernels, shape, dtype, taken in (
+        (triton_kernels, (1, 1, 256), torch.bfloat16, True),
+        (triton_kernels, (1, 1, 257), torch.bfloat16, False),
+        (triton_kernels, (1, 1, 8), torch.float64, False),
+        (triton_dropout, (1, 1, 4096), torch.float16, True),
+        (triton_dropout, (1, 1, 8), torch.float64, False),
     ):
-        assert triton_kernels.takes(operator, torch.empty(shape, dtype=dtype)) == taken
+        assert kernels.takes(torch.empty(shape, dtype=dtype)) == taken

@@ -1,4 +1,4 @@
-"""The state step, its gradient and dropout as Triton kernels: imported only where Triton is installed.
+"""The state step and its gradient as Triton kernels: imported only where Triton is installed.
 
 A program takes blocks of BT tokens with all R components of the state, padded to RP = a power of two >= 16.
 Matrices pass through in pieces of BK rows, so that a rank of 256 fits. In the backward pass the programs form
@@ -16,45 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmlora_dist.ops.dropout import FACTORS, SHIFTS, START, threshold
-from ssmlora_dist.ops.reference import EPSILON, MIN_SPREAD
+from ssmlora_dist.ops.ssmlora.reference import EPSILON, MIN_SPREAD
+from ssmlora_dist.ops.triton_dropout import DTYPES, drawing, is_kept, rows
 
 MAX_RANK = 256
 # Of the backward pass: about two for each multiprocessor; more blocks than that are taken in turn.
 MAX_PROGRAMS = 256
-DROPOUT_BLOCK = 1024
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NORMALIZATIONS = {"minmax": 0, "rms": 1, "none": 2}
 
-_START = tl.constexpr(START)
-_SHIFT_0, _SHIFT_1, _SHIFT_2 = (tl.constexpr(shift) for shift in SHIFTS)
-_FACTOR_0, _FACTOR_1 = (tl.constexpr(factor % 2**32) for factor in FACTORS)
 _EPSILON, _MIN_SPREAD = tl.constexpr(EPSILON), tl.constexpr(MIN_SPREAD)
 _MIN_SQUARE = tl.constexpr(MIN_SPREAD**2)
 
 
-def takes(operator: str, tensor: Tensor) -> bool:
-    """Whether `operator` has a kernel for the dtype and the rank of its first tensor."""
-    return tensor.dtype in _DTYPES and (operator == "dropout" or tensor.shape[-1] <= MAX_RANK)
-
-
-@triton.jit
-def _absorb(hash, value):
-    hash = value.to(tl.uint32) ^ hash
-    hash = (hash ^ (hash >> _SHIFT_0)) * _FACTOR_0
-    hash = (hash ^ (hash >> _SHIFT_1)) * _FACTOR_1
-    return hash ^ (hash >> _SHIFT_2)
-
-
-@triton.jit
-def _is_kept(seeds_ptr, stream, tokens, T, components, num_positions, first_token, threshold):
-    """`dropout.keep_mask` of tokens [BT], of T, and components [C], as [BT,C]."""
-    seeds = tl.load(seeds_ptr + tokens // num_positions, tokens < T, 0)
-    hash = _absorb(_absorb(_START, stream), seeds)
-    hash = _absorb(hash, seeds >> 32)
-    hash = _absorb(hash, tokens % num_positions + first_token)
-    hash = _absorb(hash[:, None], components[None, :])
-    return hash.to(tl.int32, bitcast=True) >= threshold
+def takes(tensor: Tensor) -> bool:
+    """Whether there are kernels for the dtype and the rank of an operator's first tensor."""
+    return tensor.dtype in DTYPES and tensor.shape[-1] <= MAX_RANK
 
 
 @triton.jit
@@ -147,8 +123,8 @@ def _forward_kernel(
     n, _ = _normalized(h, R, RP, NORMALIZATION)
     carried = h if RAW else n
     if DROPOUT:
-        is_kept = _is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, first_token, threshold)
-        n = tl.where(is_kept, n * keep_scale, 0.0)
+        kept_BR = is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, first_token, threshold)
+        n = tl.where(kept_BR, n * keep_scale, 0.0)
     z = tl.load(z_ptr + tokens[:, None] * z_stride + columns[None, :], inside, 0.0).to(tl.float32)
     places = tokens[:, None] * R + columns[None, :]
     tl.store(u_ptr + places, (z + n) * scaling, inside)
@@ -189,9 +165,9 @@ def _backward_kernel(
         d_n = d_u * scaling
         kept = n
         if DROPOUT:
-            is_kept = _is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, first_token, threshold)
-            d_n = tl.where(is_kept, d_n * keep_scale, 0.0)
-            kept = tl.where(is_kept, n * keep_scale, 0.0)
+            kept_BR = is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, first_token, threshold)
+            d_n = tl.where(kept_BR, d_n * keep_scale, 0.0)
+            kept = tl.where(kept_BR, n * keep_scale, 0.0)
         if CARRIED:
             at_carried = d_carried_ptr + tokens[:, None] * d_carried_stride + columns[None, :]
             d_carried = tl.load(at_carried, inside, 0.0).to(tl.float32)
@@ -219,21 +195,6 @@ def _backward_kernel(
     tl.store(at_sums + R * R, sum_d, in_matrix)
 
 
-@triton.jit(do_not_specialize=["stream", "num_positions", "first_token", "threshold"])
-def _dropout_kernel(
-    x_ptr, y_ptr, seeds_ptr, x_stride, num_positions, first_token, stream, threshold, keep_scale,
-    C: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
-    components = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (components < C)[None, :]
-    x = tl.load(x_ptr + token[:, None] * x_stride + components[None, :], inside, 0.0)
-    T = tl.num_programs(0)
-    kept = _is_kept(seeds_ptr, stream, token, T, components, num_positions, first_token, threshold)
-    y = tl.where(kept, x.to(tl.float32) * keep_scale, 0.0)
-    tl.store(y_ptr + token[:, None] * C + components[None, :], y, inside)
-
-
 def state_forward(
     z_BSR: Tensor,
     h_prev_BSR: Tensor,
@@ -248,14 +209,14 @@ def state_forward(
     first_token: int,
 ) -> tuple[Tensor, Tensor]:
     """See `state_step.state_forward`."""
-    z, g = _rows(z_BSR), _rows(h_prev_BSR)
+    z, g = rows(z_BSR), rows(h_prev_BSR)
     u, carried = z_BSR.new_empty(z_BSR.shape), h_prev_BSR.new_empty(z_BSR.shape)
     sizes = _sizes(z.shape[1])
     drawn = seeds.contiguous() if seeds is not None and dropout else None
     grid = (triton.cdiv(z.shape[0], sizes["BT"]),)
     _forward_kernel[grid](
         z, g, _matrix(transition_RR), _matrix(input_RR), drawn, u, carried,
-        z.shape[0], z.stride(0), g.stride(0), *_drawing(z_BSR, dropout, stream, first_token), scaling,
+        z.shape[0], z.stride(0), g.stride(0), *drawing(z_BSR, dropout, stream, first_token), scaling,
         **sizes, NORMALIZATION=_NORMALIZATIONS[normalization], RAW=carry == "raw", DROPOUT=drawn is not None,
     )  # fmt: skip
     return u, carried
@@ -278,8 +239,8 @@ def state_backward(
     first_token: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `state_step.state_backward`."""
-    z, g, d_u = _rows(z_BSR), _rows(h_prev_BSR), _rows(d_u_BSR)
-    d_carried = None if d_carried_BSR is None else _rows(d_carried_BSR)
+    z, g, d_u = rows(z_BSR), rows(h_prev_BSR), rows(d_u_BSR)
+    d_carried = None if d_carried_BSR is None else rows(d_carried_BSR)
     num_tokens, rank = z.shape
     u, d_z = z_BSR.new_empty(z_BSR.shape), z_BSR.new_empty(z_BSR.shape)
     d_h_prev = h_prev_BSR.new_empty(z_BSR.shape if needs_d_h_prev else 0)
@@ -291,28 +252,12 @@ def state_backward(
     _backward_kernel[(num_programs, num_pieces)](
         d_u, d_carried, z, g, _matrix(transition_RR), _matrix(input_RR), drawn, u, d_z, d_h_prev, sums,
         num_tokens, d_u.stride(0), 0 if d_carried is None else d_carried.stride(0), z.stride(0), g.stride(0),
-        *_drawing(z_BSR, dropout, stream, first_token), scaling,
+        *drawing(z_BSR, dropout, stream, first_token), scaling,
         **sizes, NORMALIZATION=_NORMALIZATIONS[normalization], RAW=carry == "raw", DROPOUT=drawn is not None,
         CARRIED=d_carried is not None, NEEDS_D_G=needs_d_h_prev,
     )  # fmt: skip
     d_transition, d_input = sums.sum(0).unbind()
     return u, d_z, d_h_prev, d_transition.to(transition_RR.dtype), d_input.to(input_RR.dtype)
-
-
-def dropout(x_BSC: Tensor, seeds: Tensor, stream: int, probability: float, first_token: int) -> Tensor:
-    """See `dropout.dropout`."""
-    x = _rows(x_BSC)
-    y = x_BSC.new_empty(x_BSC.shape)
-    grid = (x.shape[0], triton.cdiv(x.shape[1], DROPOUT_BLOCK))
-    drawing = _drawing(x_BSC, probability, stream, first_token)
-    _dropout_kernel[grid](x, y, seeds.contiguous(), x.stride(0), *drawing, C=x.shape[1], BLOCK=DROPOUT_BLOCK)
-    return y
-
-
-def _rows(tensor_BSC: Tensor) -> Tensor:
-    """[T,C], of which the last axis is contiguous."""
-    rows = tensor_BSC.reshape(-1, tensor_BSC.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _matrix(matrix_RR: Tensor) -> Tensor:
@@ -330,9 +275,3 @@ def _sizes(rank: int) -> dict[str, int]:
         "num_warps": 4 if padded <= 64 else 8,
         "num_stages": 1,
     }
-
-
-def _drawing(
-    tensor_BSC: Tensor, probability: float, stream: int, first_token: int
-) -> tuple[int, int, int, int, float]:
-    return tensor_BSC.shape[-2], first_token, stream, threshold(probability), 1 / (1 - probability)

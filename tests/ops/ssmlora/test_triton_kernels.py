@@ -45,9 +45,10 @@ def compiled(name: str, rank: int, dtype: str, absent: tuple[str, ...], **switch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ssmlora_dist.ops import triton_kernels
+    from ssmlora_dist.ops import triton_dropout
+    from ssmlora_dist.ops.ssmlora import triton_kernels
 
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(triton_dropout if "dropout" in name else triton_kernels, name)
     sizes = triton_kernels._sizes(rank)
     constants = {**sizes, **switches, **dict.fromkeys(absent)}
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}

@@ -1,6 +1,6 @@
 """The state step of a time module and its gradient, by hand and in few passes, on any device.
 
-Equations: ops/README.md. The gradient is worked out anew from what the forward pass was given.
+Equations: README.md. The gradient is worked out anew from what the forward pass was given.
 
 Shapes: B batch, S tokens, R rank, T = B S. State arithmetic is float32 (float64 for float64 inputs).
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist.ops.dropout import keep_mask
-from ssmlora_dist.ops.reference import EPSILON, MIN_SPREAD, state_dtype
+from ssmlora_dist.ops.form import state_dtype
+from ssmlora_dist.ops.ssmlora.reference import EPSILON, MIN_SPREAD
 
 
 class Recurrence(NamedTuple):

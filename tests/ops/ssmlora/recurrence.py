@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ssmlora_dist.ops.reference import time_module
+from ssmlora_dist.ops.ssmlora.reference import time_module
 
 BATCH, TOKENS, FEATURES, RANK = 1, 3, 5, 4
 SCALING = 1.5

@@ -2,7 +2,7 @@
 
 Shapes: B batch, S tokens, D in-features, O out-features, R rank. A suffix names a tensor's axes. Every
 function works on any leading axes; B and S stand for them. Equations: Yu et al., NAACL 2025,
-arXiv 2502.04958, in the row-vector form of ops/README.md.
+arXiv 2502.04958, in the row-vector form of README.md.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmlora_dist.ops.form import state_dtype
+
 # Added to the spread before dividing (the paper's epsilon).
 EPSILON = 1e-8
 # A row whose spread (minmax) or root mean square (rms) is below this carries no information: its normalised
 # state is 0 and so is its gradient, which would otherwise grow as 1 / spread.
 MIN_SPREAD = 1e-5
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of state arithmetic: float32, or float64 for float64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def state_step(h_prev_BSR: Tensor, z_BSR: Tensor, transition_RR: Tensor, input_RR: Tensor) -> Tensor:

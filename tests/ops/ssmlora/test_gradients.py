@@ -1,4 +1,4 @@
-"""Gradients of the reference: against finite differences, and against the formulas of ops/README.md."""
+"""Gradients of the reference: against finite differences, and against the formulas of its README.md."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from ssmlora_dist.ops.reference import EPSILON
-from tests.ops.recurrence import (
+from ssmlora_dist.ops.ssmlora.reference import EPSILON
+from tests.ops.ssmlora.recurrence import (
     SCALING,
     Chain,
     Module,
@@ -122,7 +122,7 @@ def _by_hand(
 def _backward(
     module: Module, x: Tensor, g: Tensor, dy: Tensor, d_state: Tensor, carry: str
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The formulas of ops/README.md, in its letters; W_a [D,R] and W_b [R,O] are the paper's orientation."""
+    """The formulas of README.md, in its letters; W_a [D,R] and W_b [R,O] are the paper's orientation."""
     w_a, w_b = module.lora_A_RD.T, module.lora_B_DR.T
     w_c, w_d, s = module.transition_RR, module.input_RR, SCALING
     keep = torch.ones_like(g) if module.mask_BSR is None else module.mask_BSR

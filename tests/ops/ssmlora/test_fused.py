@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssmlora_dist.ops import fused, reference
-from ssmlora_dist.ops.state_step import Recurrence
-from tests.ops.one_module import (
+from ssmlora_dist.ops import fused
+from ssmlora_dist.ops.ssmlora import reference
+from ssmlora_dist.ops.ssmlora.state_step import Recurrence
+from tests.ops.ssmlora.one_module import (
     BATCH,
     DROPOUT,
     DROPOUT_SEEDS,
@@ -30,8 +31,9 @@ from tests.ops.one_module import (
     outputs_and_gradients,
     run_fused,
     run_reference,
+    settings_of,
 )
-from tests.ops.recurrence import weights_like
+from tests.ops.ssmlora.recurrence import weights_like
 
 normalizations = pytest.mark.parametrize("normalization", ["minmax", "rms", "none"])
 carries = pytest.mark.parametrize("carry", ["normalized", "raw"])
@@ -212,12 +214,13 @@ class Allocations(TorchDispatchMode):
 def test_no_tensor_of_the_size_of_x_or_y_but_those_of_the_frozen_layer(bias: bool) -> None:
     tokens = 50
     inputs = draw(tokens)
-    x_BSD, h_prev_BSR, lora_A_RD, *matrices = inputs.leaves
+    x_BSD, h_prev_BSR, lora_A_RD, lora_B_OR, *_ = inputs.leaves
+    settings = settings_of(inputs, Recurrence(SCALING))
     added = torch.zeros(OUT_FEATURES, dtype=torch.float64) if bias else None
     with Allocations() as forward:
         x_BSD, (z_BSR,) = fused.down_project(x_BSD, [lora_A_RD])
         base_BSO = F.linear(x_BSD, inputs.frozen_OD, added)
-        y_BSO, _ = fused.time_module(base_BSO, z_BSR, h_prev_BSR, *matrices, Recurrence(SCALING))
+        y_BSO, _ = fused.add_delta(base_BSO, z_BSR, h_prev_BSR, lora_B_OR, *settings)
     assert y_BSO.data_ptr() == base_BSO.data_ptr()
     assert forward.sizes.count(BATCH * tokens * OUT_FEATURES) == 1
     gradient = weights_like(y_BSO)

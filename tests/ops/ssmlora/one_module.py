@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ssmlora_dist.ops import fused, reference
-from ssmlora_dist.ops.dropout import keep_mask
-from ssmlora_dist.ops.state_step import Recurrence
-from tests.ops.recurrence import weights_like
+from ssmlora_dist.ops import fused
+from ssmlora_dist.ops.dropout import Dropout, keep_mask
+from ssmlora_dist.ops.ssmlora import SSMLoRA, reference
+from ssmlora_dist.ops.ssmlora.state_step import Recurrence
+from tests.ops.ssmlora.recurrence import weights_like
 
 SEED = 17
 BATCH, FEATURES, OUT_FEATURES, SCALING, STREAM, DROPOUT = 2, 24, 20, 1.5, 5, 0.3
@@ -71,16 +72,24 @@ def run_fused(
     inputs: Inputs, recurrence: Recurrence, detach: bool = False, seeds: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     x_BSD, (z_BSR,) = fused.down_project(inputs.x_BSD, [inputs.lora_A_RD])
-    return fused.time_module(
+    y_BSO, carried_BSR = fused.add_delta(
         F.linear(x_BSD, inputs.frozen_OD),
         z_BSR,
         inputs.h_prev_BSR.detach() if detach else inputs.h_prev_BSR,
         inputs.lora_B_OR,
-        inputs.transition_RR,
-        inputs.input_RR,
-        recurrence,
+        *settings_of(inputs, recurrence),
         seeds,
+        Dropout(recurrence.stream, recurrence.dropout, recurrence.first_token),
     )
+    assert carried_BSR is not None
+    return y_BSO, carried_BSR
+
+
+def settings_of(inputs: Inputs, recurrence: Recurrence) -> tuple[SSMLoRA, dict[str, Tensor], float]:
+    """The form, its parameters and scaling."""
+    form = SSMLoRA(rank=len(inputs.input_RR), normalization=recurrence.normalization, carry=recurrence.carry)
+    parameters = {"state_transition": inputs.transition_RR, "state_input": inputs.input_RR}
+    return form, parameters, recurrence.scaling
 
 
 def run_reference(

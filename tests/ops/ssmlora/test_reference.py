@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmlora_dist.ops.reference import (
+from ssmlora_dist.ops.form import state_dtype
+from ssmlora_dist.ops.ssmlora.reference import (
     EPSILON,
     MIN_SPREAD,
     normalize,
     normalize_minmax,
     normalize_rms,
-    state_dtype,
     state_step,
     time_module,
 )
-from tests.ops.recurrence import Options, random_chain
+from tests.ops.ssmlora.recurrence import Options, random_chain
 
 SEED = 11
 # Float64 rounding of a handful of operations on numbers of order 10.
