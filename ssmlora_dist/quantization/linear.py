@@ -14,6 +14,7 @@ bitsandbytes quantises, dequantises and multiplies; the layers around it are our
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from abc import ABC, abstractmethod
@@ -115,13 +116,23 @@ class Linear4bit(QuantizedLinear):
 
     def dequantize(self, packed: Tensor) -> Tensor:
         """The weight [O,D] in the compute dtype, from `packed` [n,1]."""
-        weight: Tensor = bitsandbytes().functional.dequantize_4bit(packed, self.quant_state)
-        return weight.to(self.compute_dtype)
+        state = self.quant_state
+        if self._mixes_up_scales(packed):
+            state = copy.copy(state)
+            state.shape = torch.Size((1, state.shape.numel()))
+        weight: Tensor = bitsandbytes().functional.dequantize_4bit(packed, state)
+        return weight.view(self.out_features, self.in_features).to(self.compute_dtype)
 
     def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias, [...,D] -> [...,O]; on CUDA small inputs never meet the whole weight."""
+        if self._mixes_up_scales(packed):
+            return F.linear(x, self.dequantize(packed), bias)
         output: Tensor = bitsandbytes().matmul_4bit(x, packed, quant_state=self.quant_state, bias=bias)
         return output
+
+    def _mixes_up_scales(self, packed: Tensor) -> bool:
+        """Whether bitsandbytes 0.50.2 would: on a CPU, where a row ends within a block."""
+        return self.in_features % BLOCK_SIZE != 0 and not packed.is_cuda
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         super()._apply(fn, recurse)

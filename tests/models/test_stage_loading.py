@@ -19,7 +19,7 @@ from ssmlora_dist.models.stage import PipelineStage, StageLayers
 from ssmlora_dist.models.weights import SafetensorsWeights
 from tests.tiny import FAMILY_NAMES
 
-from .test_loading import hugging_face_model
+from .test_loading import WHOLE_ROWS, hugging_face_model
 
 NUM_LAYERS = 3
 VOCAB_SIZE = 67
@@ -75,7 +75,9 @@ def test_a_chain_of_stages_gives_the_logits_of_hugging_face_bitwise(
     save_checkpoint: Callable[..., Path],
     token_ids: Tensor,
 ) -> None:
-    directory = save_checkpoint(model_type, num_hidden_layers=NUM_LAYERS, tie_word_embeddings=tied)
+    directory = save_checkpoint(
+        model_type, num_hidden_layers=NUM_LAYERS, tie_word_embeddings=tied, **WHOLE_ROWS
+    )
     inputs = {
         "attention_mask": torch.ones_like(token_ids),
         "position_ids": torch.arange(token_ids.shape[1]).expand_as(token_ids),

@@ -97,17 +97,12 @@ def no_list(model: Any) -> None:
     model.model.layers = nn.ModuleList(model.model.layers[:2])
 
 
-def no_head(model: Any) -> None:
-    model.get_output_embeddings = lambda: None
-
-
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
         (no_decoder, r"no list of `num_hidden_layers` \(6\) modules"),
         (two_lists, r"2 lists of `num_hidden_layers` \(6\) modules"),
         (no_list, "no list of"),
-        (no_head, "no output head"),
     ],
 )
 def test_what_is_no_decoder_is_refused_with_the_reason(spoil: Callable[[Any], None], reason: str) -> None:
@@ -115,6 +110,12 @@ def test_what_is_no_decoder_is_refused_with_the_reason(spoil: Callable[[Any], No
     spoil(model)
     with pytest.raises(ModelError, match=rf"llama models cannot be adapted: .*{reason}.*; name a decoder"):
         structure_of(model)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    model = empty_model(load_config(config=tiny_config("llama")))
+    with pytest.raises(ModelError, match=r"a LlamaModel is no causal language model of transformers by it"):
+        structure_of(model.model)
 
 
 def test_weights_outside_of_modules_are_refused() -> None:

@@ -69,6 +69,25 @@ def bitsandbytes_layer(linear: nn.Linear, mode: str, double_quantization: bool, 
     return layer.to("cpu").train()
 
 
+@pytest.mark.parametrize("double_quantization", [True, False])
+@pytest.mark.parametrize("mode", ["nf4", "fp4"])
+def test_rows_that_end_within_a_block_are_dequantised_right(mode: Any, double_quantization: bool) -> None:
+    """On CPUs bitsandbytes 0.50.2 mixes up their scales: weights are off by more than the largest one."""
+    linear = nn.Linear(32, 6, bias=False)
+    whole = nn.Linear(192, 1, bias=False)
+    whole.weight.data.copy_(linear.weight.data.view(1, -1))
+    layer, expected = (
+        quantize_linear(each, mode=mode, double_quantization=double_quantization, compute_dtype=torch.float32)
+        for each in (linear, whole)
+    )
+    weight = dequantized_weight(layer)
+    assert torch.equal(weight.view(1, -1), dequantized_weight(expected))
+    x = torch.randn(3, 32)
+    output, gradient = output_and_gradient(layer, x)
+    assert torch.equal(output, x @ weight.T)
+    assert torch.equal(gradient, torch.ones_like(output) @ weight)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double_quantization", [False, True])
