@@ -60,7 +60,7 @@ _SIZES = {
     "max_position_embeddings": 512,
     "pad_token_id": 258,
 }
-# What they do before their first layer and behind the last, they must do once; fused projections; experts.
+# What they do before their first layer and behind the last, they must do once; fused projections.
 _OTHERS: dict[str, Overrides] = {
     model_type: (
         f"model.config={json.dumps(bare_config(model_type) | _SIZES)}",
@@ -70,7 +70,6 @@ _OTHERS: dict[str, Overrides] = {
     for model_type, alternate in (
         ("granite", ["q_proj", "v_proj"]),
         ("gpt_neox", ["query_key_value", "attention.dense"]),
-        ("qwen3_moe", ["q_proj", "v_proj"]),
     )
 }
 _TIED = f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}'
