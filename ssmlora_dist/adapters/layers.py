@@ -76,6 +76,11 @@ class LoRALinear(nn.Module):
         return running.call if self in running.adapters else None
 
     @property
+    def is_disabled(self) -> bool:
+        """Whether the base layer alone computes: see `state.disabled_adapters`."""
+        return running.call is None if self in running.adapters else self in running.disabled
+
+    @property
     def drops_input(self) -> bool:
         """Whether `lora_A` reads another tensor than the base layer while training."""
         return self.dropout > 0 and self.form.drops_input
@@ -127,6 +132,9 @@ class LoRALinear(nn.Module):
         Raises:
             AdapterError: a form with a state is called outside such a layer; `step` is the function for that.
         """
+        if self.is_disabled:
+            output_BSO: Tensor = self.base_layer(x_BSD)
+            return output_BSO
         if not self.form.has_state:
             return self.step(x_BSD)[0]
         call = self.call
@@ -228,11 +236,18 @@ class LayerCall:
 
 
 class _Running(threading.local):
-    """The innermost decoder layer that runs in this thread: its adapters, and what they share."""
+    """What runs in this thread.
+
+    Attributes:
+        adapters: of the innermost decoder layer that runs.
+        call: what they share; None while they are disabled.
+        disabled: decoder layers and adapters that compute as the base model, wherever they are called.
+    """
 
     def __init__(self) -> None:
         self.adapters: Sequence[LoRALinear] = ()
         self.call: LayerCall | None = None
+        self.disabled: frozenset[nn.Module] = frozenset()
 
 
 # Not on the modules, which all threads share; not in a context variable, which torch.compile cannot trace.
