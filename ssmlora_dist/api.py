@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -224,6 +224,9 @@ _TRUE_ANYWAY = {"safe_serialization": True, "save_peft_format": True}
 class AdaptedModel:
     """Mixed into a model's class by `add_adapters`: what such a model saves is its adapter."""
 
+    # What transformers' Trainer asks of a model that transformers has quantised: whether it carries adapters.
+    _hf_peft_config_loaded = True
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -258,6 +261,16 @@ class AdaptedModel:
         save_adapter(model, Path(save_directory), state_dict=state_dict)
         if push_to_hub:
             model.push_to_hub(hub.pop("repo_id", None) or Path(save_directory).resolve().name, **hub)
+
+    def _of_peft(self, *_: Any, **__: Any) -> NoReturn:
+        # Some would silently do nothing.
+        raise AdapterError(
+            "this method of transformers is for adapters of PEFT; use disabled_adapters, set_adapter, "
+            "load_adapter, add_adapters or remove_adapters of ssmlora_dist, which take the model"
+        )
+
+    add_adapter = load_adapter = delete_adapter = get_adapter_state_dict = _of_peft
+    set_adapter = active_adapters = enable_adapters = disable_adapters = _of_peft
 
     def _replicate_for_data_parallel(self) -> None:
         # A replica's layers would run the adapters of the first device.

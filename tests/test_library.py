@@ -400,6 +400,24 @@ class TestNamed:
         add_adapters(model)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda model: model.disable_adapters(),
+        lambda model: model.enable_adapters(),
+        lambda model: model.active_adapters(),
+        lambda model: model.set_adapter("default"),
+        lambda model: model.load_adapter("somewhere"),
+        lambda model: model.delete_adapter("default"),
+    ],
+)
+def test_methods_that_know_adapters_of_peft_alone_are_refused(method: Callable[[Any], Any]) -> None:
+    model = adapted()
+    with pytest.raises(AdapterError, match="is for adapters of PEFT; use disabled_adapters, set_adapter"):
+        method(model)
+    assert_equal(outputs(model), outputs(adapted()))
+
+
 class TestTrainableParameters:
     @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own use
     @storages
