@@ -316,7 +316,7 @@ def load_adapter(
     model: PreTrainedModel,
     directory: str | Path,
     *,
-    name: str = DEFAULT_NAME,
+    name: str | None = None,
     base_fingerprint: str | None = None,
 ) -> PreTrainedModel:
     """Loads an adapter directory, ours or PEFT's LoRA, into `model`, in place, and returns it.
@@ -327,7 +327,7 @@ def load_adapter(
         model: the base model, or an adapted one.
         directory: written by `save_adapter`, by a run, or by PEFT.
         name: of the adapter; where the model has one of that name and of the same configuration, its values
-            are replaced.
+            are replaced. By default the active one, and "default" for a model without any.
         base_fingerprint: of `model`; a directory that records another one is refused.
 
     Raises:
@@ -342,7 +342,9 @@ def load_adapter(
             f"{directory}: was trained on another base model ({saved.base.get('path')}, fingerprint "
             f"{saved.base_fingerprint[:12]}) than this one ({base_fingerprint[:12]}); load that base model"
         )
-    if name in _names(model):
+    before = _names(model)
+    name = name or next(iter(before), DEFAULT_NAME)
+    if name in before:
         present, _ = _adapter_of(model, name)
         if present != resolve(saved.config, structure.layers, structure.linears):
             raise AdapterError(
@@ -352,7 +354,6 @@ def load_adapter(
         set_adapter(model, name)
         load_adapter_tensors(model, saved.tensors, str(directory))
         return model
-    before = _names(model)
     add_adapters(model, saved.config, name=name)
     try:
         load_adapter_tensors(model, saved.tensors, str(directory))

@@ -150,6 +150,15 @@ class TestDisabled:
         checkpoint_layers(model)
         assert_equal(gradients(True), expected)
 
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+    def test_reentrant_checkpointing_is_the_base_models_affair(self) -> None:
+        model = adapted().train()
+        model.activation_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(AdapterError, match="reentrant"):
+            outputs(model)
+        with disabled_adapters(model):
+            assert_equal(outputs(model), outputs(base()))
+
     @configs
     def test_a_compiled_model_is_one_graph_for_each(self, config: AdapterConfig) -> None:
         model = adapted(config)
@@ -318,7 +327,11 @@ class TestNamed:
             save_adapter(self.alone(name), tmp_path / name)
             load_adapter(model, tmp_path / name, name=name)
             assert_equal(outputs(model), outputs(self.alone(name)))
-        # Values are replaced under a name that is there, and it becomes the active one.
+        # Without a name it is the active one whose values are replaced.
+        randomize_adapters(model, seed=9)
+        load_adapter(model, tmp_path / "lora")
+        assert_equal(outputs(model), outputs(self.alone("lora")))
+        # Under the name of another one, that becomes active.
         set_adapter(model, "gated")
         randomize_adapters(model, seed=9)
         set_adapter(model, "lora")
@@ -341,6 +354,10 @@ class TestNamed:
         assert all(module.training for module in model.modules())
         set_adapter(model.eval(), "lora")
         assert not any(module.training for module in model.modules())
+
+    def test_the_device_is_the_models(self) -> None:
+        model = set_adapter(self.model().to("meta"), "ssmlora")
+        assert all(parameter.is_meta for parameter in model.parameters())
 
     @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     def test_copies_have_adapters_of_their_own(self, way: Callable[[Any], Any]) -> None:
