@@ -209,9 +209,7 @@ def _deactivate(model: PreTrainedModel) -> None:
 def _activate(model: PreTrainedModel, name: str) -> None:
     chosen: _InactiveAdapter = model.ssmlora_inactive.pop(name)
     for adapted in (each for own in chosen.adapters.values() for each in own.values()):
-        # The model may have been moved in between.
-        for parameter in adapter_parameters(adapted).values():
-            parameter.data = parameter.data.to(adapted.base_layer.weight.device)
+        adapted.follow_base_layer()
     layers = decoder_layers(model)
     attach_adapters(layers, chosen.adapters, chosen.config, num_layers=structure_of(model).num_layers)
     model.ssmlora_active, model.ssmlora_config = name, chosen.config

@@ -103,6 +103,13 @@ class LoRALinear(nn.Module):
             for name, value in self.form.start_values(generator).items():
                 self.get_parameter(name).copy_(value)
 
+    def follow_base_layer(self) -> None:
+        """Moves the adapter to the device of the base layer, which stays as it is."""
+        device = self.base_layer.weight.device
+        for module in (self.lora_A, self.lora_B):
+            module.to(device)
+        self._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
+
     def step(self, x_BSD: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """([B,S,D], state) -> ([B,S,O], state [B,S,R] in the dtype of the state received); pure.
 
