@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
+from ssmlora_dist.ops.lora import LoRA
 from ssmlora_dist.quantization import quantize_linear
 from tests.tiny import adapted_model, layers_of, randomize_adapters, tiny_model, token_ids
 
@@ -200,7 +201,7 @@ class Passing(nn.Linear):
 @pytest.mark.parametrize("kind", [Remembering, Passing])
 def test_a_layer_that_holds_its_output_itself(kind: Any) -> None:
     base = kind(8, 8).requires_grad_(False)
-    layer = LoRALinear(base, 2, 4.0)
+    layer = LoRALinear(base, LoRA(rank=2), 4.0)
     layer.reset_parameters(torch.Generator().manual_seed(1))
     nn.init.ones_(layer.lora_B.weight)
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
@@ -214,7 +215,7 @@ def test_a_layer_that_holds_its_output_itself(kind: Any) -> None:
 
 
 def test_a_layer_that_sends_its_gradient_on_as_it_is() -> None:
-    layer = LoRALinear(Passing(8, 8), 2, 4.0)
+    layer = LoRALinear(Passing(8, 8), LoRA(rank=2), 4.0)
     layer.reset_parameters(torch.Generator().manual_seed(1))
     nn.init.ones_(layer.lora_B.weight)
     x = torch.randn(3, 8).requires_grad_()
@@ -278,7 +279,7 @@ def test_where_nobody_holds_the_gradient_nothing_is_allocated(
     base = nn.Linear(64, 64, bias=bias).requires_grad_(False)
     if storage == "nf4":
         base = quantize_linear(base, mode="nf4", compute_dtype=torch.float32)
-    layer, addresses = LoRALinear(base, 2, 4.0), []
+    layer, addresses = LoRALinear(base, LoRA(rank=2), 4.0), []
 
     def note(gradient: Tensor) -> None:
         addresses.append(gradient.data_ptr())

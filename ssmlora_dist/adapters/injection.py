@@ -13,11 +13,15 @@ from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.placement import placement, time_axes
 from ssmlora_dist.adapters.projections import linear_layers, named_by
-from ssmlora_dist.adapters.state import bind_adapters, thread_state
+from ssmlora_dist.adapters.state import bind_adapters, thread_state, unbind_adapters
 from ssmlora_dist.errors import AdapterError
 
 # What is mostly given one and the same tensor, in one module; `LayerCall.down_project` looks whether it is.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+Adapters = dict[int, dict[str, LoRALinear]]
+"""Those of a model by decoder layer, and by path in it."""
 
 
 def insert_adapters(
@@ -38,38 +42,30 @@ def insert_adapters(
     Raises:
         AdapterError: the layers are adapted already.
     """
+    attach_adapters(
+        layers, _new_adapters(layers, config, prefix=prefix, seed=seed), config, num_layers=num_layers
+    )
+
+
+def attach_adapters(
+    layers: Mapping[int, nn.Module], adapters: Adapters, config: AdapterConfig, *, num_layers: int
+) -> None:
+    """Puts adapters on their linear layers, in place, and threads the state through the decoder layers.
+
+    Args:
+        layers: decoder layers without adapters, as for `insert_adapters`.
+        adapters: new, or taken out by `detach_adapters`.
+        config: of the adapters.
+        num_layers: L of the whole model.
+    """
     axes = list(time_axes(config))
-    # Every layer is checked before the first is changed.
-    paths = {layer_idx: _paths(layer, placement(config, layer_idx)) for layer_idx, layer in layers.items()}
     for layer_idx, layer in layers.items():
-        layer.requires_grad_(False)
-        inserted: dict[str, LoRALinear] = {}
-        for projection, path in paths[layer_idx].items():
-            method = placement(config, layer_idx)[projection]
-            owner = layer.get_submodule(path.rpartition(".")[0])
+        for path, adapted in adapters[layer_idx].items():
             base_layer = layer.get_submodule(path)
             assert isinstance(base_layer, nn.Linear)
-            stream = layer_idx * len(config.targets) + config.targets.index(projection)
-            axis = axes.index(projection) if projection in axes else 0
-            adapted = LoRALinear(
-                base_layer,
-                config.form(method, axis, len(axes)),
-                config.alpha,
-                config.dropout,
-                stream=stream,
-                detach_state=config.state_gradient == "detached",
-                hands_on=config.carry != "none",
-            )
-            adapted.reset_parameters(_generator(seed, f"{prefix}.{layer_idx}.{path}"))
+            adapted.base_layer = base_layer
             adapted.train(layer.training)
-            setattr(owner, path.rpartition(".")[2], adapted)
-            inserted[path] = adapted
-        parents = dict.fromkeys(path.rpartition(".")[0] for path in inserted)
-        for parent, names in itertools.product(parents, SAME_INPUT):
-            beside = [inserted.get(f"{parent}.{name}" if parent else name) for name in names]
-            readers = [adapted for adapted in beside if adapted is not None and not adapted.drops_input]
-            for reader in readers:
-                reader.readers = readers
+            _replace(layer, path, adapted)
         if axes:
             state_dtype = getattr(torch, config.state_dtype) if config.state_dtype else None
             is_last = layer_idx == num_layers - 1
@@ -78,6 +74,22 @@ def insert_adapters(
             )
         else:
             bind_adapters(layer)
+
+
+def detach_adapters(layers: Mapping[int, nn.Module]) -> Adapters:
+    """Takes the adapters out again, in place: the layers are the base model's. Returns the adapters.
+
+    Raises:
+        AdapterError: something else has changed a layer's class since.
+    """
+    adapters: Adapters = {}
+    for layer_idx, layer in layers.items():
+        unbind_adapters(layer)
+        own = {path: module for path, module in layer.named_modules() if isinstance(module, LoRALinear)}
+        for path, adapted in own.items():
+            _replace(layer, path, adapted.base_layer)
+        adapters[layer_idx] = own
+    return adapters
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -114,6 +126,46 @@ def load_adapter_tensors(module: nn.Module, tensors: Mapping[str, Tensor], sourc
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+
+def _new_adapters(
+    layers: Mapping[int, nn.Module], config: AdapterConfig, *, prefix: str, seed: int
+) -> Adapters:
+    """Adapters that start, beside layers that are frozen and otherwise as they were."""
+    axes = list(time_axes(config))
+    # Every layer is checked before the first is changed.
+    paths = {layer_idx: _paths(layer, placement(config, layer_idx)) for layer_idx, layer in layers.items()}
+    adapters: Adapters = {}
+    for layer_idx, layer in layers.items():
+        layer.requires_grad_(False)
+        own = adapters[layer_idx] = {}
+        for projection, path in paths[layer_idx].items():
+            method = placement(config, layer_idx)[projection]
+            base_layer = layer.get_submodule(path)
+            assert isinstance(base_layer, nn.Linear)
+            adapted = LoRALinear(
+                base_layer,
+                config.form(method, axes.index(projection) if projection in axes else 0, len(axes)),
+                config.alpha,
+                config.dropout,
+                stream=layer_idx * len(config.targets) + config.targets.index(projection),
+                detach_state=config.state_gradient == "detached",
+                hands_on=config.carry != "none",
+            )
+            adapted.reset_parameters(_generator(seed, f"{prefix}.{layer_idx}.{path}"))
+            own[path] = adapted
+        parents = dict.fromkeys(path.rpartition(".")[0] for path in own)
+        for parent, names in itertools.product(parents, SAME_INPUT):
+            beside = [own.get(f"{parent}.{name}" if parent else name) for name in names]
+            readers = [adapted for adapted in beside if adapted is not None and not adapted.drops_input]
+            for reader in readers:
+                reader.readers = readers
+    return adapters
+
+
+def _replace(layer: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(layer.get_submodule(parent), name, module)
 
 
 def _paths(layer: nn.Module, projections: Iterable[str]) -> dict[str, str]:

@@ -76,6 +76,11 @@ class LoRALinear(nn.Module):
         return running.call if self in running.adapters else None
 
     @property
+    def is_disabled(self) -> bool:
+        """Whether the base layer alone computes: see `state.disabled_adapters`."""
+        return running.call is None if self in running.adapters else self in running.disabled
+
+    @property
     def drops_input(self) -> bool:
         """Whether `lora_A` reads another tensor than the base layer while training."""
         return self.dropout > 0 and self.form.drops_input
@@ -97,6 +102,13 @@ class LoRALinear(nn.Module):
             self.lora_B.weight.zero_()
             for name, value in self.form.start_values(generator).items():
                 self.get_parameter(name).copy_(value)
+
+    def follow_base_layer(self) -> None:
+        """Moves the adapter to the device of the base layer, which stays as it is."""
+        device = self.base_layer.weight.device
+        for module in (self.lora_A, self.lora_B):
+            module.to(device)
+        self._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
 
     def step(self, x_BSD: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """([B,S,D], state) -> ([B,S,O], state [B,S,R] in the dtype of the state received); pure.
@@ -127,6 +139,9 @@ class LoRALinear(nn.Module):
         Raises:
             AdapterError: a form with a state is called outside such a layer; `step` is the function for that.
         """
+        if self.is_disabled:
+            output_BSO: Tensor = self.base_layer(x_BSD)
+            return output_BSO
         if not self.form.has_state:
             return self.step(x_BSD)[0]
         call = self.call
@@ -228,11 +243,18 @@ class LayerCall:
 
 
 class _Running(threading.local):
-    """The innermost decoder layer that runs in this thread: its adapters, and what they share."""
+    """What runs in this thread.
+
+    Attributes:
+        adapters: of the innermost decoder layer that runs.
+        call: what they share; None while they are disabled.
+        disabled: decoder layers and adapters that compute as the base model, wherever they are called.
+    """
 
     def __init__(self) -> None:
         self.adapters: Sequence[LoRALinear] = ()
         self.call: LayerCall | None = None
+        self.disabled: frozenset[nn.Module] = frozenset()
 
 
 # Not on the modules, which all threads share; not in a context variable, which torch.compile cannot trace.

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ssmlora_dist.errors import AdapterError
+
 _classes: dict[tuple[type[Any], type[Any]], type[Any]] = {}
 
 
@@ -15,6 +17,20 @@ def mix_in(module: nn.Module, mixin: type[Any]) -> None:
     The class keeps its name, by which transformers and others look classes up.
     """
     module.__class__ = _mixed(mixin, type(module))
+
+
+def unmix(module: nn.Module) -> None:
+    """Gives `module` the class back that it had before `mix_in`, in place.
+
+    Raises:
+        AdapterError: something else has changed its class since.
+    """
+    if type(module) not in _classes.values():
+        raise AdapterError(
+            f"the class of a {type(module).__name__} was changed after its adapters were added, as "
+            "fully_shard does; switch and remove adapters before that"
+        )
+    module.__class__ = type(module).__bases__[1]
 
 
 def _mixed(mixin: type[Any], own: type[Any]) -> type[Any]:

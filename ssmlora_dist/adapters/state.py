@@ -17,20 +17,44 @@ import torch
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.layers import LayerCall, LoRALinear, running
-from ssmlora_dist.adapters.mixing import mix_in
+from ssmlora_dist.adapters.mixing import mix_in, unmix
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops.dropout import draw_seeds
 
 
 @contextmanager
-def bind(adapters: Sequence[LoRALinear], call: LayerCall) -> Iterator[None]:
-    """Lets `adapters` share `call` in this thread, for the length of the body."""
+def bind(adapters: Sequence[LoRALinear], call: LayerCall | None) -> Iterator[None]:
+    """Lets `adapters` share `call` in this thread, for the length of the body; None disables them."""
     outer = running.adapters, running.call
     running.adapters, running.call = adapters, call
     try:
         yield
     finally:
         running.adapters, running.call = outer
+
+
+@contextmanager
+def disabled_adapters(model: nn.Module) -> Iterator[None]:
+    """Lets `model` compute as its base model in the body, bit for bit; in this thread, and in no other.
+
+    A pass that begins in the body is recomputed without adapters too, and one that began outside of it with
+    them, wherever the backward pass runs, under the model's own gradient checkpointing.
+
+    Args:
+        model: adapted, by itself or within something that wraps it.
+
+    Raises:
+        AdapterError: it carries no adapter.
+    """
+    own = frozenset(m for m in model.modules() if isinstance(m, (LoRALinear, AdaptedDecoderLayer)))
+    if not own:
+        raise AdapterError("the model carries no adapter; call add_adapters first")
+    outer = running.disabled
+    running.disabled = outer | own
+    try:
+        yield
+    finally:
+        running.disabled = outer
 
 
 class AdaptedDecoderLayer(nn.Module):
@@ -46,8 +70,10 @@ class AdaptedDecoderLayer(nn.Module):
         """`forward`, for which seeds of the dropout are drawn if none are given.
 
         Here, outside of checkpointing: a recompute is given them as well. Drawn anew, they would depend on
-        torch's generator, which other threads use meanwhile.
+        torch's generator, which other threads use meanwhile. So it is told whether adapters are disabled.
         """
+        if self in running.disabled:
+            return super().__call__(hidden, *args, disabled=True, **kwargs)
         if dropout_seeds is None and self.training and any(adapter.dropout for adapter in self.adapters):
             hidden_BSD = hidden[0] if isinstance(hidden, tuple) else hidden
             dropout_seeds = draw_seeds(hidden_BSD.shape[0], hidden_BSD.device)
@@ -59,14 +85,17 @@ class AdaptedDecoderLayer(nn.Module):
         *args: Any,
         dropout_seeds: Tensor | None = None,
         first_token: int = 0,
+        disabled: bool = False,
         **kwargs: Any,
     ) -> Any:
         """As without adapters; `dropout_seeds` [B] int64, one for each row, decide what is dropped.
 
         Without them a layer that drops draws its own. Where the tokens of a row are split among processes,
         `first_token` is the place in the row of the first one here: the whole row's mask is drawn.
+        If `disabled`, the base model's layer computes.
         """
-        with bind(self.adapters, LayerCall(dropout_seeds, first_token=first_token)):
+        call = None if disabled else LayerCall(dropout_seeds, first_token=first_token)
+        with bind(self.adapters, call):
             return super().forward(hidden, *args, **kwargs)
 
 
@@ -93,7 +122,7 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
         Raises:
             AdapterError: the layer is checkpointed in a way that does not see the state.
         """
-        if self.training and getattr(self, "gradient_checkpointing", False):
+        if self.training and getattr(self, "gradient_checkpointing", False) and self not in running.disabled:
             settings = getattr(self._gradient_checkpointing_func, "keywords", {})
             if settings.get("use_reentrant"):
                 raise AdapterError(
@@ -108,9 +137,15 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
         *args: Any,
         dropout_seeds: Tensor | None = None,
         first_token: int = 0,
+        disabled: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """(hidden [B,S,D], state [B,S,A,R]) -> the same; bare hidden states at the first and last layer."""
+        """(hidden [B,S,D], state [B,S,A,R]) -> the same; bare hidden states at the first and last layer.
+
+        If `disabled`, there is no state: bare hidden states at every layer.
+        """
+        if disabled:
+            return super().forward(hidden, *args, disabled=True, **kwargs)
         if isinstance(hidden, tuple):
             hidden_BSD, state_BSAR = hidden
         elif self.receives_packed:
@@ -191,3 +226,14 @@ def bind_adapters(layer: nn.Module, mixin: type[AdaptedDecoderLayer] = AdaptedDe
     mix_in(layer, mixin)
     adapters = [module for module in layer.modules() if isinstance(module, LoRALinear)]
     setattr(layer, "adapters", adapters)  # noqa: B010 (not a submodule)
+
+
+def unbind_adapters(layer: nn.Module) -> None:
+    """Undoes `bind_adapters` and `thread_state`, in place; the adapters themselves stay.
+
+    Raises:
+        AdapterError: something else has changed the layer's class since.
+    """
+    unmix(layer)
+    for name in (*AdaptedDecoderLayer.__annotations__, *StatefulDecoderLayer.__annotations__):
+        vars(layer).pop(name, None)
