@@ -9,7 +9,7 @@ import pytest
 
 from ssmlora_dist.config.arguments import EXIT_INTERRUPTED, build_parser, run_command
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_TRAINING_FAILED, ConfigError, TrainingError
-from ssmlora_dist.ranks import read_place
+from ssmlora_dist.ranks import VARIABLES, read_place
 
 
 def test_overrides_are_gathered_in_order() -> None:
@@ -87,6 +87,8 @@ def test_a_script_of_one_process_is_not_run_by_several(
 def test_a_rank_that_does_not_know_itself_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "1")
 
     def start() -> None:
