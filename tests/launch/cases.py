@@ -105,7 +105,8 @@ BAD: dict[str, Case] = {
         "model.path=of_two_models", says=("of_two_models/model.safetensors:", "are not of one model")
     ),
     "model-unsupported": overriding(
-        "model.path=unsupported", says=("'gpt2' is not supported", "llama, mistral, qwen2, qwen3, gemma2")
+        "model.path=unsupported",
+        says=("gpt2 models cannot be adapted: its decoder layers hold no linear layers", "name a decoder"),
     ),
     "model-config-damaged": overriding(
         "model.path=damaged", says=("damaged/config.json: cannot be read as JSON", "fetch the file again")
