@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ssmlora_dist.config.arguments import run_command
 from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.loading import swap_rows, zero3_partitioner
-from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
+from ssmlora_dist.distributed.process_group import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models import load_config, load_model
 from ssmlora_dist.models.loading import build_skeleton
@@ -103,7 +103,7 @@ def measure(path: Path, split: str, out: Path) -> None:
         stop_process_group()
 
 
-def _measure(path: Path, split: str, group: ProcessGroup) -> Loaded:
+def _measure(path: Path, split: str, group: DistributedContext) -> Loaded:
     settings = deepspeed_config(
         zero_stage=3, micro_batch_size=1, gradient_accumulation_steps=1, max_grad_norm=None
     )
@@ -152,7 +152,7 @@ def held_tensors(model: nn.Module) -> dict[str, Tensor]:
     return held
 
 
-def _equal(held: dict[str, Tensor], plain: dict[str, Tensor], group: ProcessGroup) -> bool:
+def _equal(held: dict[str, Tensor], plain: dict[str, Tensor], group: DistributedContext) -> bool:
     """Whether every tensor held, or its shard, is that of the plain model, bit for bit."""
 
     def same(tensor: Tensor, whole: Tensor) -> bool:

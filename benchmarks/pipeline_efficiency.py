@@ -34,14 +34,14 @@ from ssmlora_dist.config.build import build_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import BatchShape, Dataset, DatasetReport, Example, GlobalBatches
 from ssmlora_dist.distributed.engine import clip_gradients, count_targets
-from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
+from ssmlora_dist.distributed.process_group import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.distributed.schedule import Recompute, StageTimes, simulate
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.tracking.quiet import quiet_libraries
 from ssmlora_dist.tracking.rows import append_row
 from ssmlora_dist.training.optimizer import build_optimizer
-from ssmlora_dist.training.topology import BuiltEngine, StagePlan, build_engine, place_of, plan_stages
+from ssmlora_dist.training.topology import BuiltEngine, StagePlan, build_engine, parallel_dims_of, plan_stages
 
 RESULTS = Path(__file__).parent / "results" / "pipeline_efficiency.jsonl"
 STAGES = 2
@@ -99,7 +99,7 @@ def random_rows(number: int, length: int, num_targets: int) -> Dataset:
 class SingleStage:
     """The whole model on this rank, trained as simply as can be."""
 
-    def __init__(self, config: RunConfig, group: ProcessGroup) -> None:
+    def __init__(self, config: RunConfig, group: DistributedContext) -> None:
         model = build_model(config, group.device)
         checkpoint_layers(model)
         self.loss = CausalLMLoss(model, config.training.loss_chunk_size).train()
@@ -137,11 +137,11 @@ def measure(arguments: argparse.Namespace) -> int:
         stop_process_group()
 
 
-def _measure(arguments: argparse.Namespace, group: ProcessGroup) -> int:
+def _measure(arguments: argparse.Namespace, group: DistributedContext) -> int:
     data = random_rows(max(MICRO_BATCHES), arguments.tokens, arguments.tokens // 8)
     configs: dict[Recompute, RunConfig] = {"on_gradient": run_config(0), "while_waiting": run_config("auto")}
     single = SingleStage(configs["on_gradient"], group)
-    place = place_of(configs["on_gradient"], group)
+    place = parallel_dims_of(configs["on_gradient"], group)
     plans = {name: plan_stages(config, data, place) for name, config in configs.items()}
     built = {name: build_engine(configs[name], group, place, plans[name]) for name in configs}
     batches = {m: GlobalBatches(data, BatchShape(m, 1, 0, 1, 0), 0).micro_batches(0) for m in MICRO_BATCHES}
@@ -178,7 +178,7 @@ def _check_equal(
     single: SingleStage,
     built: Mapping[Recompute, BuiltEngine],
     batches: list[dict[str, Tensor]],
-    group: ProcessGroup,
+    group: DistributedContext,
 ) -> None:
     for _ in range(2):
         single.step(batches)
@@ -195,7 +195,9 @@ def _check_equal(
 
 
 def _seconds(
-    step: Callable[[list[dict[str, Tensor]]], object], batches: list[dict[str, Tensor]], group: ProcessGroup
+    step: Callable[[list[dict[str, Tensor]]], object],
+    batches: list[dict[str, Tensor]],
+    group: DistributedContext,
 ) -> float:
     """Of one step; every rank works, on one stage too, so that none has the memory to itself."""
     dist.barrier()
@@ -206,7 +208,9 @@ def _seconds(
 
 
 def _peak_memory_mib(
-    step: Callable[[list[dict[str, Tensor]]], object], batches: list[dict[str, Tensor]], group: ProcessGroup
+    step: Callable[[list[dict[str, Tensor]]], object],
+    batches: list[dict[str, Tensor]],
+    group: DistributedContext,
 ) -> list[float]:
     """What a step takes beyond what is held between steps, by rank."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -247,7 +251,7 @@ class PassClock:
 
         return call
 
-    def stage_times(self, num_tokens: int, group: ProcessGroup) -> list[StageTimes]:
+    def stage_times(self, num_tokens: int, group: DistributedContext) -> list[StageTimes]:
         """Medians, of every stage."""
         transfer = _transfer_seconds((1, num_tokens, self.width), group)
         mine = [statistics.median(seconds) if seconds else 0.0 for seconds in self.seconds.values()]
@@ -260,7 +264,7 @@ class PassClock:
         ]
 
 
-def _transfer_seconds(shape: tuple[int, ...], group: ProcessGroup, repeats: int = 20) -> float:
+def _transfer_seconds(shape: tuple[int, ...], group: DistributedContext, repeats: int = 20) -> float:
     """Of one tensor between stages, both of them ready."""
     tensor = torch.zeros(shape, dtype=getattr(torch, DTYPE))
     seconds = []

@@ -8,7 +8,7 @@ from typing import Any
 from ssmlora_dist.config.arguments import build_parser, run_command
 from ssmlora_dist.config.paths import path_argument
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.ranks import read_place
+from ssmlora_dist.ranks import read_launch_environment
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     add("--out", type=path_argument, metavar="DIR", help="by default beside the adapter, or beside the run")
     add("--no-base", action="store_true", help="do not evaluate the base model beside the adapter")
     arguments = parser.parse_args()
-    place = read_place()
+    place = read_launch_environment()
     quiet_libraries(arguments.log_level, place.is_main)
     if arguments.adapter is not None and not arguments.adapter.is_dir():
         raise DataError(f"--adapter {arguments.adapter}: no such directory; name that of an adapter")

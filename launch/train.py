@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from ssmlora_dist.config.arguments import build_parser, run_command
 from ssmlora_dist.config.paths import name_argument
-from ssmlora_dist.ranks import read_place
+from ssmlora_dist.ranks import read_launch_environment
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
 
@@ -28,7 +28,7 @@ def main() -> None:
         "directory (default: %(default)s)",
     )
     arguments = parser.parse_args()
-    place = read_place()
+    place = read_launch_environment()
     quiet_libraries(arguments.log_level, place.is_main)
 
     import torch

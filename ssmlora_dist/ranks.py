@@ -36,7 +36,7 @@ _REMEDY = (
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchEnvironment:
     """One process among the processes of its run.
 
     Attributes:
@@ -64,7 +64,7 @@ class Place:
         return self.rank == 0
 
 
-def read_place(environment: Mapping[str, str] = os.environ) -> Place:
+def read_launch_environment(environment: Mapping[str, str] = os.environ) -> LaunchEnvironment:
     """Where the process with this environment stands.
 
     Raises:
@@ -78,13 +78,13 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place:
         names |= _manager(given, is_told=bool(found))
         _add(found, given, names)
     if not found:
-        return Place()
+        return LaunchEnvironment()
     missing = [name for name in VARIABLES if name not in found]
     if missing:
         raise _refusal(_missing(found, missing, names))
     world_size = _number(found, names, "WORLD_SIZE", 1)
     last, why = world_size - 1, f" (below {names['WORLD_SIZE']} {world_size})"
-    return Place(
+    return LaunchEnvironment(
         _number(found, names, "RANK", 0, last, why),
         world_size,
         _number(found, names, "LOCAL_RANK", 0, last, why),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ssmlora_dist.errors import ConfigError
-from ssmlora_dist.ranks import Place, first_host, read_place
+from ssmlora_dist.ranks import LaunchEnvironment, first_host, read_launch_environment
 
 TORCH = {
     "RANK": "3",
@@ -27,26 +27,28 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_SIZE": "2",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
 }
-ALONE = Place()
+ALONE = LaunchEnvironment()
 
 
 def refused(environment: dict[str, str]) -> str:
     with pytest.raises(ConfigError) as caught:
-        read_place(environment)
+        read_launch_environment(environment)
     [line] = caught.value.problems
     return line
 
 
 def test_without_a_launcher_a_process_is_alone() -> None:
-    assert read_place({}) == ALONE
+    assert read_launch_environment({}) == ALONE
     assert (ALONE.rank, ALONE.world_size, ALONE.local_rank, ALONE.address) == (0, 1, 0, None)
-    assert read_place(dict.fromkeys(TORCH, "")) == ALONE
+    assert read_launch_environment(dict.fromkeys(TORCH, "")) == ALONE
 
 
 def test_a_launcher_s_variables() -> None:
-    assert read_place(TORCH) == Place(3, 4, 1, "node7", 29500)
+    assert read_launch_environment(TORCH) == LaunchEnvironment(3, 4, 1, "node7", 29500)
     # One launcher for each node under srun: whatever Slurm says, the launcher made the ranks.
-    assert read_place(TORCH | SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) == read_place(TORCH)
+    assert read_launch_environment(
+        TORCH | SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
+    ) == read_launch_environment(TORCH)
 
 
 @pytest.mark.parametrize("missing", TORCH)
@@ -84,31 +86,36 @@ def test_what_is_no_number_or_no_rank_is_refused(changes: dict[str, str], fragme
 
 
 def test_ranks_of_a_node() -> None:
-    assert read_place(TORCH | {"LOCAL_WORLD_SIZE": "2"}).local_world_size == 2
-    assert read_place(TORCH | {"LOCAL_SIZE": "2"}).local_world_size == 2
-    assert read_place(TORCH).local_world_size == 4
-    assert read_place(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2),2"}).local_world_size == 2
+    assert read_launch_environment(TORCH | {"LOCAL_WORLD_SIZE": "2"}).local_world_size == 2
+    assert read_launch_environment(TORCH | {"LOCAL_SIZE": "2"}).local_world_size == 2
+    assert read_launch_environment(TORCH).local_world_size == 4
+    assert read_launch_environment(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2),2"}).local_world_size == 2
 
 
 def test_srun_makes_ranks() -> None:
-    place = read_place(SLURM)
-    assert place == Place(3, 4, 1, "node03", place.port)
+    place = read_launch_environment(SLURM)
+    assert place == LaunchEnvironment(3, 4, 1, "node03", place.port)
     # The same for all tasks of a step, another one for another step or job.
-    assert read_place(SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).port == place.port
-    assert read_place(SLURM | {"SLURM_STEP_ID": "3"}).port != place.port
-    assert read_place(SLURM | {"SLURM_JOB_ID": "812346"}).port != place.port
-    assert all(1024 < (read_place(SLURM | {"SLURM_JOB_ID": str(job)}).port or 0) < 32768 for job in range(99))
+    assert read_launch_environment(SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).port == place.port
+    assert read_launch_environment(SLURM | {"SLURM_STEP_ID": "3"}).port != place.port
+    assert read_launch_environment(SLURM | {"SLURM_JOB_ID": "812346"}).port != place.port
+    assert all(
+        1024 < (read_launch_environment(SLURM | {"SLURM_JOB_ID": str(job)}).port or 0) < 32768
+        for job in range(99)
+    )
     # The step's own nodes and tasks, where it is a part of the job.
     part = {"SLURM_STEP_NODELIST": "node05", "SLURM_STEP_NUM_TASKS": "8"}
-    assert read_place(SLURM | part) == Place(3, 8, 1, "node05", place.port)
+    assert read_launch_environment(SLURM | part) == LaunchEnvironment(3, 8, 1, "node05", place.port)
 
 
 def test_what_a_batch_script_exports_for_its_steps_counts() -> None:
     meeting = {"MASTER_ADDR": "head", "MASTER_PORT": "29400"}
-    assert read_place(SLURM | meeting) == Place(3, 4, 1, "head", 29400)
-    assert read_place(SLURM | meeting | {"WORLD_SIZE": "4"}) == Place(3, 4, 1, "head", 29400)
+    assert read_launch_environment(SLURM | meeting) == LaunchEnvironment(3, 4, 1, "head", 29400)
+    assert read_launch_environment(SLURM | meeting | {"WORLD_SIZE": "4"}) == LaunchEnvironment(
+        3, 4, 1, "head", 29400
+    )
     single = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    assert read_place(SLURM | meeting | single) == Place(0, 1, 0, "head", 29400)
+    assert read_launch_environment(SLURM | meeting | single) == LaunchEnvironment(0, 1, 0, "head", 29400)
     line = refused(SLURM | meeting | {"WORLD_SIZE": "2"})
     assert 'WORLD_SIZE: "2" given' in line
     assert "SLURM_NTASKS" in line
@@ -132,7 +139,7 @@ def test_what_a_batch_script_exports_for_its_steps_counts() -> None:
     ],
 )
 def test_within_an_allocation_a_process_is_alone(changes: dict[str, str]) -> None:
-    assert read_place(SLURM | changes) == ALONE
+    assert read_launch_environment(SLURM | changes) == ALONE
 
 
 def test_slurm_s_variables_are_checked_too() -> None:
@@ -147,19 +154,28 @@ def test_mpirun_makes_ranks_that_must_be_told_where_to_meet() -> None:
     assert line.startswith("OMPI_COMM_WORLD_SIZE: ")
     assert "MASTER_ADDR" in line
     assert "mpirun -x" in line
-    assert read_place(OPEN_MPI | {"MASTER_ADDR": "a", "MASTER_PORT": "5000"}) == Place(1, 2, 1, "a", 5000)
+    assert read_launch_environment(
+        OPEN_MPI | {"MASTER_ADDR": "a", "MASTER_PORT": "5000"}
+    ) == LaunchEnvironment(1, 2, 1, "a", 5000)
     # In an allocation mpirun starts its own daemons by srun: their numbers are not the ranks'.
     daemons = SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
     assert refused(OPEN_MPI | daemons).startswith("OMPI_COMM_WORLD_SIZE: ")
-    assert read_place(OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}) == ALONE
+    assert (
+        read_launch_environment(OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"})
+        == ALONE
+    )
 
 
 def test_other_mpis() -> None:
     hydra = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}
     assert refused(hydra).startswith("PMI_SIZE: ")
-    assert read_place(hydra | {"MASTER_ADDR": "a", "MASTER_PORT": "5000"}) == Place(1, 2, 1, "a", 5000)
+    assert read_launch_environment(hydra | {"MASTER_ADDR": "a", "MASTER_PORT": "5000"}) == LaunchEnvironment(
+        1, 2, 1, "a", 5000
+    )
     # srun --mpi=pmi2 sets them beside its own.
-    assert read_place(SLURM | {"PMI_RANK": "3", "PMI_SIZE": "4"}) == read_place(SLURM)
+    assert read_launch_environment(SLURM | {"PMI_RANK": "3", "PMI_SIZE": "4"}) == read_launch_environment(
+        SLURM
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import NoReturn
 from ssmlora_dist.config.paths import name_argument, path_argument
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, SSMLoRAError
 from ssmlora_dist.progress import shown_by
-from ssmlora_dist.ranks import Place, read_place
+from ssmlora_dist.ranks import LaunchEnvironment, read_launch_environment
 from ssmlora_dist.signals import StopRequested, raising
 from ssmlora_dist.tracking.console import ProgressDisplay
 from ssmlora_dist.tracking.streams import UnreadError, make_lenient
@@ -146,9 +146,9 @@ def run_command(main: Callable[[], int | None], *, alone: bool = False, ends_unr
         return EXIT_UNREAD
 
 
-def _place() -> Place:
+def _place() -> LaunchEnvironment:
     try:
-        return read_place()
+        return read_launch_environment()
     except ConfigError:
         # Whoever does not know who it is speaks.
-        return Place()
+        return LaunchEnvironment()

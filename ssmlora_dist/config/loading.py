@@ -19,7 +19,7 @@ from ssmlora_dist.config.topology import topology_problems
 from ssmlora_dist.errors import AdapterError, ConfigError
 from ssmlora_dist.ops.registry import import_forms
 from ssmlora_dist.precision import machine_dtype
-from ssmlora_dist.ranks import read_place
+from ssmlora_dist.ranks import read_launch_environment
 
 # More of either is a slip, and more than what reads them can take.
 DEEPEST, MOST_DIGITS = 50, 100
@@ -75,7 +75,7 @@ def load_config(
     lines += rule_problems(config, doubtful, check_files=check_files, for_training=for_training)
     lines += topology_problems(
         config if device_type is None else config.with_auto_dtype(machine_dtype(device_type)),
-        world_size=read_place().world_size if world_size is None else world_size,
+        world_size=read_launch_environment().world_size if world_size is None else world_size,
         device_type=device_type,
         flash_attention_installed=importlib.util.find_spec("flash_attn") is not None,
         doubtful=doubtful,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmlora_dist.distributed.loss_scale import LossScale
-from ssmlora_dist.distributed.moments import Moments, gather_moments, restore_moments
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.optimizer_state import OptimizerState, gather_moments, restore_moments
+from ssmlora_dist.distributed.process_group import DistributedContext
 
 Batch = Mapping[str, Tensor]
 Check = Callable[[], None]
@@ -66,7 +66,7 @@ class DataParallelEngine:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
-        group: ProcessGroup,
+        group: DistributedContext,
         max_grad_norm: float | None,
         loss_scale: LossScale | None = None,
     ) -> None:
@@ -150,11 +150,11 @@ class DataParallelEngine:
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
             return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
 
-    def moments(self) -> Moments:
+    def moments(self) -> OptimizerState:
         """The optimiser's moments; every rank must call it."""
         return gather_moments(self.engine.optimizer, self.parameters, self.zero_stage)
 
-    def restore(self, moments: Moments) -> None:
+    def restore(self, moments: OptimizerState) -> None:
         """Goes on with an optimiser's moments, before the first step; every rank must call it."""
         restore_moments(self.engine.optimizer, self.parameters, self.zero_stage, moments)
 

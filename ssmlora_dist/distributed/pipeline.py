@@ -36,8 +36,8 @@ from ssmlora_dist.distributed.engine import (
     unscaled_by,
 )
 from ssmlora_dist.distributed.loss_scale import LossScale
-from ssmlora_dist.distributed.moments import Moments, gather_moments, restore_moments
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.optimizer_state import OptimizerState, gather_moments, restore_moments
+from ssmlora_dist.distributed.process_group import DistributedContext
 
 
 class PipelineParallelEngine:
@@ -65,7 +65,7 @@ class PipelineParallelEngine:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
-        group: ProcessGroup,
+        group: DistributedContext,
         max_grad_norm: float | None,
         recompute_ahead: bool,
         loss_scale: LossScale | None = None,
@@ -148,7 +148,7 @@ class PipelineParallelEngine:
         dist.all_gather_object(stages, mine, group=self.engine.grid.get_pipe_parallel_group())
         return dict(sorted(item for stage in stages for item in stage.items()))
 
-    def moments(self) -> Moments:
+    def moments(self) -> OptimizerState:
         """The optimiser's moments of all stages; every rank must call it."""
         mine = gather_moments(self.engine.optimizer, self.parameters, self.zero_stage)
         stages: list[Any] = [None] * self.num_stages
@@ -157,9 +157,9 @@ class PipelineParallelEngine:
         for stage in stages:
             for kind, values in stage.tensors.items():
                 tensors.setdefault(kind, {}).update(values)
-        return Moments(max(stage.num_updates for stage in stages), tensors)
+        return OptimizerState(max(stage.num_updates for stage in stages), tensors)
 
-    def restore(self, moments: Moments) -> None:
+    def restore(self, moments: OptimizerState) -> None:
         """Goes on with an optimiser's moments, before the first step; every rank must call it."""
         restore_moments(self.engine.optimizer, self.parameters, self.zero_stage, moments)
 

@@ -25,7 +25,7 @@ import torch.distributed.nn.functional
 from ssmlora_dist.distributed.liveness import Peer, PeerWatch, meet
 from ssmlora_dist.errors import ConfigError, SSMLoRAError, TrainingError
 from ssmlora_dist.progress import progress
-from ssmlora_dist.ranks import VARIABLES, Place, read_place
+from ssmlora_dist.ranks import VARIABLES, LaunchEnvironment, read_launch_environment
 
 LONGEST_SILENCE_SECONDS = 60.0
 
@@ -36,7 +36,7 @@ _host: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
-class ProcessGroup:
+class DistributedContext:
     """This process among the run's processes.
 
     Attributes:
@@ -111,7 +111,7 @@ class ProcessGroup:
             self.watch.note_checkpoint(path)
 
 
-def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessGroup:
+def start_process_group(timeout_seconds: int, verbose: bool = False) -> DistributedContext:
     """Joins the processes started by the DeepSpeed launcher, torchrun or srun, or a plain python command.
 
     From here to `stop_process_group` the ranks watch each other (`liveness.PeerWatch`).
@@ -129,7 +129,7 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
         import deepspeed
 
     global _host
-    place = read_place()
+    place = read_launch_environment()
     values = (place.rank, place.world_size, place.local_rank)
     meeting = (place.address, place.port) if place.address else ("127.0.0.1", _free_port())
     # Where torch and DeepSpeed look.
@@ -153,7 +153,7 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> ProcessG
             f"the processes of this run could not connect ({error}); check that MASTER_ADDR and MASTER_PORT "
             "are reachable and that no other run uses the port (deepspeed --master_port N)"
         ) from error
-    group = ProcessGroup(dist.get_rank(), dist.get_world_size(), place.local_rank, device)
+    group = DistributedContext(dist.get_rank(), dist.get_world_size(), place.local_rank, device)
     return replace(group, watch=_start_watch(group, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2)))
 
 
@@ -175,7 +175,7 @@ def stop_process_group() -> None:
         groups._WORLD_GROUP = None
 
 
-def _start_watch(group: ProcessGroup, silence_seconds: float) -> PeerWatch | None:
+def _start_watch(group: DistributedContext, silence_seconds: float) -> PeerWatch | None:
     global _watch
     if group.world_size == 1:
         return None
@@ -192,7 +192,7 @@ def _start_watch(group: ProcessGroup, silence_seconds: float) -> PeerWatch | Non
     return _watch
 
 
-def _device_index(place: Place, num_devices: int) -> int:
+def _device_index(place: LaunchEnvironment, num_devices: int) -> int:
     """The GPU of a process: by its number on the node, or the one that a scheduler has left it.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import topology_problems
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.precision import DTypeName, common_dtype, machine_dtype
 from ssmlora_dist.tracking import Console
@@ -20,7 +20,7 @@ _BECAUSE = {
 
 def settle_compute_dtype(
     config: RunConfig,
-    group: ProcessGroup,
+    group: DistributedContext,
     console: Console,
     *,
     kept: DTypeName | None = None,

@@ -18,7 +18,7 @@ from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset, ExampleStream, examples_digest, resolve_revision
 from ssmlora_dist.errors import CheckpointError, DataError
 from ssmlora_dist.models import fix_date, tokenizer_digests
-from ssmlora_dist.training.continuation import Continuation
+from ssmlora_dist.training.resume_point import ResumePoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,13 +28,13 @@ _OTHERWISE = "or begin anew under another run.name"
 
 
 def tokenizer_of(
-    config: RunConfig, continuation: Continuation, began: str, warn: Callable[[str], object]
+    config: RunConfig, resume_point: ResumePoint, began: str, warn: Callable[[str], object]
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """The tokenizer, whose chat templates print the date of the run's first start, and its contents.
 
     Args:
         config: of the run.
-        continuation: where the run goes on.
+        resume_point: where the run goes on.
         began: `first_start`, of rank 0.
         warn: told what was replaced in the tokenizer.
 
@@ -44,40 +44,40 @@ def tokenizer_of(
     """
     tokenizer = build_tokenizer(config.model, warn)
     digests = tokenizer_digests(tokenizer)
-    check_tokenizer(continuation, digests)
+    check_tokenizer(resume_point, digests)
     fix_date(tokenizer, datetime.fromisoformat(began))
     return tokenizer, {"began": began, "tokenizer": digests}
 
 
-def first_start(continuation: Continuation) -> str:
+def first_start(resume_point: ResumePoint) -> str:
     """When the run began that goes on, in ISO's format; now, where none does."""
-    contents = _contents(continuation)
+    contents = _contents(resume_point)
     return str(contents["began"]) if contents else datetime.now().isoformat()
 
 
-def check_tokenizer(continuation: Continuation, digests: Mapping[str, str]) -> None:
+def check_tokenizer(resume_point: ResumePoint, digests: Mapping[str, str]) -> None:
     """Checks that the tokenizer is that of the checkpoint.
 
     Raises:
         CheckpointError: parts of it are not; says which.
     """
-    contents = _contents(continuation)
+    contents = _contents(resume_point)
     then = contents["tokenizer"] if contents else digests
     changed = [name for name, digest in digests.items() if then[name] != digest]
     if changed:
         raise CheckpointError(
-            f"{continuation.path}: was trained with another tokenizer than that of model.tokenizer: other "
+            f"{resume_point.path}: was trained with another tokenizer than that of model.tokenizer: other "
             f"{' and '.join(changed)}; restore it, wherever it lies, {_OTHERWISE}"
         )
 
 
-def revisions(config: RunConfig, continuation: Continuation) -> dict[str, dict[str, str | None]]:
+def revisions(config: RunConfig, resume_point: ResumePoint) -> dict[str, dict[str, str | None]]:
     """The commits of the hub data sets, by source; of a run that goes on, those that it has been using.
 
     Raises:
         DataError: a revision cannot be found.
     """
-    contents = _contents(continuation)
+    contents = _contents(resume_point)
     then = contents["revisions"] if contents else {}
     found = {}
     for name in SOURCES:
@@ -129,13 +129,13 @@ def check_ranks(found: list[Any]) -> None:
             )
 
 
-def check_train(continuation: Continuation, now: Mapping[str, Any] | None, is_generated: bool) -> None:
+def check_train(resume_point: ResumePoint, now: Mapping[str, Any] | None, is_generated: bool) -> None:
     """Checks that training data in memory are those of the checkpoint.
 
     Raises:
         CheckpointError: they are not; says how many there are here and there.
     """
-    contents = _contents(continuation)
+    contents = _contents(resume_point)
     then = contents["train"] if contents else now
     # Whether it is a stream may not change, and is compared with the settings.
     if now is None or then is None or then["sha256"] == now["sha256"]:
@@ -145,15 +145,15 @@ def check_train(continuation: Continuation, now: Mapping[str, Any] | None, is_ge
         here = "as many given here, but of other contents"
     generated = " (generated from a text that comes with Python: use the version it was begun with)"
     raise CheckpointError(
-        f"{continuation.path}: was trained on other data than data.train: {_counted(then)} in the "
+        f"{resume_point.path}: was trained on other data than data.train: {_counted(then)} in the "
         f"checkpoint, {here}{generated if is_generated else ''}; restore the data, wherever they lie, "
         f"{_OTHERWISE}"
     )
 
 
-def same_validation(continuation: Continuation, now: str | None, warn: Callable[[str], object]) -> bool:
+def same_validation(resume_point: ResumePoint, now: str | None, warn: Callable[[str], object]) -> bool:
     """Whether losses on the validation data can be compared with those in the checkpoint."""
-    contents = _contents(continuation)
+    contents = _contents(resume_point)
     if contents is None or contents["validation"] == now:
         return True
     warn(
@@ -167,5 +167,5 @@ def _counted(contents: Mapping[str, Any]) -> str:
     return f"{contents['num_examples']:,} examples of {contents['num_records']:,} records"
 
 
-def _contents(continuation: Continuation) -> Mapping[str, Any] | None:
-    return continuation.checkpoint.contents if continuation.checkpoint else None
+def _contents(resume_point: ResumePoint) -> Mapping[str, Any] | None:
+    return resume_point.checkpoint.contents if resume_point.checkpoint else None

@@ -20,7 +20,7 @@ from ssmlora_dist.data import (
     StreamedBatches,
     examples_digest,
 )
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.tokenization import TextEncoder
 from ssmlora_dist.training.contents import (
     check_ranks,
@@ -30,8 +30,8 @@ from ssmlora_dist.training.contents import (
     same_validation,
     train_contents,
 )
-from ssmlora_dist.training.continuation import Continuation
-from ssmlora_dist.training.topology import Place
+from ssmlora_dist.training.resume_point import ResumePoint
+from ssmlora_dist.training.topology import ParallelDims
 
 
 class RunData:
@@ -42,7 +42,7 @@ class RunData:
         tokenizer: of the model.
         group: its processes.
         place: of this rank.
-        continuation: where the run goes on.
+        resume_point: where the run goes on.
         warn: told what of the data a run should know, and of other validation data.
 
     Attributes:
@@ -63,9 +63,9 @@ class RunData:
         self,
         config: RunConfig,
         tokenizer: Any,
-        group: ProcessGroup,
-        place: Place,
-        continuation: Continuation,
+        group: DistributedContext,
+        place: ParallelDims,
+        resume_point: ResumePoint,
         warn: Callable[[str], object],
     ) -> None:
         training = config.training
@@ -78,10 +78,10 @@ class RunData:
             place.data_parallel_size,
             tokenizer.pad_token_id,
         )
-        commits = group.on_main(lambda: revisions(config, continuation))
+        commits = group.on_main(lambda: revisions(config, resume_point))
         train, self.validation = build_data(pinned(config, commits), tokenizer)
-        self.contents = self._compared(config, train, commits, group, continuation)
-        self.compares = same_validation(continuation, self.contents["validation"], warn)
+        self.contents = self._compared(config, train, commits, group, resume_point)
+        self.compares = same_validation(resume_point, self.contents["validation"], warn)
         self.num_examples = None if isinstance(train, ExampleStream) else len(train)
         self.sample: Dataset
         self._batches: GlobalBatches | StreamedBatches
@@ -89,10 +89,10 @@ class RunData:
             assert training.max_steps, "refused by config.rules"
             self.num_steps = training.max_steps
             self.sample = group.on_main(train.sample)
-            checkpoint = continuation.checkpoint
+            checkpoint = resume_point.checkpoint
             start = checkpoint.progress["data_position"] if checkpoint else None
             self._batches = streamed = StreamedBatches(
-                train, self._shape, group.on_main, continuation.step, start
+                train, self._shape, group.on_main, resume_point.step, start
             )
             if start:
                 # Other data show now, not once the model has been loaded.
@@ -116,12 +116,12 @@ class RunData:
         config: RunConfig,
         train: Dataset | ExampleStream,
         commits: dict[str, dict[str, str | None]],
-        group: ProcessGroup,
-        continuation: Continuation,
+        group: DistributedContext,
+        resume_point: ResumePoint,
     ) -> dict[str, Any]:
         found = group.gather(train_contents(train))
         check_ranks(found)
-        check_train(continuation, found[0], config.data.train.format == "retrieval")
+        check_train(resume_point, found[0], config.data.train.format == "retrieval")
         validation = examples_digest(self.validation.examples) if self.validation else None
         return {"revisions": commits, "train": found[0], "validation": validation}
 

@@ -23,15 +23,15 @@ from ssmlora_dist.training.contents import (
     tokenizer_of,
     train_contents,
 )
-from ssmlora_dist.training.continuation import (
-    Continuation,
+from ssmlora_dist.training.data import account_lines
+from ssmlora_dist.training.header import run_header
+from ssmlora_dist.training.resume_point import (
+    ResumePoint,
     base_of,
     check_settings,
     completion,
-    find_continuation,
+    find_resume_point,
 )
-from ssmlora_dist.training.data import account_lines
-from ssmlora_dist.training.header import run_header
 
 
 def describe(
@@ -50,18 +50,18 @@ def describe(
         SSMLoRAError: whatever would stop the run before the weights are read.
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
-    continuation = find_continuation(resume, directory, warn, claim=False)
+    resume_point = find_resume_point(resume, directory, warn, claim=False)
     chosen = []
     if config.model.compute_dtype == "auto":
-        choices, kept = [machine_dtype(device_type)], continuation.compute_dtype
+        choices, kept = [machine_dtype(device_type)], resume_point.compute_dtype
         config, line = choose_compute_dtype(config, choices, device_type, world_size, kept=kept)
         chosen.append(line)
     check_tracking(config, warn)
-    check_settings(continuation, config)
+    check_settings(resume_point, config)
     check_model(config)
-    tokenizer, _ = tokenizer_of(config, continuation, first_start(continuation), warn)
-    train, validation = build_data(pinned(config, revisions(config, continuation)), tokenizer)
-    _compare(config, continuation, train, validation, warn)
+    tokenizer, _ = tokenizer_of(config, resume_point, first_start(resume_point), warn)
+    train, validation = build_data(pinned(config, revisions(config, resume_point)), tokenizer)
+    _compare(config, resume_point, train, validation, warn)
     training = config.training
     is_streamed = isinstance(train, ExampleStream)
     sample = train.sample() if isinstance(train, ExampleStream) else train
@@ -77,7 +77,7 @@ def describe(
         training.num_epochs or 1.0, len(sample), training.global_batch_size
     )
     resolved = json.dumps(config.model_dump(mode="json", by_alias=True), indent=2)
-    if (complete := completion(continuation, directory, num_steps)) is not None:
+    if (complete := completion(resume_point, directory, num_steps)) is not None:
         return "\n".join([resolved, complete])
     header = run_header(
         config,
@@ -86,14 +86,14 @@ def describe(
         num_steps=num_steps,
         num_examples=None if is_streamed else len(sample),
         accounts=accounts,
-        continuation=continuation,
+        resume_point=resume_point,
     )
     return "\n".join([resolved, *chosen, header])
 
 
 def _compare(
     config: RunConfig,
-    continuation: Continuation,
+    resume_point: ResumePoint,
     train: Dataset | ExampleStream,
     validation: Dataset | None,
     warn: Callable[[str], object],
@@ -103,11 +103,11 @@ def _compare(
     Raises:
         SSMLoRAError: they are not.
     """
-    if (checkpoint := continuation.checkpoint) is None:
+    if (checkpoint := resume_point.checkpoint) is None:
         return
     if isinstance(train, ExampleStream):
         train.check(checkpoint.progress["data_position"])
     else:
-        check_train(continuation, train_contents(train), config.data.train.format == "retrieval")
-    same_validation(continuation, examples_digest(validation.examples) if validation else None, warn)
-    base_of(config, continuation)
+        check_train(resume_point, train_contents(train), config.data.train.format == "retrieval")
+    same_validation(resume_point, examples_digest(validation.examples) if validation else None, warn)
+    base_of(config, resume_point)

@@ -20,7 +20,7 @@ from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulati
 from ssmlora_dist.models import decoder_layers, structure_of
 from ssmlora_dist.models.loading import attention_implementation
 from ssmlora_dist.tracking import is_installed
-from ssmlora_dist.training.continuation import Continuation
+from ssmlora_dist.training.resume_point import ResumePoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ def run_header(
     num_steps: int,
     num_examples: int | None,
     accounts: Sequence[str],
-    continuation: Continuation,
+    resume_point: ResumePoint,
 ) -> str:
     """The facts of a training run.
 
@@ -49,7 +49,7 @@ def run_header(
         num_steps: optimiser steps in all.
         num_examples: that are trained on; None: of a stream, not known.
         accounts: lines about what became of the data.
-        continuation: where the run begins.
+        resume_point: where the run begins.
     """
     training, section = config.training, config.parallel
     replicas = data_parallel_size(config, world_size)
@@ -81,7 +81,7 @@ def run_header(
         *accounts,
         _line("writes to", str(config.run.output_dir / config.run.name)),
         tracking_line(config),
-        _line("begins", _beginning(continuation)),
+        _line("begins", _beginning(resume_point)),
     ]
     return "\n".join(lines)
 
@@ -184,8 +184,8 @@ def _line(name: str, value: str) -> str:
     return f"{name:<{WIDTH}}{value}"
 
 
-def _beginning(continuation: Continuation) -> str:
-    if continuation.path is None:
+def _beginning(resume_point: ResumePoint) -> str:
+    if resume_point.path is None:
         return "at step 0"
-    place = "" if continuation.in_place else ", as a new run"
-    return f"after step {continuation.step}, from {continuation.path}{place}"
+    place = "" if resume_point.in_place else ", as a new run"
+    return f"after step {resume_point.step}, from {resume_point.path}{place}"

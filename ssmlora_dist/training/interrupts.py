@@ -16,7 +16,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.errors import SSMLoRAError
 from ssmlora_dist.signals import STOPPING, StopRequested, heeded
 
@@ -58,7 +58,7 @@ class Interrupts:
         save_requested: whether SIGUSR1 has reached a rank, as of the last `check`; to be reset by the run.
     """
 
-    def __init__(self, group: ProcessGroup, grace_seconds: float) -> None:
+    def __init__(self, group: DistributedContext, grace_seconds: float) -> None:
         self.save_requested = False
         self._group, self._grace_seconds = group, grace_seconds
         self._stop, self._save = 0, False

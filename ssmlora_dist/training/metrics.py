@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from ssmlora_dist.distributed.process_group import ProcessGroup
-from ssmlora_dist.ranks import read_place
+from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.ranks import read_launch_environment
 
 GIB = 2**30
 # Dense bf16 tensor-core peaks by device name, TFLOP/s, from the makers' data sheets.
@@ -24,14 +24,16 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
-def usable_memory_bytes(group: ProcessGroup) -> float:
+def usable_memory_bytes(group: DistributedContext) -> float:
     """What is free on this rank's GPU; on a CPU its share of the host's memory."""
     if group.device.type == "cuda":
         return float(torch.cuda.mem_get_info(group.device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / read_place().local_world_size
+    return (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / read_launch_environment().local_world_size
+    )
 
 
-def peak_memory_gib(group: ProcessGroup) -> list[float]:
+def peak_memory_gib(group: DistributedContext) -> list[float]:
     """Largest memory use so far, by rank: allocated on the GPU, or resident in the host on a CPU."""
     if group.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(group.device)

@@ -9,19 +9,19 @@ from typing import Any
 
 from ssmlora_dist.config.build import build_store
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.evaluation.teacher_forced import OVERALL, Score
 from ssmlora_dist.sizes import DecoderShape
 from ssmlora_dist.tracking import BeforeAfter, Console, NullTracker, Tracker, check_store, mlflow_tracker
-from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.loop import StepRecord
 from ssmlora_dist.training.metrics import peak_tflops
+from ssmlora_dist.training.resume_point import ResumePoint
 
 Scores = dict[str, Score]
 
 
 def step_row(
-    record: StepRecord, group: ProcessGroup, shape: DecoderShape, global_batch_size: int
+    record: StepRecord, group: DistributedContext, shape: DecoderShape, global_batch_size: int
 ) -> dict[str, float]:
     """The logged row of a step; with the model FLOP utilisation where the device's peak is known."""
     result, seconds, num_ranks = record.result, record.step_seconds, group.world_size
@@ -97,7 +97,7 @@ def environment_tags(environment: dict[str, Any]) -> dict[str, str]:
 
 
 def tracker_of(
-    config: RunConfig, group: ProcessGroup, console: Console, continuation: Continuation
+    config: RunConfig, group: DistributedContext, console: Console, resume_point: ResumePoint
 ) -> Tracker:
     """Rank 0's tracker; none on the other ranks. Every rank calls it.
 
@@ -113,7 +113,7 @@ def tracker_of(
     group.on_main(lambda: check_store(store, console.warn))
     if not group.is_main:
         return NullTracker()
-    checkpoint = continuation.checkpoint if continuation.in_place else None
+    checkpoint = resume_point.checkpoint if resume_point.in_place else None
     continued = checkpoint.progress["tracker_run_id"] if checkpoint else None
     run_id = continued or os.environ.get("MLFLOW_RUN_ID")
     return mlflow_tracker(store, console.warn, run_id)

@@ -17,7 +17,7 @@ from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.config.build import backbone_settings, build_store, check_model
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, DataError, TrainingError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
@@ -34,14 +34,6 @@ from ssmlora_dist.tracking import (
 )
 from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 from ssmlora_dist.training.contents import first_start, tokenizer_of
-from ssmlora_dist.training.continuation import (
-    NEVER,
-    Continuation,
-    base_of,
-    check_settings,
-    completion,
-    find_continuation,
-)
 from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
 from ssmlora_dist.training.header import run_header
@@ -58,10 +50,18 @@ from ssmlora_dist.training.report import (
     step_row,
     tracker_of,
 )
+from ssmlora_dist.training.resume_point import (
+    NEVER,
+    ResumePoint,
+    base_of,
+    check_settings,
+    completion,
+    find_resume_point,
+)
 from ssmlora_dist.training.saving import Saver
 from ssmlora_dist.training.schedule import learning_rate
 from ssmlora_dist.training.task_evaluation import TasksInTraining
-from ssmlora_dist.training.topology import Place, build_engine, place_of, plan_stages
+from ssmlora_dist.training.topology import ParallelDims, build_engine, parallel_dims_of, plan_stages
 from ssmlora_dist.training.totals import Totals
 
 if TYPE_CHECKING:
@@ -71,14 +71,14 @@ if TYPE_CHECKING:
 MEMORY_SHARE = 0.85
 
 
-def run_training(config: RunConfig, group: ProcessGroup, console: Console, resume: str = NEVER) -> None:
+def run_training(config: RunConfig, group: DistributedContext, console: Console, resume: str = NEVER) -> None:
     """Trains an adapter as configured; every rank calls it, rank 0 writes and shows.
 
     Args:
         config: of the run.
         group: its processes.
         console: of rank 0.
-        resume: `never`, `auto` or a directory: see `find_continuation`.
+        resume: `never`, `auto` or a directory: see `find_resume_point`.
 
     Raises:
         SSMLoRAError: bad input, found before the backbone is loaded where that is possible, or training that
@@ -86,20 +86,20 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
         StoppedError: a signal has stopped it.
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
-    continuation: Continuation = group.on_main(lambda: find_continuation(resume, directory, console.warn))
-    config = settle_compute_dtype(config, group, console, kept=continuation.compute_dtype)
-    tracker = tracker_of(config, group, console, continuation)
-    check_settings(continuation, config)
+    resume_point: ResumePoint = group.on_main(lambda: find_resume_point(resume, directory, console.warn))
+    config = settle_compute_dtype(config, group, console, kept=resume_point.compute_dtype)
+    tracker = tracker_of(config, group, console, resume_point)
+    check_settings(resume_point, config)
     check_model(config)
-    began: str = group.share(first_start(continuation))
-    tokenizer, contents = tokenizer_of(config, continuation, began, console.warn)
-    place = place_of(config, group)
-    data = RunData(config, tokenizer, group, place, continuation, console.warn)
+    began: str = group.share(first_start(resume_point))
+    tokenizer, contents = tokenizer_of(config, resume_point, began, console.warn)
+    place = parallel_dims_of(config, group)
+    data = RunData(config, tokenizer, group, place, resume_point, console.warn)
     contents |= data.contents
     tasks = TasksInTraining(config, tokenizer, group, data.endings)
-    parts = (tracker, directory, continuation, tokenizer, contents, place, data, tasks)
+    parts = (tracker, directory, resume_point, tokenizer, contents, place, data, tasks)
     run = _Run(config, group, console, *parts)
-    complete: str | None = group.on_main(lambda: completion(continuation, directory, data.num_steps))
+    complete: str | None = group.on_main(lambda: completion(resume_point, directory, data.num_steps))
     if complete is not None:
         console.message(complete)
         return
@@ -111,12 +111,12 @@ def run_training(config: RunConfig, group: ProcessGroup, console: Console, resum
             num_steps=data.num_steps,
             num_examples=data.num_examples,
             accounts=[*data.accounts(), *tasks.notes],
-            continuation=continuation,
+            resume_point=resume_point,
         )
         console.message(header)
     run.build()
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
-    if not continuation.in_place:
+    if not resume_point.in_place:
         group.on_main(directory.claim)
     group.when_a_rank_is_lost(lambda: tracker.finish("FAILED"))
     with Interrupts(group, config.checkpoint.grace_seconds) as interrupts:
@@ -143,14 +143,14 @@ class _Run:
     """The parts of one run, and its phases in order."""
 
     config: RunConfig
-    group: ProcessGroup
+    group: DistributedContext
     console: Console
     tracker: Tracker
     directory: RunDirectory
-    continuation: Continuation
+    resume_point: ResumePoint
     tokenizer: PreTrainedTokenizerBase
     contents: dict[str, Any]
-    place: Place
+    place: ParallelDims
     data: RunData
     tasks: TasksInTraining
 
@@ -158,7 +158,7 @@ class _Run:
         self.started = time.perf_counter()
         self.num_steps = self.data.num_steps
         self.store = build_store(self.config)
-        checkpoint = self.continuation.checkpoint
+        checkpoint = self.resume_point.checkpoint
         stood = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
         self.totals = Totals(**stood["totals"])
         self.before = scores_from_plain(stood["before"]) if self.data.compares else None
@@ -168,18 +168,18 @@ class _Run:
     def begin(self) -> None:
         """Writes down what is going to be run, and whence."""
         if self.group.is_main:
-            self.directory.cut_metrics(self.continuation.step if self.continuation.checkpoint else -1)
+            self.directory.cut_metrics(self.resume_point.step if self.resume_point.checkpoint else -1)
             resolved = self.config.model_dump(mode="json", by_alias=True)
             self.directory.write_config(resolved)
-        if self.continuation.checkpoint and not self.continuation.in_place:
+        if self.resume_point.checkpoint and not self.resume_point.in_place:
             # Without one of its own this run, continued, would begin anew.
-            self._save(self.continuation.step)
+            self._save(self.resume_point.step)
             self.saver.finish()
         if self.group.is_main:
             tags = environment_tags(environment_record()) | self.config.tracking.tags
             with progress("beginning the record of the run"):
                 self.tracker.start(self.config.run.name, flat_parameters(resolved), tags)
-            self.tracker.log_metrics(self.data.metrics(), self.continuation.step)
+            self.tracker.log_metrics(self.data.metrics(), self.resume_point.step)
 
     def execute(self, interrupts: Interrupts) -> None:
         """Evaluate, train, save, evaluate, summarise.
@@ -200,12 +200,12 @@ class _Run:
             raise DataError(f"{error}; {self.saver.finish()}; {again}") from None
 
     def _execute(self) -> None:
-        if self.before is None and self.continuation.step == 0:
+        if self.before is None and self.resume_point.step == 0:
             self.before = self._evaluate(step=0)
-        if self.continuation.step == 0:
+        if self.resume_point.step == 0:
             self._answer_tasks(0)
         # From the first step on: its lines tell what becomes of the loss.
-        with progress("training", self.num_steps, initial=self.continuation.step, quiet_seconds=0) as shown:
+        with progress("training", self.num_steps, initial=self.resume_point.step, quiet_seconds=0) as shown:
             train(
                 self.engine,
                 self.data.micro_batches,
@@ -213,7 +213,7 @@ class _Run:
                 num_steps=self.num_steps,
                 max_nonfinite_steps=self.config.training.max_nonfinite_steps,
                 on_step=partial(self._on_step, shown),
-                first_step=self.continuation.step,
+                first_step=self.resume_point.step,
                 skipped_steps=self.totals.skipped_steps,
                 check=self.interrupts.check,
                 last_good=self.saver.finish,
@@ -249,13 +249,13 @@ class _Run:
     def build(self) -> None:
         """Loads the backbone, adapts it and hands it to the engine."""
         # By rank 0 alone, as a part of every tensor is read.
-        fingerprint: str = self.group.on_main(partial(base_of, self.config, self.continuation))
+        fingerprint: str = self.group.on_main(partial(base_of, self.config, self.resume_point))
         plan = None
         if self.place.num_stages > 1:
             memory = -self.group.max([-usable_memory_bytes(self.group)])[0]
             plan = plan_stages(self.config, self.data.sample, self.place, MEMORY_SHARE * memory)
             self.console.message(plan.table)
-        checkpoint, warn = self.continuation.checkpoint, self.console.warn
+        checkpoint, warn = self.resume_point.checkpoint, self.console.warn
         built = build_engine(self.config, self.group, self.place, plan, checkpoint, warn)
         self.engine = built.engine
         self.shape, self.adapter = built.shape, built.adapter
@@ -263,7 +263,7 @@ class _Run:
         self.base = backbone_settings(self.config) | self.data.endings
         self.base["tokenizer"] = self.config.model.tokenizer
         self.fingerprint = fingerprint
-        parts = (self.base, fingerprint, self.contents, self.continuation, self.console.warn)
+        parts = (self.base, fingerprint, self.contents, self.resume_point, self.console.warn)
         place, compares = self.directory.checkpoints, self.data.compares
         self.saver = Saver(self.config, self.group, self.engine, place, *parts, compares=compares)
 
@@ -330,14 +330,14 @@ class _Run:
 
     def _save(self, step: int, validation_loss: float | None = None) -> None:
         started = time.perf_counter()
-        standing = {
+        train_state = {
             "totals": self.totals.plain(),
             "wall_seconds": self._wall_seconds(),
             "before": plain_scores(self.before),
             "data_position": self.data.position(step) if self.group.is_main else None,
             "tracker_run_id": self.tracker.run_id,
         }
-        self.saver.save(step, standing, validation_loss)
+        self.saver.save(step, train_state, validation_loss)
         if self.group.is_main:
             self._log({"checkpoint_seconds": time.perf_counter() - started}, step)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.progress import progress
 from ssmlora_dist.training.checkpoint_writer import BackgroundWriter
 from ssmlora_dist.training.checkpoints import Checkpoint
-from ssmlora_dist.training.continuation import Continuation
+from ssmlora_dist.training.resume_point import ResumePoint
 from ssmlora_dist.training.topology import TopologyEngine
 
 
@@ -28,7 +28,7 @@ class Saver:
         base: how to load the base model, kept with the adapter.
         base_fingerprint: of the base model; rank 0's counts.
         contents: what the run works on, kept in checkpoints.
-        continuation: where the run began.
+        resume_point: where the run began.
         warn: told when a save has failed.
         compares: whether the best validation loss of the checkpoint is of the same data.
 
@@ -40,13 +40,13 @@ class Saver:
     def __init__(
         self,
         config: RunConfig,
-        group: ProcessGroup,
+        group: DistributedContext,
         engine: TopologyEngine,
         directory: Path,
         base: Mapping[str, Any],
         base_fingerprint: str,
         contents: dict[str, Any],
-        continuation: Continuation,
+        resume_point: ResumePoint,
         warn: Callable[[str], object],
         *,
         compares: bool = True,
@@ -63,12 +63,12 @@ class Saver:
             keep_best=section.keep_best,
             warn=warn,
             on_written=lambda path: group.note_checkpoint(str(path)),
-            last_good=continuation.path,
+            last_good=resume_point.path,
         )
-        if continuation.path is not None:
-            group.note_checkpoint(str(continuation.path))
-        self.last_step = continuation.step
-        checkpoint = continuation.checkpoint if compares else None
+        if resume_point.path is not None:
+            group.note_checkpoint(str(resume_point.path))
+        self.last_step = resume_point.step
+        checkpoint = resume_point.checkpoint if compares else None
         self.best_validation_loss: float | None = (
             checkpoint.progress["best_validation_loss"] if checkpoint else None
         )
@@ -86,12 +86,12 @@ class Saver:
             return False
         return math.isfinite(validation_loss) and (best is None or validation_loss < best)
 
-    def save(self, step: int, standing: Mapping[str, Any], validation_loss: float | None = None) -> None:
+    def save(self, step: int, train_state: Mapping[str, Any], validation_loss: float | None = None) -> None:
         """Copies out what is trained, and has it written while training goes on.
 
         Args:
             step: steps done.
-            standing: what else the run needs to go on, in JSON types.
+            train_state: what else the run needs to go on, in JSON types.
             validation_loss: of these parameters, if they have been evaluated.
         """
         if self.is_best(validation_loss):
@@ -110,7 +110,7 @@ class Saver:
                     parameters=parameters,
                     moments=moments.tensors,
                     progress={
-                        **standing,
+                        **train_state,
                         "num_updates": moments.num_updates,
                         "loss_scale": asdict(loss_scale) if loss_scale else None,
                         "samples_consumed": step * self._config.training.global_batch_size,

@@ -29,7 +29,7 @@ from ssmlora_dist.config.build import (
 )
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.tasks import build_tasks, output_directory
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.evaluation.item_rows import RESULTS_FILE, Row
 from ssmlora_dist.evaluation.items import FailedItem, Task
@@ -59,7 +59,7 @@ SUMMARY_FILE, TABLE_FILE, PLOTS = "summary.json", "table.md", "plots"
 
 def run_evaluation(
     config: RunConfig,
-    group: ProcessGroup,
+    group: DistributedContext,
     console: Console,
     *,
     adapter: Path | None = None,
@@ -151,7 +151,7 @@ class TasksInTraining:
         self,
         config: RunConfig,
         tokenizer: PreTrainedTokenizerBase,
-        group: ProcessGroup,
+        group: DistributedContext,
         endings: Mapping[str, Any],
     ) -> None:
         self._endings = endings

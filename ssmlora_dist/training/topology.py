@@ -30,7 +30,7 @@ from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.engine import DataParallelEngine
 from ssmlora_dist.distributed.loading import swap_rows, zero3_partitioner
 from ssmlora_dist.distributed.loss_scale import LossScale
-from ssmlora_dist.distributed.moments import Moments
+from ssmlora_dist.distributed.optimizer_state import OptimizerState
 from ssmlora_dist.distributed.partition import (
     check_boundaries,
     most_layers_ahead,
@@ -38,7 +38,7 @@ from ssmlora_dist.distributed.partition import (
     stage_layers,
     stage_table,
 )
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.errors import CheckpointError
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
@@ -67,15 +67,15 @@ class TopologyEngine(Engine, Protocol):
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU."""
 
-    def moments(self) -> Moments:
+    def moments(self) -> OptimizerState:
         """What the optimiser has learnt of them."""
 
-    def restore(self, moments: Moments) -> None:
+    def restore(self, moments: OptimizerState) -> None:
         """Goes on with it, before the first step."""
 
 
 @dataclass(frozen=True)
-class Place:
+class ParallelDims:
     """This rank in the topology: rank = stage * data_parallel_size + data_parallel_rank.
 
     Attributes:
@@ -99,10 +99,10 @@ class Place:
         return (last - self.stage) * self.data_parallel_size + self.data_parallel_rank
 
 
-def place_of(config: RunConfig, group: ProcessGroup) -> Place:
+def parallel_dims_of(config: RunConfig, group: DistributedContext) -> ParallelDims:
     """Where DeepSpeed's pipeline topology puts this rank."""
     size = data_parallel_size(config, group.world_size)
-    return Place(group.rank % size, size, group.rank // size, config.parallel.pipeline_stages)
+    return ParallelDims(group.rank % size, size, group.rank // size, config.parallel.pipeline_stages)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class StagePlan:
 
 
 def plan_stages(
-    config: RunConfig, sample: Dataset, place: Place, memory_limit_bytes: float = math.inf
+    config: RunConfig, sample: Dataset, place: ParallelDims, memory_limit_bytes: float = math.inf
 ) -> StagePlan:
     """The split, as configured or balanced, and how much is recomputed ahead.
 
@@ -154,7 +154,7 @@ def plan_stages(
     return StagePlan(stage_layers(boundaries, num_layers), ahead, table)
 
 
-def _costs(config: RunConfig, place: Place, num_targets: int, num_tokens: int) -> ModelCosts:
+def _costs(config: RunConfig, place: ParallelDims, num_targets: int, num_tokens: int) -> ModelCosts:
     model = meta_model(config)
     shape = structure_of(model).shape
     trained = [0] * shape.num_layers
@@ -203,8 +203,8 @@ class BuiltEngine:
 
 def build_engine(
     config: RunConfig,
-    group: ProcessGroup,
-    place: Place,
+    group: DistributedContext,
+    place: ParallelDims,
     plan: StagePlan | None,
     checkpoint: Checkpoint | None = None,
     warn: Callable[[str], object] = warnings.warn,
@@ -284,7 +284,7 @@ def build_engine(
                 loss_scale=loss_scale,
             )
     if checkpoint is not None:
-        engine.restore(Moments(checkpoint.progress["num_updates"], checkpoint.moments))
+        engine.restore(OptimizerState(checkpoint.progress["num_updates"], checkpoint.moments))
     if group.max([float(uses_own_logits)])[0]:
         warn(
             f"{model.config.model_type} models do more to their logits than the output head: they are taken "

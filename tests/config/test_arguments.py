@@ -9,7 +9,7 @@ import pytest
 
 from ssmlora_dist.config.arguments import EXIT_INTERRUPTED, build_parser, run_command
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_TRAINING_FAILED, ConfigError, TrainingError
-from ssmlora_dist.ranks import VARIABLES, read_place
+from ssmlora_dist.ranks import VARIABLES, read_launch_environment
 
 
 def test_overrides_are_gathered_in_order() -> None:
@@ -92,7 +92,7 @@ def test_a_rank_that_does_not_know_itself_speaks(
     monkeypatch.setenv("RANK", "1")
 
     def start() -> None:
-        read_place()
+        read_launch_environment()
 
     assert run_command(start) == EXIT_BAD_INPUT
     assert "RANK: given without WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.distributed import loss_scale
-from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
+from ssmlora_dist.distributed.process_group import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.tracking import Console, quiet_libraries
 from ssmlora_dist.training.run import run_training
 
@@ -37,7 +37,7 @@ def main() -> None:
         stop_process_group()
 
 
-def train(group: ProcessGroup, topology: str, run_name: str, resume: str) -> None:
+def train(group: DistributedContext, topology: str, run_name: str, resume: str) -> None:
     """One run, whole or the second half of another."""
     overrides = [f"run.name={run_name}", *COMMON, *RUNS[topology][1]]
     run_training(load_config(DEBUG_TINY, overrides, device_type="cpu"), group, Console(enabled=False), resume)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ssmlora_dist.distributed.engine import DataParallelEngine, clip_gradients, count_targets
 from ssmlora_dist.distributed.loss_scale import INITIAL
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 
 from .conftest import WORLD_SIZES, Results
 from .jobs import STAGES
@@ -179,7 +179,7 @@ def test_nothing_waits_for_the_device_between_micro_batches(monkeypatch: pytest.
     )
     monkeypatch.setattr("deepspeed.initialize", lambda **_: (deepspeed, None, None, None))
     monkeypatch.setattr("torch.distributed.all_reduce", lambda values, **_: None)
-    group = ProcessGroup(0, 1, 0, torch.device("cpu"))
+    group = DistributedContext(0, 1, 0, torch.device("cpu"))
     config = {"zero_optimization": {"stage": 0}}
     optimizer = torch.optim.SGD([weight], lr=1.0)
     engine = DataParallelEngine(deepspeed.module, {"weight": weight}, optimizer, config, group, 1.0)

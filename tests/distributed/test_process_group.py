@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssmlora_dist.distributed.process_group import ProcessGroup, _device_index
+from ssmlora_dist.distributed.process_group import DistributedContext, _device_index
 from ssmlora_dist.errors import ConfigError
-from ssmlora_dist.ranks import Place
+from ssmlora_dist.ranks import LaunchEnvironment
 
 from ..launch.processes import finish, free_port, run
 from .conftest import WORLD_SIZES, Results
@@ -41,7 +41,7 @@ def test_numbers_are_agreed_on_in_host_memory(monkeypatch: pytest.MonkeyPatch) -
     """A rank must not wait for its GPU between micro-batches to hear that nobody was told to stop."""
     found: list[torch.device] = []
     monkeypatch.setattr("torch.distributed.all_reduce", lambda values, **_: found.append(values.device))
-    group = ProcessGroup(0, 2, 0, torch.device("cuda", 0))
+    group = DistributedContext(0, 2, 0, torch.device("cuda", 0))
     assert group.sum([1, 2]) == [1.0, 2.0]
     assert group.max([3.0]) == [3.0]
     assert found == [torch.device("cpu")] * 2
@@ -66,12 +66,12 @@ def test_srun_s_tasks_find_each_other(tmp_path: Path) -> None:
 
 
 def test_which_gpu_a_process_takes() -> None:
-    node_of_four = [_device_index(Place(rank, 8, rank % 4, "host", 1), 4) for rank in range(8)]
+    node_of_four = [_device_index(LaunchEnvironment(rank, 8, rank % 4, "host", 1), 4) for rank in range(8)]
     assert node_of_four == [0, 1, 2, 3] * 2
     # A scheduler may show every task one GPU alone.
-    assert _device_index(Place(3, 8, 3, "host", 1), 1) == 0
+    assert _device_index(LaunchEnvironment(3, 8, 3, "host", 1), 1) == 0
     with pytest.raises(ConfigError, match="LOCAL_RANK: 4 given; allowed: below 4"):
-        _device_index(Place(4, 8, 4, "host", 1), 4)
+        _device_index(LaunchEnvironment(4, 8, 4, "host", 1), 4)
 
 
 def test_a_port_in_use_is_an_error_with_a_remedy(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.engine import DataParallelEngine
 from ssmlora_dist.distributed.loading import swap_rows
 from ssmlora_dist.distributed.loss_scale import LossScale
-from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
+from ssmlora_dist.distributed.process_group import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.errors import CheckpointError, SSMLoRAError
 from ssmlora_dist.models import loading
 from ssmlora_dist.tracking import Console, quiet_libraries
-from ssmlora_dist.training import continuation, run
+from ssmlora_dist.training import resume_point, run
 
 from ..launch.processes import DEBUG_TINY
 from .jobs import COMMON, JOBS, POISONS, STAGES, fits, result_file, run_name
@@ -55,13 +55,13 @@ def main() -> None:
     Path(result_file(group.rank, group.world_size)).write_text(json.dumps(found))
 
 
-def train_all(group: ProcessGroup) -> dict[str, Any]:
+def train_all(group: DistributedContext) -> dict[str, Any]:
     """Runs all jobs that fit, and one of them again: what this raises, and what was seen of their loading."""
     message = ""
     whole_parts = {}
     names = [name for name in JOBS if fits(name, group.world_size)]
-    counted = mock.Mock(wraps=continuation.build_fingerprint)
-    with mock.patch.object(continuation, "build_fingerprint", counted):
+    counted = mock.Mock(wraps=resume_point.build_fingerprint)
+    with mock.patch.object(resume_point, "build_fingerprint", counted):
         for name in [*names, names[0]]:
             own = f"run.name={run_name(name, group.world_size)}"
             config = load_config(DEBUG_TINY, [own, *COMMON, *JOBS[name]], device_type="cpu")
@@ -74,7 +74,7 @@ def train_all(group: ProcessGroup) -> dict[str, Any]:
 
 
 @contextmanager
-def watched_loading(group: ProcessGroup) -> Iterator[list[int]]:
+def watched_loading(group: DistributedContext) -> Iterator[list[int]]:
     """As each part of a model is filled, how many of those before it are not shards; in a list that grows."""
     parts: list[nn.Module] = []
     whole_before: list[int] = []
@@ -99,7 +99,7 @@ def is_sharded(part: nn.Module, num_ranks: int) -> bool:
     )
 
 
-def swap_halves(group: ProcessGroup) -> bool:
+def swap_halves(group: DistributedContext) -> bool:
     """Whether two ranks that each hold one half of a table have the whole table after they swapped."""
     if group.world_size != 2:
         return True
@@ -113,7 +113,7 @@ def swap_halves(group: ProcessGroup) -> bool:
     return torch.equal(mine, table)
 
 
-def collectives(group: ProcessGroup) -> dict[str, Any]:
+def collectives(group: DistributedContext) -> dict[str, Any]:
     """What the group's own collectives give on this rank."""
 
     def refuse() -> None:
@@ -147,7 +147,7 @@ class SquaredOutputs(nn.Module):
         return self.linear(inputs).square().sum() + added.sum()
 
 
-def steps_with_poison(group: ProcessGroup, zero_stage: int, poison: str) -> dict[str, Any]:
+def steps_with_poison(group: DistributedContext, zero_stage: int, poison: str) -> dict[str, Any]:
     """A good step, a step whose last micro-batch on the last rank is poisoned, and a good step.
 
     Args:

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.tracking import Console
 from ssmlora_dist.training import compute_dtype
 from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 
 
-class Ranks(ProcessGroup):
+class Ranks(DistributedContext):
     """As many processes as there are choices, each of which would take one alone."""
 
     def gather(self, value: Any) -> list[Any]:

@@ -16,13 +16,13 @@ from transformers.utils import chat_template_utils
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import retrieval
-from ssmlora_dist.distributed.process_group import ProcessGroup, start_process_group, stop_process_group
+from ssmlora_dist.distributed.process_group import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, SSMLoRAError
 from ssmlora_dist.models import load_tokenizer
 from ssmlora_dist.tracking import Console
-from ssmlora_dist.training import contents, continuation
-from ssmlora_dist.training.continuation import Continuation
+from ssmlora_dist.training import contents, resume_point
 from ssmlora_dist.training.describe import describe
+from ssmlora_dist.training.resume_point import ResumePoint
 from ssmlora_dist.training.run import run_training
 
 from .checkpoint_cases import checkpoint
@@ -41,7 +41,7 @@ COMMON = (
 
 
 @pytest.fixture(scope="module")
-def group() -> Iterator[ProcessGroup]:
+def group() -> Iterator[DistributedContext]:
     yield start_process_group(60)
     stop_process_group()
 
@@ -49,7 +49,9 @@ def group() -> Iterator[ProcessGroup]:
 class Runs:
     """Runs of a directory of their own: each call is one start."""
 
-    def __init__(self, group: ProcessGroup, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def __init__(
+        self, group: DistributedContext, directory: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         self.directory, self._group, self._capsys = directory, group, capsys
         self.rows = [{"prompt": "ab"[i % 2], "answer": f"{i:03}"} for i in range(NUM_RECORDS)]
         self.write("here.jsonl", self.rows)
@@ -89,7 +91,7 @@ class Runs:
 
 
 @pytest.fixture
-def runs(group: ProcessGroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Runs:
+def runs(group: DistributedContext, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Runs:
     return Runs(group, tmp_path, capsys)
 
 
@@ -181,7 +183,7 @@ def test_a_dry_run_says_what_the_run_would(runs: Runs, monkeypatch: pytest.Monke
     assert "run: complete, all 2 steps are done; raise training.max_steps to" in runs.dry_run(2, auto)
     with pytest.raises(ConfigError, match=r"training\.max_steps: 1 given or derived; 2 are done in"):
         runs.dry_run(1, auto)
-    monkeypatch.setattr(continuation, "build_fingerprint", lambda config: "beef")
+    monkeypatch.setattr(resume_point, "build_fingerprint", lambda config: "beef")
     with pytest.raises(CheckpointError, match="was trained on another base model"):
         runs.dry_run(3, auto)
 
@@ -260,9 +262,9 @@ def test_a_run_that_goes_on_keeps_to_the_commit_of_its_first_start(
         sections = {"run": {"name": "run"}, "model": {"path": "a/b"}, "training": {"max_steps": 1}}
         return RunConfig.model_validate({**sections, "data": {"train": train}})
 
-    then = contents.revisions(config(), Continuation())
+    then = contents.revisions(config(), ResumePoint())
     assert then == {"train": {"hub": "some/set", "revision": None, "commit": "commit of None"}}
-    goes_on = Continuation(checkpoint(contents={"revisions": then}))
+    goes_on = ResumePoint(checkpoint(contents={"revisions": then}))
     again = contents.revisions(config(), goes_on)
     assert contents.pinned(config(), again).data.train.revision == "commit of commit of None"
     # Another one on purpose, whose contents are then compared.

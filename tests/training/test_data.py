@@ -11,8 +11,8 @@ import pytest
 
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.models.tokenizer import load_tokenizer
-from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.data import RunData
+from ssmlora_dist.training.resume_point import ResumePoint
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_tiny.json"
 LONG = {"instruction": "x" * 500, "output": "y", "id": 1}
@@ -29,8 +29,8 @@ def run_data(directory: Path, records: list[Any], *overrides: str) -> tuple[RunD
     group: Any = SimpleNamespace(rank=0, on_main=lambda action: action(), gather=lambda value: [value])
     place: Any = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1)
     said: list[str] = []
-    continuation = Continuation(None, None, False)
-    return RunData(config, load_tokenizer("bytes"), group, place, continuation, said.append), said
+    resume_point = ResumePoint(None, None, False)
+    return RunData(config, load_tokenizer("bytes"), group, place, resume_point, said.append), said
 
 
 def test_much_that_is_left_out_is_a_warning(tmp_path: Path) -> None:

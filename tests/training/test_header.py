@@ -12,9 +12,9 @@ import torch
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import DatasetReport
 from ssmlora_dist.training import header
-from ssmlora_dist.training.continuation import Continuation
 from ssmlora_dist.training.data import account_lines
 from ssmlora_dist.training.header import device_text, run_header
+from ssmlora_dist.training.resume_point import ResumePoint
 
 from ..decoders import bare_config
 from ..tiny import tiny_config
@@ -55,7 +55,7 @@ def facts(config: RunConfig, world_size: int = 1, **changes: Any) -> dict[str, s
         "num_steps": 10,
         "num_examples": 32,
         "accounts": account_lines("train", DatasetReport(40, 32, 8)),
-        "continuation": Continuation(),
+        "resume_point": ResumePoint(),
     }
     text = run_header(config, CPU, world_size, **(settings | changes))
     return {line[:13].rstrip(): line[13:] for line in text.splitlines()}
@@ -107,13 +107,13 @@ def test_where_it_begins_and_is_recorded() -> None:
     step_20: Any = SimpleNamespace(step=20)
     path = Path("runs/other/checkpoints/step-00000020")
     mlflow = {"tracker": "mlflow", "uri": "https://me:secret@tracking.example", "experiment": "mine"}
-    told = facts(config(tracking=mlflow), continuation=Continuation(step_20, path), num_examples=None)
+    told = facts(config(tracking=mlflow), resume_point=ResumePoint(step_20, path), num_examples=None)
     assert told["recorded"] == (
         'MLflow at https://***@tracking.example (tracking.uri), experiment "mine" (tracking.experiment)'
     )
     assert told["begins"] == f"after step 20, from {path}, as a new run"
     assert told["steps"] == "10"
-    assert facts(config(), continuation=Continuation(step_20, path, in_place=True))["begins"] == (
+    assert facts(config(), resume_point=ResumePoint(step_20, path, in_place=True))["begins"] == (
         f"after step 20, from {path}"
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.training.metrics import peak_memory_gib, peak_tflops
 
 
@@ -26,7 +26,7 @@ def test_a_cpu_has_no_known_peak() -> None:
     assert peak_tflops(torch.device("cpu")) is None
 
 
-class ThreeRanks(ProcessGroup):
+class ThreeRanks(DistributedContext):
     """Rank 1 of three, where the others add nothing."""
 
     def sum(self, values: Any) -> list[float]:

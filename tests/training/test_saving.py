@@ -13,9 +13,9 @@ import pytest
 
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.loss_scale import LossScale
-from ssmlora_dist.distributed.moments import Moments
+from ssmlora_dist.distributed.optimizer_state import OptimizerState
 from ssmlora_dist.training.checkpoints import complete_checkpoints, read_checkpoint
-from ssmlora_dist.training.continuation import Continuation
+from ssmlora_dist.training.resume_point import ResumePoint
 from ssmlora_dist.training.saving import Saver
 
 from .checkpoint_cases import ADAPTER, BASE, checkpoint, same
@@ -53,14 +53,14 @@ def run_config(**section: Any) -> RunConfig:
 def saver(
     directory: Path,
     group: Group | None = None,
-    continuation: Continuation | None = None,
+    resume_point: ResumePoint | None = None,
     warnings: list[str] | None = None,
     **section: Any,
 ) -> Saver:
     whole = checkpoint(STEP)
     engine: Any = SimpleNamespace(
         adapter_tensors=lambda: whole.parameters,
-        moments=lambda: Moments(STEP - 1, whole.moments),
+        moments=lambda: OptimizerState(STEP - 1, whole.moments),
         loss_scale=LossScale(1024.0, 7),
     )
     told: list[str] = [] if warnings is None else warnings
@@ -72,7 +72,7 @@ def saver(
         BASE,
         "f00d" * 16,
         whole.contents,
-        continuation or Continuation(),
+        resume_point or ResumePoint(),
         told.append,
     )
 
@@ -137,7 +137,7 @@ def test_rank_0_alone_writes(tmp_path: Path) -> None:
 def test_a_continued_run_knows_what_was_best_and_where_it_came_from(tmp_path: Path) -> None:
     before = checkpoint(8, progress={"best_validation_loss": 1.5})
     group, path = Group(), tmp_path / "step-00000008"
-    saving = saver(tmp_path, group, Continuation(before, path, in_place=True))
+    saving = saver(tmp_path, group, ResumePoint(before, path, in_place=True))
     assert (saving.last_step, saving.best_validation_loss) == (8, 1.5)
     assert not saving.is_best(1.5)
     assert group.noted == [str(path)]

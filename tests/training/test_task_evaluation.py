@@ -18,7 +18,7 @@ from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config.build import build_fingerprint
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.tasks import DEEP
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.errors import AdapterError, DataError
 from ssmlora_dist.models import load_model, load_tokenizer
 from ssmlora_dist.tracking import Console
@@ -129,7 +129,7 @@ ADAPTER = AdapterConfig(rank=2, alpha=4)
 ENDINGS = {"end_token_ids": [ord("!")], "stop_texts": ["?"]}
 
 
-class Group(ProcessGroup):
+class Group(DistributedContext):
     """A process alone."""
 
     def __init__(self) -> None:

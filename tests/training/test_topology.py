@@ -12,10 +12,10 @@ from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset, DatasetReport, Example
 from ssmlora_dist.distributed.loading import swap_rows
-from ssmlora_dist.distributed.process_group import ProcessGroup
+from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.training import topology
-from ssmlora_dist.training.topology import Place, build_engine, place_of, plan_stages
+from ssmlora_dist.training.topology import ParallelDims, build_engine, parallel_dims_of, plan_stages
 
 from ..launch.processes import DEBUG_TINY
 
@@ -30,9 +30,11 @@ def config_with(*overrides: str, ranks: int) -> RunConfig:
 @pytest.mark.parametrize(("stages", "ranks"), [(1, 4), (2, 4), (4, 4), (3, 6)])
 def test_ranks_count_through_a_stage_first(stages: int, ranks: int) -> None:
     config = config_with(f"parallel.pipeline_stages={stages}", ranks=ranks)
-    places = [place_of(config, ProcessGroup(r, ranks, r, torch.device("cpu"))) for r in range(ranks)]
+    places = [
+        parallel_dims_of(config, DistributedContext(r, ranks, r, torch.device("cpu"))) for r in range(ranks)
+    ]
     size = ranks // stages
-    assert places == [Place(rank % size, size, rank // size, stages) for rank in range(ranks)]
+    assert places == [ParallelDims(rank % size, size, rank // size, stages) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(
@@ -77,8 +79,8 @@ def handed_to_the_loader(
         raise Stopped
 
     monkeypatch.setattr(topology, "build_model", build_model)
-    group = ProcessGroup(rank, ranks, rank, torch.device("cpu"))
-    place = place_of(config, group)
+    group = DistributedContext(rank, ranks, rank, torch.device("cpu"))
+    place = parallel_dims_of(config, group)
     plan = plan_stages(config, DATA, place) if place.num_stages > 1 else None
     with pytest.raises(Stopped):
         build_engine(config, group, place, plan)
@@ -87,7 +89,7 @@ def handed_to_the_loader(
 
 def test_every_layer_is_on_one_stage() -> None:
     config = config_with("parallel.pipeline_stages=3", ranks=3)
-    plan = plan_stages(config, DATA, Place(0, 1, 0, 3))
+    plan = plan_stages(config, DATA, ParallelDims(0, 1, 0, 3))
     assert len(plan.layers) == 3
     assert [layer for layers in plan.layers for layer in layers] == list(range(6))
     assert "norm, head and loss" in plan.table
@@ -95,7 +97,7 @@ def test_every_layer_is_on_one_stage() -> None:
 
 def test_boundaries_are_taken_as_they_are_given() -> None:
     config = config_with("parallel.pipeline_stages=2", "parallel.stage_boundaries=[0,5]", ranks=2)
-    assert plan_stages(config, DATA, Place(0, 1, 0, 2)).layers == (range(0, 5), range(5, 6))
+    assert plan_stages(config, DATA, ParallelDims(0, 1, 0, 2)).layers == (range(0, 5), range(5, 6))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_layers_recomputed_ahead(asked: str, checkpointing: str, memory_gib: flo
         f"training.gradient_checkpointing={checkpointing}",
         ranks=2,
     )
-    plan = plan_stages(config, DATA, Place(0, 1, 0, 2), memory_gib * 2**30)
+    plan = plan_stages(config, DATA, ParallelDims(0, 1, 0, 2), memory_gib * 2**30)
     assert plan.layers_ahead == expected
     assert plan.table.splitlines()[1].split("layers 0-4")[1].split()[:2] == ["5", str(expected)]
 
@@ -140,5 +142,5 @@ def test_impossible_splits_are_refused(stages: int, boundaries: str, says: str) 
         ranks=stages,
     )
     with pytest.raises(ConfigError) as refused:
-        plan_stages(config, DATA, Place(0, 1, 0, stages))
+        plan_stages(config, DATA, ParallelDims(0, 1, 0, stages))
     assert says in str(refused.value)

@@ -13,7 +13,7 @@ from ssmlora_dist.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Moments:
+class OptimizerState:
     """What an optimiser has learnt of its parameters.
 
     Attributes:
@@ -25,7 +25,7 @@ class Moments:
     tensors: dict[str, dict[str, Tensor]]
 
 
-def gather_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int) -> Moments:
+def gather_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int) -> OptimizerState:
     """Collects the moments of `parameters`; every rank that shares them must call it.
 
     Args:
@@ -35,7 +35,7 @@ def gather_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_
     """
     base = _base(optimizer, zero_stage)
     if not base.state:
-        return Moments(0, {})
+        return OptimizerState(0, {})
     tensors: dict[str, dict[str, Tensor]] = {}
     if zero_stage == 0:
         for name, parameter in parameters.items():
@@ -51,11 +51,13 @@ def gather_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_
                 name: safe_get_full_optimizer_state(parameter, kind).to("cpu", copy=True)
                 for name, parameter in parameters.items()
             }
-    return Moments(max(int(state["step"]) for state in base.state.values() if "step" in state), tensors)
+    return OptimizerState(
+        max(int(state["step"]) for state in base.state.values() if "step" in state), tensors
+    )
 
 
 def restore_moments(
-    optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int, moments: Moments
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int, moments: OptimizerState
 ) -> None:
     """Makes an optimiser that has made no step go on from `moments`; every rank must call it.
 

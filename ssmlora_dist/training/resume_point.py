@@ -23,7 +23,7 @@ NEVER, AUTO = "never", "auto"
 
 
 @dataclass(frozen=True)
-class Continuation:
+class ResumePoint:
     """Where a run begins.
 
     Attributes:
@@ -47,9 +47,9 @@ class Continuation:
         return self.checkpoint.config["model"]["compute_dtype"] if self.checkpoint else None
 
 
-def find_continuation(
+def find_resume_point(
     resume: str, directory: RunDirectory, warn: Callable[[str], object], *, claim: bool = True
-) -> Continuation:
+) -> ResumePoint:
     """Finds and reads the checkpoint to continue from; on rank 0.
 
     Args:
@@ -76,65 +76,65 @@ def find_continuation(
     elif not in_place:
         RunDirectory.check_free(directory.path, make_parents=claim)
         if source is None:
-            return Continuation()
+            return ResumePoint()
     place = directory.checkpoints if source is None else _checkpoints_of(source)
     if place is None:
         assert source is not None
-        return Continuation(read_checkpoint(source), source, in_place)
+        return ResumePoint(read_checkpoint(source), source, in_place)
     found = newest_checkpoint(place, warn)
     if found is not None:
-        return Continuation(found[1], found[0], in_place)
+        return ResumePoint(found[1], found[0], in_place)
     if source is not None:
         raise CheckpointError(f"--resume {source}: holds no checkpoint; name another one, or use never")
     warn(f"{directory.path}: its run had saved no checkpoint yet: it begins anew")
-    return Continuation(in_place=True)
+    return ResumePoint(in_place=True)
 
 
-def check_settings(continuation: Continuation, config: RunConfig) -> None:
+def check_settings(resume_point: ResumePoint, config: RunConfig) -> None:
     """Checks that the checkpoint is of such a run.
 
     Raises:
         ConfigError: a setting has changed that may not; a line for each.
     """
-    checkpoint = continuation.checkpoint
+    checkpoint = resume_point.checkpoint
     if checkpoint is not None and (problems := resume_problems(checkpoint.config, config)):
-        raise ConfigError(problems, source=f"--resume {continuation.path}")
+        raise ConfigError(problems, source=f"--resume {resume_point.path}")
 
 
-def completion(continuation: Continuation, directory: RunDirectory, num_steps: int) -> str | None:
+def completion(resume_point: ResumePoint, directory: RunDirectory, num_steps: int) -> str | None:
     """That nothing is left to do of the run that is to be continued; None where something is. On rank 0.
 
     Args:
-        continuation: where the run goes on.
+        resume_point: where the run goes on.
         directory: of this run.
         num_steps: of the run, with those that are done.
 
     Raises:
         ConfigError: it is to end before the step where it stands.
     """
-    done = continuation.step
+    done = resume_point.step
     if done > num_steps:
         raise ConfigError(
             [
                 f"training.max_steps: {num_steps} given or derived; {done} are done in "
-                f"{continuation.path}; raise it, or continue from an earlier checkpoint"
+                f"{resume_point.path}; raise it, or continue from an earlier checkpoint"
             ]
         )
-    if done < num_steps or not continuation.in_place or not directory.summary_file.exists():
+    if done < num_steps or not resume_point.in_place or not directory.summary_file.exists():
         return None
     return f"{directory.path}: complete, all {done} steps are done; raise training.max_steps to train on"
 
 
-def base_of(config: RunConfig, continuation: Continuation) -> str:
+def base_of(config: RunConfig, resume_point: ResumePoint) -> str:
     """The base model's fingerprint, which must be that of the checkpoint.
 
     Raises:
         CheckpointError: it is another one.
     """
-    fingerprint, checkpoint = build_fingerprint(config), continuation.checkpoint
+    fingerprint, checkpoint = build_fingerprint(config), resume_point.checkpoint
     if checkpoint is not None and checkpoint.base_fingerprint != fingerprint:
         raise CheckpointError(
-            f"{continuation.path}: was trained on another base model (fingerprint "
+            f"{resume_point.path}: was trained on another base model (fingerprint "
             f"{checkpoint.base_fingerprint}) than that of model.path (fingerprint {fingerprint}); name the "
             "one it was trained on"
         )

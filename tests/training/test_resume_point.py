@@ -11,15 +11,15 @@ import pytest
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import CheckpointError, ConfigError
 from ssmlora_dist.tracking import RunDirectory
-from ssmlora_dist.training import continuation as module
+from ssmlora_dist.training import resume_point as module
 from ssmlora_dist.training.checkpoints import LATEST_FILE, OPTIMIZER_FILE
-from ssmlora_dist.training.continuation import (
+from ssmlora_dist.training.resume_point import (
     AUTO,
     NEVER,
-    Continuation,
+    ResumePoint,
     base_of,
     check_settings,
-    find_continuation,
+    find_resume_point,
 )
 
 from .checkpoint_cases import checkpoint, contents, same, write
@@ -41,8 +41,8 @@ def no_warning(message: str) -> None:
     raise AssertionError(f"unexpected warning: {message}")
 
 
-def find(resume: str | Path, directory: RunDirectory, warnings: list[str] | None = None) -> Continuation:
-    return find_continuation(str(resume), directory, no_warning if warnings is None else warnings.append)
+def find(resume: str | Path, directory: RunDirectory, warnings: list[str] | None = None) -> ResumePoint:
+    return find_resume_point(str(resume), directory, no_warning if warnings is None else warnings.append)
 
 
 def is_locked(run: RunDirectory) -> bool:
@@ -59,14 +59,14 @@ def is_locked(run: RunDirectory) -> bool:
 def test_one_that_only_looks_claims_and_makes_nothing(directory: RunDirectory, tmp_path: Path) -> None:
     leftover = directory.checkpoints / ".step-00000030.partial"
     leftover.mkdir()
-    found = find_continuation(AUTO, directory, no_warning, claim=False)
+    found = find_resume_point(AUTO, directory, no_warning, claim=False)
     assert (found.step, found.in_place) == (20, True)
     assert not is_locked(directory)
     assert leftover.exists()
     with pytest.raises(CheckpointError, match="holds a run already"):
-        find_continuation(NEVER, directory, no_warning, claim=False)
+        find_resume_point(NEVER, directory, no_warning, claim=False)
     elsewhere = RunDirectory(tmp_path / "nowhere" / "run")
-    assert find_continuation(AUTO, elsewhere, no_warning, claim=False) == Continuation()
+    assert find_resume_point(AUTO, elsewhere, no_warning, claim=False) == ResumePoint()
     assert not elsewhere.path.parent.exists()
 
 
@@ -76,14 +76,14 @@ def test_one_that_only_looks_says_that_a_place_cannot_be_written(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     for place in ("run", "new/deep/run"):
         with pytest.raises(CheckpointError, match=f"{place}: cannot be written: no permission to write"):
-            find_continuation(NEVER, RunDirectory(tmp_path / place), no_warning, claim=False)
+            find_resume_point(NEVER, RunDirectory(tmp_path / place), no_warning, claim=False)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("resume", [NEVER, AUTO])
 def test_a_new_run_begins_at_the_start_and_leaves_its_claim_for_later(tmp_path: Path, resume: str) -> None:
     found = find(resume, RunDirectory(tmp_path / "new"))
-    assert found == Continuation(None, None, in_place=False)
+    assert found == ResumePoint(None, None, in_place=False)
     assert found.step == 0
     assert not (tmp_path / "new").exists()
 
@@ -144,7 +144,7 @@ def test_nor_one_whose_checkpoints_were_deleted(directory: RunDirectory) -> None
 def test_a_run_without_a_checkpoint_yet_begins_anew_and_says_so(tmp_path: Path) -> None:
     RunDirectory.create(tmp_path / "run").release()
     directory, warnings = RunDirectory(tmp_path / "run"), list[str]()
-    assert find(AUTO, directory, warnings) == Continuation(None, None, in_place=True)
+    assert find(AUTO, directory, warnings) == ResumePoint(None, None, in_place=True)
     assert warnings == [f"{tmp_path / 'run'}: its run had saved no checkpoint yet: it begins anew"]
     directory.release()
     # Asked for by name, it was meant to have one.
@@ -201,9 +201,9 @@ def test_a_run_that_is_in_use(directory: RunDirectory) -> None:
     assert find(AUTO, directory).step == 20
 
 
-def continuation(tmp_path: Path, config: RunConfig) -> Continuation:
+def resume_point(tmp_path: Path, config: RunConfig) -> ResumePoint:
     saved = checkpoint(config=config.model_dump(mode="json", by_alias=True), base_fingerprint=FINGERPRINT)
-    return Continuation(saved, tmp_path / "step-00000010", in_place=True)
+    return ResumePoint(saved, tmp_path / "step-00000010", in_place=True)
 
 
 def run_config(**sections: Any) -> RunConfig:
@@ -220,11 +220,11 @@ def run_config(**sections: Any) -> RunConfig:
 
 def test_the_same_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "build_fingerprint", lambda config: FINGERPRINT)
-    check_settings(Continuation(), run_config())
-    assert base_of(run_config(), Continuation()) == FINGERPRINT
+    check_settings(ResumePoint(), run_config())
+    assert base_of(run_config(), ResumePoint()) == FINGERPRINT
     longer = run_config(training={"max_steps": 200}, parallel={"zero_stage": 3})
-    check_settings(continuation(tmp_path, run_config()), longer)
-    assert base_of(longer, continuation(tmp_path, run_config())) == FINGERPRINT
+    check_settings(resume_point(tmp_path, run_config()), longer)
+    assert base_of(longer, resume_point(tmp_path, run_config())) == FINGERPRINT
 
 
 def test_another_base_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,13 +232,13 @@ def test_another_base_model_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(
         CheckpointError, match=rf"was trained on another base model \(fingerprint {FINGERPRINT}\)"
     ):
-        base_of(run_config(), continuation(tmp_path, run_config()))
+        base_of(run_config(), resume_point(tmp_path, run_config()))
 
 
 def test_forbidden_changes_are_all_named_with_both_values(tmp_path: Path) -> None:
     changed = run_config(run={"name": "run", "seed": 7}, adapter={"rank": 4})
     with pytest.raises(ConfigError) as caught:
-        check_settings(continuation(tmp_path, run_config()), changed)
+        check_settings(resume_point(tmp_path, run_config()), changed)
     heading, *lines = str(caught.value).splitlines()
     assert heading == f"--resume {tmp_path / 'step-00000010'}: 2 problems"
     assert lines[0].startswith("  run.seed: 7 given, 0 in the checkpoint; ")
