@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 
 from ..decoders import bare_config
 from .jobs import ROWS_FILE, Overrides, mixture
@@ -99,17 +99,14 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
     # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
     "two ranks": (2, VARIANTS[_NAMES[0]]),
 }
-# Every split, each with another kind of model, and every kind split in two and in three.
+# Every split, each with another kind of model.
 SPLIT: dict[str, tuple[int, Overrides, str]] = {
     f"{variant} at {boundaries}": (
         len(boundaries),
         (*VARIANTS[variant], *_split(boundaries, ("auto", 0, 1, 2)[index % 4])),
         variant,
     )
-    for index, (boundaries, variant) in enumerate(
-        [(split, _NAMES[i % len(_NAMES)]) for i, split in enumerate(SPLITS)]
-        + [((0, 1 + i % 5), name) for i, name in enumerate(_NAMES)]
-    )
+    for index, (boundaries, variant) in enumerate(zip(SPLITS, cycle(_NAMES), strict=False))
 } | {
     "nf4 in stages": (2, (*PLAIN["nf4"][1], *_split((0, 2))), "nf4"),
     "experts in stages": (2, (*PLAIN["experts"][1], *_split((0, 2))), "experts"),
