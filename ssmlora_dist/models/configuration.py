@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Accepted by transformers for what it stores under another name; and what models read where it is there.
 UNLISTED_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "head_dim")
 QUANTIZATION_KEY = "quantization_config"
+# Of the ways in which weights are stored quantised, the one that the loader reads: gpt-oss' experts.
+READ_QUANTIZATION = "mxfp4"
 # Of an adapter's directory, by PEFT's name for it.
 ADAPTER_FILE = "adapter_config.json"
 
@@ -44,8 +46,27 @@ def load_config(
     return loaded
 
 
+def stored_quantization(path: str, revision: str | None = None) -> str | None:
+    """How weights of a model are stored quantised, by transformers' name; None: they are not.
+
+    Args:
+        path: directory or hub name.
+        revision: on the hub.
+
+    Raises:
+        ModelError: as for `load_config`.
+    """
+    stored = _read_values(locate(path, revision, weights=False)).get(QUANTIZATION_KEY)
+    return None if stored is None else READ_QUANTIZATION
+
+
 def read_config(directory: Path) -> PreTrainedConfig:
     """The configuration in `directory`; errors as for `load_config`."""
+    return _build(_read_values(directory), str(directory / CONFIG_FILE))
+
+
+def _read_values(directory: Path) -> dict[str, Any]:
+    """The configuration as it is written; refuses one of weights that cannot be read."""
     file = directory / CONFIG_FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -60,12 +81,15 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise ModelError(f"{file}: cannot be read as JSON ({error}); fetch the file again") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise ModelError(f"{file}: names no `model_type`, so it is not the configuration of a model")
-    if values.get(QUANTIZATION_KEY) is not None:
+    stored = values.get(QUANTIZATION_KEY)
+    if stored is not None and not (
+        isinstance(stored, dict) and stored.get("quant_method") == READ_QUANTIZATION
+    ):
         raise ModelError(
             f"{file}: the weights are stored quantised; name the original model, it is quantised while it is "
             "loaded as `quantization.mode` says"
         )
-    return _build(values, str(file))
+    return values
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

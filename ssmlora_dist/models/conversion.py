@@ -2,7 +2,8 @@
 
 transformers knows how: a list of renamings and conversions for each type of model, such as the experts of a
 layer, stored one by one, merged into one tensor. They are applied as the tensors are read, to those of one
-tensor of the model at a time.
+tensor of the model at a time. Experts that are stored in MXFP4, as gpt-oss' are, become numbers as they are
+read too.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssmlora_dist.errors import ModelError
-from ssmlora_dist.models.weights import SafetensorsWeights
+from ssmlora_dist.models.safetensors_file import CODES
+from ssmlora_dist.models.weights import SafetensorsWeights, is_finite
+from ssmlora_dist.quantization import dequantize_mxfp4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +62,13 @@ class Conversion:
         return {name: value[0] if isinstance(value, list) else value for name, value in given.items()}
 
 
+class Mxfp4(NamedTuple):
+    """The two stored tensors of weights in MXFP4, by name: codes [E,O,G,16] and scales [E,O,G]."""
+
+    blocks: str
+    scales: str
+
+
 class ModelWeights(SafetensorsWeights):
     """The checkpoint in a directory, by the names and in the pieces that a model has.
 
@@ -79,18 +90,27 @@ class ModelWeights(SafetensorsWeights):
         self._model = model
         self._renamed, self._conversions = _mapping(self.names, model)
         self._ready: dict[str, Tensor] = {}
+        names = set(self.names)
+        self._packed = {
+            name: Mxfp4(f"{name}_blocks", f"{name}_scales")
+            for name, tensor in model.state_dict().items()
+            if tensor.dim() == 3 and name not in names and f"{name}_blocks" in names
+        }
+        self._codes = frozenset(chain.from_iterable(self._packed.values()))
 
     def is_converted(self, name: str) -> bool:
         """Whether no stored tensor is this one as it is."""
-        return name in self._conversions
+        return name in self._conversions or name in self._packed
 
     def check(
         self, shapes: Mapping[str, torch.Size], known: Collection[str], ignored: Iterable[str] = ()
     ) -> None:
         """As `SafetensorsWeights.check`; conversions are tried on tensors that have shapes alone."""
-        direct = {name: shape for name, shape in shapes.items() if name not in self._conversions}
+        direct = {name: shape for name, shape in shapes.items() if not self.is_converted(name)}
         converted = {source for each in self._conversions.values() for source in each.all_sources}
-        super().check(direct, {*known, *self._renamed.values(), *converted}, ignored)
+        super().check(direct, {*known, *self._renamed.values(), *converted, *self._codes}, ignored)
+        for name in shapes.keys() & self._packed.keys():
+            self._check_packed(name, shapes[name])
         tried: dict[str, torch.Size] = {}
         for name in shapes:
             if name in self._conversions and name not in tried:
@@ -112,6 +132,9 @@ class ModelWeights(SafetensorsWeights):
         rows: range | None = None,
     ) -> Tensor:
         """As `SafetensorsWeights.read`."""
+        if name in self._packed:
+            assert rows is None, "what is packed is read whole"
+            return self._unpacked(name, device=device, dtype=dtype)
         if name not in self._conversions:
             return super().read(name, shape=shape, device=device, dtype=dtype, rows=rows)
         assert rows is None, "a conversion gives whole tensors"
@@ -129,6 +152,29 @@ class ModelWeights(SafetensorsWeights):
 
     def _stored_name(self, name: str) -> str:
         return self._renamed.get(name) or super()._stored_name(name)
+
+    def _check_packed(self, name: str, shape: torch.Size) -> None:
+        blocks, scales = map(self._located, self._packed[name])
+        num_experts, num_inputs, num_outputs = shape
+        expected = [num_experts, num_outputs, num_inputs // 32, 16]
+        for tensor, wanted in ((blocks, expected), (scales, expected[:-1])):
+            if (tensor.dtype, list(tensor.shape)) != (CODES, wanted):
+                raise ModelError(
+                    f"{tensor.file}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, where MXFP4 "
+                    f"weights of the shape {list(shape)} are stored as {CODES} {wanted}; configuration and "
+                    "weights are not of one model, or they are stored quantised in another way: name the "
+                    "original model"
+                )
+
+    def _unpacked(self, name: str, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        blocks, scales = (self._located(each).read().to(device) for each in self._packed[name])
+        tensor = dequantize_mxfp4(blocks, scales, dtype=dtype)
+        if not is_finite(tensor):
+            raise ModelError(
+                f"{self.directory}: {name} is stored as MXFP4 and holds numbers beyond the range of {dtype}; "
+                "choose a wider compute dtype or, if it is damaged, fetch the model again"
+            )
+        return tensor
 
     def _convert(self, name: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         try:

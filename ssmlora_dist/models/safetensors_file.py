@@ -23,7 +23,9 @@ from torch import Tensor
 from ssmlora_dist.errors import ModelError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What can be read, by the format's own names."""
+"""What holds numbers, by the format's own names."""
+CODES = "U8"
+_READABLE = {**DTYPES, CODES: torch.uint8}
 FETCH_AGAIN = "the file is damaged or incomplete; copy or download it again"
 _LENGTH_BYTES = 8  # in front of the header: its length, little-endian
 
@@ -35,7 +37,7 @@ class StoredTensor:
     Attributes:
         file: that holds it.
         name: in the file.
-        dtype: by the format's name, one of `DTYPES` or another.
+        dtype: by the format's name, one of `DTYPES`, `CODES` or another.
         shape: of the whole tensor.
         begin: where its bytes begin in the file.
         num_bytes: their number.
@@ -58,7 +60,7 @@ class StoredTensor:
         if rows is not None:
             begin += rows.start * (self.num_bytes // shape[0])
             shape = torch.Size((len(rows), *shape[1:]))
-        tensor = torch.empty(shape, dtype=DTYPES[self.dtype])
+        tensor = torch.empty(shape, dtype=_READABLE[self.dtype])
         self._read_into(tensor.view(-1).view(torch.uint8).numpy().data, begin)
         return tensor
 
@@ -103,7 +105,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
 def _entry(file: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
     begin, end = entry["data_offsets"]
     tensor = StoredTensor(file, name, entry["dtype"], torch.Size(entry["shape"]), start + begin, end - begin)
-    dtype = DTYPES.get(tensor.dtype)
+    dtype = _READABLE.get(tensor.dtype)
     if begin < 0 or (dtype is not None and math.prod(tensor.shape) * dtype.itemsize != tensor.num_bytes):
         raise ValueError(f"its header is wrong about {name}")
     return tensor

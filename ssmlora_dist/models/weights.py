@@ -34,7 +34,7 @@ _QUANTIZERS = {
     r"|SCB|weight_format)$",
     "GPTQ or AWQ": r"\.(qweight|qzeros|g_idx)$",
     "another tool": r"\.(weight_(packed|scale|scale_inv|scales|zero_point|shape|qdata)|weight\._(data|scale)"
-    r"|input_scale|input_scale_ub|W_q|codebooks|(gate_up|down)_proj_(blocks|scales))$",
+    r"|input_scale|input_scale_ub|W_q|codebooks)$",
 }
 # Of dense weights and buffers beside them: all other dtypes are what quantised weights are stored in.
 _DENSE_DTYPES = {*DTYPES, "BOOL", "I64"}
@@ -73,6 +73,8 @@ class SafetensorsWeights:
     def __init__(self, directory: Path, aliases: Mapping[str, str] | None = None) -> None:
         self.directory = directory
         self._aliases = dict(aliases or {})
+        # Names of tensors that are not numbers but codes, which whoever reads them understands.
+        self._codes: Collection[str] = ()
         self._tensors: dict[Path, dict[str, StoredTensor]] = {}
         self._files = _files_by_tensor(directory, self._in_file)
         for tool, pattern in _QUANTIZERS.items():
@@ -102,7 +104,7 @@ class SafetensorsWeights:
         if missing:
             for file in self.files:
                 for tensor in self._in_file(file).values():
-                    _refuse_codes(tensor)
+                    self._refuse_codes(tensor)
             if unread := self._unread(known, ignored):
                 raise ModelError(
                     f"{self.directory}: the weights lack {_listed(missing)}; they hold instead "
@@ -178,6 +180,22 @@ class SafetensorsWeights:
 
     def stored(self, name: str, shape: torch.Size | None = None) -> StoredTensor:
         """Where the tensor lies; refuses one that is not there, not of `shape` or not floating."""
+        tensor = self._located(name)
+        self._refuse_codes(tensor)
+        if tensor.dtype not in DTYPES:
+            raise ModelError(
+                f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}; only {', '.join(DTYPES)} are "
+                "read, so convert it, or name a model that is stored in one of these"
+            )
+        if shape is not None and tensor.shape != shape:
+            raise ModelError(
+                f"{tensor.file}: {tensor.name} has the shape {list(tensor.shape)}, but `config.json` asks "
+                f"for {list(shape)}; configuration and weights are not of one model"
+            )
+        return tensor
+
+    def _located(self, name: str) -> StoredTensor:
+        """Where the tensor lies, whatever it is."""
         stored_name = self._stored_name(name)
         if stored_name not in self._files:
             raise ModelError(f"{self.directory}: the weights lack {name}")
@@ -187,18 +205,14 @@ class SafetensorsWeights:
             raise ModelError(
                 f"{file}: lacks {stored_name}, though {WEIGHTS_INDEX_FILE} says it is here; {FETCH_AGAIN}"
             )
-        _refuse_codes(tensor)
-        if tensor.dtype not in DTYPES:
-            raise ModelError(
-                f"{file}: {stored_name} is stored as {tensor.dtype}; only {', '.join(DTYPES)} are read, so "
-                "convert it, or name a model that is stored in one of these"
-            )
-        if shape is not None and tensor.shape != shape:
-            raise ModelError(
-                f"{file}: {stored_name} has the shape {list(tensor.shape)}, but `config.json` asks for "
-                f"{list(shape)}; configuration and weights are not of one model"
-            )
         return tensor
+
+    def _refuse_codes(self, tensor: StoredTensor) -> None:
+        if tensor.dtype not in _DENSE_DTYPES and tensor.name not in self._codes:
+            raise ModelError(
+                f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}: the weights are stored "
+                f"quantised; {_REMEDY}"
+            )
 
     def _refuse_unread(self, known: Collection[str], ignored: Iterable[str]) -> None:
         for file, tensors in self._tensors.items():
@@ -331,14 +345,6 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor is free of NaN and infinity."""
     # Some thirty times faster than `isfinite`, and without a tensor of its size.
     return all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
-
-
-def _refuse_codes(tensor: StoredTensor) -> None:
-    if tensor.dtype not in _DENSE_DTYPES:
-        raise ModelError(
-            f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}: the weights are stored quantised; "
-            f"{_REMEDY}"
-        )
 
 
 def _listed(names: list[str]) -> str:

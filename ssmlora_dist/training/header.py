@@ -18,7 +18,9 @@ from ssmlora_dist.config.build import build_store, meta_model, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
 from ssmlora_dist.models import decoder_layers, structure_of
+from ssmlora_dist.models.configuration import stored_quantization
 from ssmlora_dist.models.loading import attention_implementation
+from ssmlora_dist.quantization import expert_weights
 from ssmlora_dist.tracking import is_installed
 from ssmlora_dist.training.resume_point import ResumePoint
 
@@ -124,15 +126,26 @@ def model_lines(config: RunConfig, device: torch.device) -> list[str]:
     dtype = section.compute_dtype
     attention = attention_implementation(section.attention, model_config, device, getattr(torch, dtype))
     name = "random weights" if section.init == "random" else section.path
-    mode = config.quantization.mode
-    stored = "none" if mode == "none" else f"{mode} of the projections"
-    if mode in ("nf4", "fp4") and config.quantization.double_quantization:
-        stored += ", scales in 8 bits too"
     return [
         _line("model", f"{name} ({model_config.model_type})"),
         _line("computes in", f"{dtype}, attention {attention}"),
-        _line("quantised", stored),
+        _line("quantised", _quantization_text(config)),
     ]
+
+
+def _quantization_text(config: RunConfig) -> str:
+    section, mode = config.model, config.quantization.mode
+    is_pretrained = section.init == "pretrained" and section.path is not None
+    read_from = stored_quantization(section.path, section.revision) if is_pretrained else None
+    if mode == "none":
+        dense = f"none (the experts, stored in {read_from}, become {section.compute_dtype})"
+        return dense if read_from else "none"
+    has_experts = any(expert_weights(module) for module in meta_model(config).modules())
+    experts = " and experts" + (f" (these are stored in {read_from})" if read_from else "")
+    text = f"{mode} of the projections{experts if has_experts else ''}"
+    if mode in ("nf4", "fp4") and config.quantization.double_quantization:
+        text += ", scales in 8 bits too"
+    return text
 
 
 def adapted_text(model: PreTrainedModel) -> str:
