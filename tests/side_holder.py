@@ -41,7 +41,7 @@ class SideHolderLayer(StatefulDecoderLayer):
         held = None if self.is_first else self.holder.state
         if held is None:
             held = self.initial_state(hidden_BSD)
-        call = LayerCall(state_BSAR=held.detach() if self.holder.detach else held)
+        call = LayerCall(held.shape[:2], state_BSAR=held.detach() if self.holder.detach else held)
         with bind(self.adapters, call):
             hidden_BSD = super(AdaptedDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
         self.holder.state = call.packed()

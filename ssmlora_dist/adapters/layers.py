@@ -134,17 +134,23 @@ class LoRALinear(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """[B,S,D] -> [B,S,O] in the dtype of the base layer's output.
+        """[B,S,D] -> [B,S,O] in the dtype of the base layer's output; [B S,D] -> [B S,O] alike.
 
         Raises:
-            AdapterError: a form with a state is called outside such a layer; `step` is the function for that.
+            AdapterError: a form with a state is called outside such a layer (`step` is the function for
+                that), or not with all of its tokens.
         """
         if self.is_disabled:
             output_BSO: Tensor = self.base_layer(x_BSD)
             return output_BSO
+        call = self.call
+        if x_BSD.dim() == 2 and call is not None and (self.form.has_state or self.dropout):
+            return self._adapted(call.by_row(x_BSD), call).flatten(0, 1)
+        return self._adapted(x_BSD, call)
+
+    def _adapted(self, x_BSD: Tensor, call: LayerCall | None) -> Tensor:
         if not self.form.has_state:
             return self.step(x_BSD)[0]
-        call = self.call
         if call is None:
             raise AdapterError(
                 "an adapter with a state was called outside of its decoder layer, so it has none; "
@@ -185,13 +191,15 @@ class LoRALinear(nn.Module):
         """[B]; None where nothing is dropped."""
         if not self.training or not self.dropout:
             return None
-        return (self.call or LayerCall()).dropout_seeds(x_BSD.shape[0], x_BSD.device)
+        call = self.call or LayerCall(x_BSD.shape[:2])
+        return call.dropout_seeds(x_BSD.shape[0], x_BSD.device)
 
 
 class LayerCall:
     """What the adapters of one decoder layer share while it runs, and no longer.
 
     Args:
+        shape: B and S.
         dropout_seeds_B: int64, one for each row; None draws them when they are first asked for.
         state_BSAR: as it enters the layer; its axes are written one by one. None without any.
         first_token: where the first of the tokens stands in its row, for the dropout.
@@ -199,16 +207,36 @@ class LayerCall:
 
     def __init__(
         self,
+        shape: Sequence[int],
         dropout_seeds_B: Tensor | None = None,
         state_BSAR: Tensor | None = None,
         first_token: int = 0,
     ) -> None:
-        self.first_token = first_token
+        self.shape, self.first_token = shape, first_token
         self._seeds_B = dropout_seeds_B
         self._columns = [] if state_BSAR is None else list(state_BSAR.unbind(2))
         self._read_BSD: Tensor | None = None
         self._through_BSD: Tensor | None = None
         self._z: dict[LoRALinear, Tensor] = {}
+        self._flat: Tensor | None = None
+        self._by_row: Tensor | None = None
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """[B S,D] as a decoder layer's MLP may see its input -> [B,S,D]; the same tensor for the same.
+
+        Raises:
+            AdapterError: these are not all tokens of the layer.
+        """
+        if self._flat is not x:
+            if x.shape[0] != self.shape[0] * self.shape[1]:
+                raise AdapterError(
+                    f"an adapter with a state or with dropout was called with {x.shape[0]} tokens, where "
+                    f"its decoder layer has {self.shape[0]} x {self.shape[1]}: which ones these are is not "
+                    "known; leave this projection out of the adapter's targets"
+                )
+            self._flat, self._by_row = x, x.unflatten(0, (self.shape[0], self.shape[1]))
+        assert self._by_row is not None
+        return self._by_row
 
     def dropout_seeds(self, num_rows: int, device: torch.device) -> Tensor:
         """The seeds [B] of this call's rows, on `device`."""

@@ -94,7 +94,7 @@ class AdaptedDecoderLayer(nn.Module):
         `first_token` is the place in the row of the first one here: the whole row's mask is drawn.
         If `disabled`, the base model's layer computes.
         """
-        call = None if disabled else LayerCall(dropout_seeds, first_token=first_token)
+        call = None if disabled else LayerCall(hidden.shape[:2], dropout_seeds, first_token=first_token)
         with bind(self.adapters, call):
             return super().forward(hidden, *args, **kwargs)
 
@@ -152,9 +152,15 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
             hidden_BSD, state_BSAR = unpack(hidden, self.num_axes, self.rank)
         else:
             hidden_BSD, state_BSAR = hidden, self.initial_state(hidden)
-        call = LayerCall(dropout_seeds, state_BSAR, first_token)
+        call = LayerCall(hidden_BSD.shape[:2], dropout_seeds, state_BSAR, first_token)
         with bind(self.adapters, call):
             hidden_BSD = super(AdaptedDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
+        if not isinstance(hidden_BSD, Tensor):
+            raise AdapterError(
+                f"{type(self).__name__} returns a {type(hidden_BSD).__name__}, and not the hidden states "
+                "alone, so no state can be handed on beside them; choose an adapter without a state, such as "
+                '"lora"'
+            )
         if self.is_last:
             return hidden_BSD
         return pack(hidden_BSD, call.packed()) if self.sends_packed else (hidden_BSD, call.packed())

@@ -163,6 +163,9 @@ def _import_forms(adapter: Any) -> list[str]:
     try:
         import_forms(module)
     except AdapterError as error:
+        # Nothing can be said of what names or sets its forms.
+        for key in ("method", "every_layer_method", "form_settings"):
+            adapter.pop(key, None)
         return [f"adapter.form_module: {error}"]
     return []
 

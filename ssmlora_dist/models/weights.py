@@ -294,7 +294,8 @@ class RandomWeights:
     Args:
         seed: of the model.
         std: standard deviation of matrices.
-        started: gives the vector or number of a name, such as the weight of a norm, as the model starts it.
+        started: gives the vector or number of a name, such as the weight of a norm, or the biases of experts,
+            as the model starts it.
         padding_rows: rows set to zero, by tensor name: an embedding's padding token.
     """
 
@@ -316,7 +317,7 @@ class RandomWeights:
 
     def read(self, name: str, *, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The tensor `name`, drawn in float32 on the CPU, on `device` in `dtype`."""
-        if len(shape) <= 1:
+        if len(shape) <= 1 or name.endswith("bias"):
             return self._started(name).to(device=device, dtype=dtype)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

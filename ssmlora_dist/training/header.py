@@ -135,8 +135,9 @@ def model_lines(config: RunConfig, device: torch.device) -> list[str]:
 
 def _quantization_text(config: RunConfig) -> str:
     section, mode = config.model, config.quantization.mode
-    is_pretrained = section.init == "pretrained" and section.path is not None
-    read_from = stored_quantization(section.path, section.revision) if is_pretrained else None
+    read_from = None
+    if section.path is not None and section.init == "pretrained":
+        read_from = stored_quantization(section.path, section.revision)
     if mode == "none":
         dense = f"none (the experts, stored in {read_from}, become {section.compute_dtype})"
         return dense if read_from else "none"

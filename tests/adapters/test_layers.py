@@ -221,7 +221,7 @@ def test_an_adapter_with_a_state_outside_a_layer_says_what_to_call() -> None:
 def test_inside_a_layer_it_reads_and_writes_its_own_axis() -> None:
     layer = randomized(time_module_on(base_layer("dense"), RANK, ALPHA, axis=1))
     x, entered = tokens(), torch.randn(2, 3, 3, RANK)
-    call = LayerCall(state_BSAR=entered)
+    call = LayerCall(entered.shape[:2], state_BSAR=entered)
     with bind([layer], call):
         y = layer(x)
     expected_y, carried = layer.step(x, entered[:, :, 1])
@@ -235,7 +235,7 @@ def test_the_state_is_let_go_when_a_layer_fails() -> None:
     layer = time_module_on(base_layer("dense"), RANK, ALPHA)
 
     def fail() -> None:
-        with bind([layer], LayerCall(state_BSAR=torch.zeros(1, 1, 1, RANK))):
+        with bind([layer], LayerCall((1, 1), state_BSAR=torch.zeros(1, 1, 1, RANK))):
             raise RuntimeError("in the layer")
 
     with pytest.raises(RuntimeError, match="in the layer"):
@@ -244,7 +244,7 @@ def test_the_state_is_let_go_when_a_layer_fails() -> None:
 
 
 def test_the_state_leaves_in_the_dtype_it_entered() -> None:
-    call = LayerCall(state_BSAR=torch.zeros(1, 2, 2, RANK, dtype=torch.bfloat16))
+    call = LayerCall((1, 2), state_BSAR=torch.zeros(1, 2, 2, RANK, dtype=torch.bfloat16))
     raw = torch.randn(1, 2, RANK)
     call.write(1, raw)
     left = call.packed()
@@ -259,14 +259,14 @@ def test_adapters_of_one_call_share_its_seeds_and_draw_apart() -> None:
     x = tokens()
     dropout_seeds = torch.arange(x.shape[0])
     generator_state = torch.get_rng_state()
-    with bind(layers, LayerCall(dropout_seeds)):
+    with bind(layers, LayerCall(x.shape[:2], dropout_seeds)):
         first, second = (layer(x) for layer in layers)
-    with bind(layers, LayerCall(dropout_seeds)):
+    with bind(layers, LayerCall(x.shape[:2], dropout_seeds)):
         again = layers[0](x)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), generator_state), "seeds were drawn although there were some"
-    with bind(layers, LayerCall()):
+    with bind(layers, LayerCall(x.shape[:2])):
         call = layers[0].call
         drawn = call.dropout_seeds(x.shape[0], x.device)
         assert call.dropout_seeds(x.shape[0], x.device) is drawn
@@ -297,7 +297,7 @@ class Products(TorchDispatchMode):
 def run_readers(layers: list[Any], inputs: list[Tensor], bound: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of the layers on their inputs, and all gradients."""
     leaves = [*{id(x): x for x in inputs}.values(), *(m.weight for y in layers for m in (y.lora_A, y.lora_B))]
-    with bind(layers, LayerCall()) if bound else nullcontext():
+    with bind(layers, LayerCall(inputs[0].shape[:2])) if bound else nullcontext():
         outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
     gradients = torch.autograd.grad(outputs, leaves, [torch.full_like(y, 0.5) for y in outputs])
     return outputs, list(gradients)
@@ -317,7 +317,7 @@ def test_readers_of_one_tensor_share_one_product(requires_grad: bool) -> None:
         for layer in layers:
             layer(x)
     assert alone.sizes.count((IN_FEATURES, RANK)) == 3
-    with torch.no_grad(), bind(layers, LayerCall()), Products() as together:
+    with torch.no_grad(), bind(layers, LayerCall(x.shape[:2])), Products() as together:
         for layer in layers:
             layer(x)
     assert together.sizes.count((IN_FEATURES, 3 * RANK)) == 1
@@ -342,15 +342,51 @@ def test_readers_of_other_tensors_are_served_with_these(order: tuple[int, ...]) 
 
 def test_a_reader_called_twice_is_served_twice() -> None:
     layers, x = readers(2), tokens()
-    with bind(layers, LayerCall()):
+    with bind(layers, LayerCall(x.shape[:2])):
         first, second = layers[0](x), layers[0](x)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("method", ["time module", "dropout"])
+def test_tokens_that_a_layer_has_flattened_are_those_of_its_rows(method: str) -> None:
+    make = time_module_on if method == "time module" else plain_lora
+    layer = randomized(
+        make(base_layer("dense"), RANK, ALPHA, 0.0 if method == "time module" else 0.5)
+    ).train()
+    x, seeds = tokens(), torch.arange(2)
+    state = torch.randn(2, 3, 1, RANK)
+    found = []
+    for given in (x, x.flatten(0, 1)):
+        call = LayerCall(x.shape[:2], seeds, state)
+        with bind([layer], call):
+            found.append((layer(given), call.packed()))
+    (by_row, left), (flat, left_flat) = found
+    assert flat.shape == (6, OUT_FEATURES)
+    assert torch.equal(flat, by_row.flatten(0, 1))
+    assert torch.equal(left_flat, left)
+
+
+def test_other_tokens_than_those_of_the_layer_are_refused() -> None:
+    layer = randomized(time_module_on(base_layer("dense"), RANK, ALPHA))
+    with (
+        bind([layer], LayerCall((2, 3), state_BSAR=torch.zeros(2, 3, 1, RANK))),
+        pytest.raises(AdapterError, match=r"called with 5 tokens.* has 2 x 3.*leave this projection out"),
+    ):
+        layer(tokens().flatten(0, 1)[:5])
+
+
+def test_flattened_tokens_are_read_once_by_all_their_readers() -> None:
+    layers, x = readers(dropout=0.0), tokens().flatten(0, 1)
+    with torch.no_grad(), bind(layers, LayerCall((2, 3))), Products() as products:
+        for layer in layers:
+            layer(x)
+    assert products.sizes.count((IN_FEATURES, 3 * RANK)) == 1
 
 
 def test_a_call_lets_go_of_the_input_when_all_have_read_it() -> None:
     layers, x = readers(2), tokens()
     count = sys.getrefcount(x)
-    call = LayerCall()
+    call = LayerCall(x.shape[:2])
     with torch.no_grad(), bind(layers, call):
         layers[0](x)
         assert sys.getrefcount(x) > count
@@ -363,7 +399,7 @@ def test_sharded_weights_are_not_read_ahead_of_their_module() -> None:
     layers, x = readers(2), tokens()
     for layer in layers:
         layer.lora_A.weight.ds_id = 1
-    with torch.no_grad(), bind(layers, LayerCall()), Products() as products:
+    with torch.no_grad(), bind(layers, LayerCall(x.shape[:2])), Products() as products:
         layers[0](x)
     assert products.sizes.count((IN_FEATURES, RANK)) == 1
 

@@ -170,7 +170,8 @@ def test_a_form_that_is_not_known_or_cannot_be_imported_is_a_problem_of_its_key(
     [line] = problems(("adapter.method", "gatd"))
     assert line.startswith('adapter.method: "gatd" given; allowed: constant, ')
     assert 'did you mean "gated"' in line
-    [line] = problems(("adapter.form_module", "nowhere/forms.py"))
+    missing = ("adapter.form_module", "nowhere/forms.py")
+    [line] = problems(missing, ("adapter.method", "mine"), ("adapter.form_settings", {"depth": 2}))
     assert line.startswith('adapter.form_module: "nowhere/forms.py" given, which cannot be imported')
     [line] = problems(("adapter.method", "lora"), ("adapter.carry", "raw"))
     assert line.startswith("adapter: `carry` 'raw' given, which \"lora\" does not read; leave it out")

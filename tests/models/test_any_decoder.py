@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmlora_dist import AdapterConfig, add_adapters
+from ssmlora_dist import AdapterConfig, add_adapters, remove_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.projections import shortest_name
-from ssmlora_dist.errors import ModelError
+from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.models import decoder_layers, empty_model, load_config, load_model, structure_of
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers, cut_to_stage
@@ -199,6 +199,36 @@ def test_loaded_as_by_hugging_face(model_type: str, tmp_path: Path) -> None:
 @decoders
 def test_layers_take_and_return_hidden_states(model_type: str) -> None:
     check_layers(empty_model(load_config(config=bare_config(model_type)), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "projections"),
+    [("opt", ("fc1", "fc2")), ("qwen2_moe", ("shared_expert.gate_proj", "shared_expert.up_proj"))],
+)
+def test_state_and_dropout_follow_tokens_that_a_layer_flattens(
+    model_type: str, projections: tuple[str, ...]
+) -> None:
+    model = copy.deepcopy(base_model(model_type))
+    add_adapters(model, AdapterConfig(rank=4, alternate=projections, every_layer=["q_proj"], dropout=0.5))
+    randomize_adapters(model)
+    model.train()
+    tokens, seeds = token_ids(3, TOKENS), torch.arange(3)
+    together = logits(model, tokens, dropout_seeds=seeds)
+    for row in range(3):
+        alone = logits(model, tokens[row : row + 1], dropout_seeds=seeds[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=TOLERANCE, atol=TOLERANCE)
+    assert not torch.allclose(together, logits(model, tokens, dropout_seeds=seeds + 3), rtol=0.01)
+
+
+def test_a_layer_that_returns_more_than_hidden_states_is_refused_as_it_runs() -> None:
+    """By `add_adapters` alone, which does not try a model's layers."""
+    model = copy.deepcopy(base_model("falcon"))
+    add_adapters(model, AdapterConfig(alternate=["query_key_value"]))
+    with pytest.raises(AdapterError, match=r'DecoderLayer returns a tuple, and not .* such as "lora"'):
+        logits(model, token_ids(1, TOKENS))
+    remove_adapters(model)
+    add_adapters(model, AdapterConfig(method="lora", alternate=[], every_layer=["query_key_value"]))
+    assert logits(model, token_ids(1, TOKENS)).isfinite().all()
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
