@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.layers import LoRALinear
-from ssmlora_dist.ops.form import state_dtype
 from ssmlora_dist.ops.registry import form_named
 
 
@@ -57,14 +55,8 @@ def watch_state(model: nn.Module, axes: Mapping[str, str], device: torch.device)
     @torch.no_grad()
     def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, LoRALinear)
-        assert module.call is not None
-        x_BSD = inputs[0]
-        z_BSR = F.linear(x_BSD, module.lora_A.weight.to(x_BSD.dtype))
-        wide = state_dtype(z_BSR.dtype)
-        state = module.call.read(module.form)
-        health.add(
-            module.form.axis, module.form.measure(z_BSR.to(wide), state.to(wide), module.form_parameters)
-        )
+        z_BSR, state = module.form_inputs(inputs[0])
+        health.add(module.form.axis, module.form.measure(z_BSR, state, module.form_parameters))
 
     hooks = [
         module.register_forward_pre_hook(observe)

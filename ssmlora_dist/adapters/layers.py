@@ -11,12 +11,13 @@ import threading
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops import fused
 from ssmlora_dist.ops.dropout import Dropout, draw_seeds
-from ssmlora_dist.ops.form import Form
+from ssmlora_dist.ops.form import Form, state_dtype
 
 
 def _adapter_dtype(base_layer: nn.Linear) -> torch.dtype:
@@ -161,6 +162,18 @@ class LoRALinear(nn.Module):
             call.write(self.form.axis, state_BSR)
         return y_BSO
 
+    @torch.no_grad()
+    def form_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z [B,S,R] and the state received, as `Form.step` takes them when `forward` is called with x.
+
+        For those who watch an adapter with a state, within its decoder layer.
+        """
+        assert self.call is not None
+        x_BSD = self.call.by_row(x)
+        z_BSR = F.linear(x_BSD, self.lora_A.weight.to(x_BSD.dtype))
+        wide = state_dtype(z_BSR.dtype)
+        return z_BSR.to(wide), self.call.read(self.form).to(wide)
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"form={self.form.name}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
@@ -222,11 +235,13 @@ class LayerCall:
         self._by_row: Tensor | None = None
 
     def by_row(self, x: Tensor) -> Tensor:
-        """[B S,D] as a decoder layer's MLP may see its input -> [B,S,D]; the same tensor for the same.
+        """[B S,D], as a decoder layer may flatten what it works on, -> [B,S,D]; the same tensor for the same.
 
         Raises:
             AdapterError: these are not all tokens of the layer.
         """
+        if x.dim() > 2:
+            return x
         if self._flat is not x:
             if x.shape[0] != self.shape[0] * self.shape[1]:
                 raise AdapterError(
