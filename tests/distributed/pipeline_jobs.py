@@ -1,4 +1,4 @@
-"""What the ranks of `pipeline_worker.py` train: every split of six layers, every kind of adapted model."""
+"""What the ranks of `pipeline_worker.py` train: every split of five layers, every kind of adapted model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from itertools import combinations, cycle, product
 from ..decoders import bare_config
 from .jobs import ROWS_FILE, Overrides, mixture
 
-NUM_LAYERS = 6
+NUM_LAYERS = 5
 NUM_STEPS = 20
 _SOURCE = f'{{"format":"instruction","path":"{ROWS_FILE}"}}'
 
 # Rows of different lengths, so micro-batches too; the norm is clipped in most steps.
 COMMON: Overrides = (
+    f"model.config.num_hidden_layers={NUM_LAYERS}",
     f"data.train={_SOURCE}",
     "data.validation=null",
     f"training.max_steps={NUM_STEPS}",
@@ -99,14 +100,16 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
     # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
     "two ranks": (2, VARIANTS[_NAMES[0]]),
 }
-# Every split, each with another kind of model.
+# Every split, and every kind of model.
 SPLIT: dict[str, tuple[int, Overrides, str]] = {
     f"{variant} at {boundaries}": (
         len(boundaries),
         (*VARIANTS[variant], *_split(boundaries, ("auto", 0, 1, 2)[index % 4])),
         variant,
     )
-    for index, (boundaries, variant) in enumerate(zip(SPLITS, cycle(_NAMES), strict=False))
+    for index, (boundaries, variant) in enumerate(
+        zip(islice(cycle(SPLITS), len(_NAMES)), _NAMES, strict=True)
+    )
 } | {
     "nf4 in stages": (2, (*PLAIN["nf4"][1], *_split((0, 2))), "nf4"),
     "experts in stages": (2, (*PLAIN["experts"][1], *_split((0, 2))), "experts"),
@@ -120,7 +123,7 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
             (*_DROPOUT, *_split(boundaries, ahead)),
             "dropout",
         )
-        for boundaries, ahead in (((0, 3), 0), ((0, 3), 2), ((0, 3), "auto"), ((0, 2, 3, 5), 1))
+        for boundaries, ahead in (((0, 3), 0), ((0, 3), 2), ((0, 3), "auto"), ((0, 2, 3, 4), 1))
     },
     **{
         f"{model_type} in two": (2, (*overrides, *_split((0, 3), 1)), model_type)
