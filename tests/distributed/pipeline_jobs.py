@@ -107,9 +107,7 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
         (*VARIANTS[variant], *_split(boundaries, ("auto", 0, 1, 2)[index % 4])),
         variant,
     )
-    for index, (boundaries, variant) in enumerate(
-        zip(islice(cycle(SPLITS), len(_NAMES)), _NAMES, strict=True)
-    )
+    for index, (boundaries, variant) in enumerate(zip(cycle(SPLITS), _NAMES, strict=False))
 } | {
     "nf4 in stages": (2, (*PLAIN["nf4"][1], *_split((0, 2))), "nf4"),
     "experts in stages": (2, (*PLAIN["experts"][1], *_split((0, 2))), "experts"),
