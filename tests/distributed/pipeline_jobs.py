@@ -38,6 +38,7 @@ _PLACEMENTS: dict[str, Overrides] = {
     "q v": (),
     "all seven": (_SEVEN, "adapter.every_layer_method=ssmlora"),
 }
+# Any three of the four settings in all combinations.
 VARIANTS: dict[str, Overrides] = {
     f"{dtype}, {gradient}, {placement}, checkpointing {checkpointing}": (
         f"model.compute_dtype={dtype}",
@@ -45,9 +46,10 @@ VARIANTS: dict[str, Overrides] = {
         f"training.gradient_checkpointing={checkpointing}",
         *overrides,
     )
-    for dtype, gradient, (placement, overrides), checkpointing in product(
-        ("float32", "bfloat16"), ("full", "detached"), _PLACEMENTS.items(), ("true", "false")
+    for (a, dtype), (b, gradient), (c, (placement, overrides)) in product(
+        enumerate(("float32", "bfloat16")), enumerate(("full", "detached")), enumerate(_PLACEMENTS.items())
     )
+    for checkpointing in [("true", "false")[(a + b + c) % 2]]
 }
 SPLITS = [(0, *inner) for stages in (2, 3, 4) for inner in combinations(range(1, NUM_LAYERS), stages - 1)]
 _NAMES = list(VARIANTS)
@@ -107,7 +109,7 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
         (*VARIANTS[variant], *_split(boundaries, ("auto", 0, 1, 2)[index % 4])),
         variant,
     )
-    for index, (boundaries, variant) in enumerate(zip(cycle(SPLITS), _NAMES, strict=False))
+    for index, (boundaries, variant) in enumerate(zip(SPLITS, cycle(_NAMES), strict=False))
 } | {
     "nf4 in stages": (2, (*PLAIN["nf4"][1], *_split((0, 2))), "nf4"),
     "experts in stages": (2, (*PLAIN["experts"][1], *_split((0, 2))), "experts"),
