@@ -42,7 +42,7 @@ def main() -> None:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(arguments.config, arguments.overrides, device_type=device_type, for_training=False)
 
-    from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group
+    from ssmlora_dist.distributed.context import start_process_group, stop_process_group
     from ssmlora_dist.tracking import Console
     from ssmlora_dist.training.task_evaluation import describe_evaluation, run_evaluation
 
@@ -57,12 +57,12 @@ def main() -> None:
         text = describe_evaluation(config, device_type, place.world_size, **chosen, warn=console.warn)
         console.message(text)
         return
-    group = start_process_group(
+    context = start_process_group(
         config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug")
     )
     quiet_libraries(arguments.log_level, place.is_main)
     try:
-        run_evaluation(config, group, console, **chosen, with_base=not arguments.no_base)
+        run_evaluation(config, context, console, **chosen, with_base=not arguments.no_base)
     finally:
         stop_process_group()
 

@@ -19,6 +19,7 @@ from ssmlora_dist.config.build import build_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
 from ssmlora_dist.data import Dataset
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.cost_model import (
     AdapterShape,
     ModelCosts,
@@ -38,7 +39,6 @@ from ssmlora_dist.distributed.partition import (
     stage_layers,
     stage_table,
 )
-from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.errors import CheckpointError
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
@@ -99,10 +99,10 @@ class ParallelDims:
         return (last - self.stage) * self.data_parallel_size + self.data_parallel_rank
 
 
-def parallel_dims_of(config: RunConfig, group: DistributedContext) -> ParallelDims:
+def parallel_dims_of(config: RunConfig, context: DistributedContext) -> ParallelDims:
     """Where DeepSpeed's pipeline topology puts this rank."""
-    size = data_parallel_size(config, group.world_size)
-    return ParallelDims(group.rank % size, size, group.rank // size, config.parallel.pipeline_stages)
+    size = data_parallel_size(config, context.world_size)
+    return ParallelDims(context.rank % size, size, context.rank // size, config.parallel.pipeline_stages)
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class BuiltEngine:
 
 def build_engine(
     config: RunConfig,
-    group: DistributedContext,
+    context: DistributedContext,
     place: ParallelDims,
     plan: StagePlan | None,
     checkpoint: Checkpoint | None = None,
@@ -221,7 +221,7 @@ def build_engine(
     engine_config = deepspeed_config(
         zero_stage=parallel.zero_stage,
         micro_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps(config, group.world_size),
+        gradient_accumulation_steps=gradient_accumulation_steps(config, context.world_size),
         max_grad_norm=training.max_grad_norm,
         offload_optimizer=parallel.offload_optimizer,
         offload_parameters=parallel.offload_parameters,
@@ -233,7 +233,7 @@ def build_engine(
         stage = StageLayers(layers.start, layers.stop, plan.layers[-1].stop)
     model = build_model(
         config,
-        group.device,
+        context.device,
         stage,
         on_part=zero3_partitioner(engine_config) if parallel.zero_stage == 3 else None,
         swap_rows=None if place.opposite_rank is None else partial(swap_rows, place.opposite_rank),
@@ -263,7 +263,7 @@ def build_engine(
             module = CausalLMLoss(model, training.loss_chunk_size)
             uses_own_logits = module.uses_own_logits
             engine = DataParallelEngine(
-                module, parameters, optimizer, engine_config, group, training.max_grad_norm, loss_scale
+                module, parameters, optimizer, engine_config, context, training.max_grad_norm, loss_scale
             )
         else:
             # Imported here, as it imports deepspeed.
@@ -278,14 +278,14 @@ def build_engine(
                 parameters,
                 optimizer,
                 engine_config,
-                group,
+                context,
                 training.max_grad_norm,
                 recompute_ahead=num_ahead > 0,
                 loss_scale=loss_scale,
             )
     if checkpoint is not None:
         engine.restore(OptimizerState(checkpoint.progress["num_updates"], checkpoint.moments))
-    if group.max([float(uses_own_logits)])[0]:
+    if context.max([float(uses_own_logits)])[0]:
         warn(
             f"{model.config.model_type} models do more to their logits than the output head: they are taken "
             "as the model makes them, all of a micro-batch at once, whatever training.loss_chunk_size is"

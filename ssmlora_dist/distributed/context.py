@@ -153,8 +153,8 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
             f"the processes of this run could not connect ({error}); check that MASTER_ADDR and MASTER_PORT "
             "are reachable and that no other run uses the port (deepspeed --master_port N)"
         ) from error
-    group = DistributedContext(dist.get_rank(), dist.get_world_size(), place.local_rank, device)
-    return replace(group, watch=_start_watch(group, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2)))
+    context = DistributedContext(dist.get_rank(), dist.get_world_size(), place.local_rank, device)
+    return replace(context, watch=_start_watch(context, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2)))
 
 
 def stop_process_group() -> None:
@@ -175,20 +175,20 @@ def stop_process_group() -> None:
         groups._WORLD_GROUP = None
 
 
-def _start_watch(group: DistributedContext, silence_seconds: float) -> PeerWatch | None:
+def _start_watch(context: DistributedContext, silence_seconds: float) -> PeerWatch | None:
     global _watch
-    if group.world_size == 1:
+    if context.world_size == 1:
         return None
     peers: list[Peer] = []
     try:
-        peers = meet(group.rank, group.world_size, os.environ["MASTER_ADDR"], group.share)
+        peers = meet(context.rank, context.world_size, os.environ["MASTER_ADDR"], context.share)
     except OSError as error:
-        print(f"warning: rank {group.rank} cannot watch the others: {error}", file=sys.stderr)
-    if group.max([float(not peers)])[0]:
+        print(f"warning: rank {context.rank} cannot watch the others: {error}", file=sys.stderr)
+    if context.max([float(not peers)])[0]:
         return None
     # Without rank 0 the others cannot agree on who speaks: the next rank does, and one on every machine.
-    speaks = group.rank <= 1 or group.local_rank == 0
-    _watch = PeerWatch(group.rank, peers, silence_seconds, speaks)
+    speaks = context.rank <= 1 or context.local_rank == 0
+    _watch = PeerWatch(context.rank, peers, silence_seconds, speaks)
     return _watch
 
 
