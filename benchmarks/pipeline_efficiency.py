@@ -141,9 +141,9 @@ def _measure(arguments: argparse.Namespace, context: DistributedContext) -> int:
     data = random_rows(max(MICRO_BATCHES), arguments.tokens, arguments.tokens // 8)
     configs: dict[Recompute, RunConfig] = {"on_gradient": run_config(0), "while_waiting": run_config("auto")}
     single = SingleStage(configs["on_gradient"], context)
-    place = parallel_dims_of(configs["on_gradient"], context)
-    plans = {name: plan_stages(config, data, place) for name, config in configs.items()}
-    built = {name: build_engine(configs[name], context, place, plans[name]) for name in configs}
+    dims = parallel_dims_of(configs["on_gradient"], context)
+    plans = {name: plan_stages(config, data, dims) for name, config in configs.items()}
+    built = {name: build_engine(configs[name], context, dims, plans[name]) for name in configs}
     batches = {m: GlobalBatches(data, BatchShape(m, 1, 0, 1, 0), 0).micro_batches(0) for m in MICRO_BATCHES}
     _check_equal(single, built, batches[MICRO_BATCHES[-1]], context)
     clocks = {name: PassClock(engine) for name, engine in built.items()}

@@ -26,8 +26,8 @@ def main() -> None:
     add("--out", type=path_argument, metavar="DIR", help="by default beside the adapter, or beside the run")
     add("--no-base", action="store_true", help="do not evaluate the base model beside the adapter")
     arguments = parser.parse_args()
-    place = read_launch_environment()
-    quiet_libraries(arguments.log_level, place.is_main)
+    environment = read_launch_environment()
+    quiet_libraries(arguments.log_level, environment.is_main)
     if arguments.adapter is not None and not arguments.adapter.is_dir():
         raise DataError(f"--adapter {arguments.adapter}: no such directory; name that of an adapter")
     if any(length < 64 for length in arguments.lengths):
@@ -46,7 +46,7 @@ def main() -> None:
     from ssmlora_dist.tracking import Console
     from ssmlora_dist.training.task_evaluation import describe_evaluation, run_evaluation
 
-    console = Console(enabled=place.is_main)
+    console = Console(enabled=environment.is_main)
     chosen: dict[str, Any] = {
         "adapter": arguments.adapter,
         "out": arguments.out,
@@ -54,13 +54,13 @@ def main() -> None:
         "lengths": arguments.lengths,
     }
     if arguments.dry_run:
-        text = describe_evaluation(config, device_type, place.world_size, **chosen, warn=console.warn)
+        text = describe_evaluation(config, device_type, environment.world_size, **chosen, warn=console.warn)
         console.message(text)
         return
     context = start_process_group(
         config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug")
     )
-    quiet_libraries(arguments.log_level, place.is_main)
+    quiet_libraries(arguments.log_level, environment.is_main)
     try:
         run_evaluation(config, context, console, **chosen, with_base=not arguments.no_base)
     finally:

@@ -41,7 +41,7 @@ class RunData:
         config: of the run.
         tokenizer: of the model.
         context: its processes.
-        place: of this rank.
+        dims: of this rank.
         resume_point: where the run goes on.
         warn: told what of the data a run should know, and of other validation data.
 
@@ -64,7 +64,7 @@ class RunData:
         config: RunConfig,
         tokenizer: Any,
         context: DistributedContext,
-        place: ParallelDims,
+        dims: ParallelDims,
         resume_point: ResumePoint,
         warn: Callable[[str], object],
     ) -> None:
@@ -74,8 +74,8 @@ class RunData:
         self._shape = BatchShape(
             training.global_batch_size,
             training.micro_batch_size,
-            place.data_parallel_rank,
-            place.data_parallel_size,
+            dims.data_parallel_rank,
+            dims.data_parallel_size,
             tokenizer.pad_token_id,
         )
         commits = context.on_main(lambda: revisions(config, resume_point))

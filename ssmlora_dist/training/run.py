@@ -95,11 +95,11 @@ def run_training(
     check_model(config)
     began: str = context.share(first_start(resume_point))
     tokenizer, contents = tokenizer_of(config, resume_point, began, console.warn)
-    place = parallel_dims_of(config, context)
-    data = RunData(config, tokenizer, context, place, resume_point, console.warn)
+    dims = parallel_dims_of(config, context)
+    data = RunData(config, tokenizer, context, dims, resume_point, console.warn)
     contents |= data.contents
     tasks = TasksInTraining(config, tokenizer, context, data.endings)
-    parts = (tracker, directory, resume_point, tokenizer, contents, place, data, tasks)
+    parts = (tracker, directory, resume_point, tokenizer, contents, dims, data, tasks)
     run = _Run(config, context, console, *parts)
     complete: str | None = context.on_main(lambda: completion(resume_point, directory, data.num_steps))
     if complete is not None:
@@ -152,7 +152,7 @@ class _Run:
     resume_point: ResumePoint
     tokenizer: PreTrainedTokenizerBase
     contents: dict[str, Any]
-    place: ParallelDims
+    dims: ParallelDims
     data: RunData
     tasks: TasksInTraining
 
@@ -253,21 +253,21 @@ class _Run:
         # By rank 0 alone, as a part of every tensor is read.
         fingerprint: str = self.context.on_main(partial(base_of, self.config, self.resume_point))
         plan = None
-        if self.place.num_stages > 1:
+        if self.dims.num_stages > 1:
             memory = -self.context.max([-usable_memory_bytes(self.context)])[0]
-            plan = plan_stages(self.config, self.data.sample, self.place, MEMORY_SHARE * memory)
+            plan = plan_stages(self.config, self.data.sample, self.dims, MEMORY_SHARE * memory)
             self.console.message(plan.table)
         checkpoint, warn = self.resume_point.checkpoint, self.console.warn
-        built = build_engine(self.config, self.context, self.place, plan, checkpoint, warn)
+        built = build_engine(self.config, self.context, self.dims, plan, checkpoint, warn)
         self.engine = built.engine
         self.shape, self.adapter = built.shape, built.adapter
-        self.num_trainable = int(self.context.sum([built.num_trainable])[0]) // self.place.data_parallel_size
+        self.num_trainable = int(self.context.sum([built.num_trainable])[0]) // self.dims.data_parallel_size
         self.base = backbone_settings(self.config) | self.data.endings
         self.base["tokenizer"] = self.config.model.tokenizer
         self.fingerprint = fingerprint
         parts = (self.base, fingerprint, self.contents, self.resume_point, self.console.warn)
-        place, compares = self.directory.checkpoints, self.data.compares
-        self.saver = Saver(self.config, self.context, self.engine, place, *parts, compares=compares)
+        checkpoints, compares = self.directory.checkpoints, self.data.compares
+        self.saver = Saver(self.config, self.context, self.engine, checkpoints, *parts, compares=compares)
 
     def _learning_rate(self, step: int) -> float:
         training = self.config.training
@@ -282,17 +282,17 @@ class _Run:
     def _evaluate(self, step: int) -> Scores | None:
         if self.data.validation is None:
             return None
-        place = self.place
+        dims = self.dims
         with watch_state(self.engine.module, time_axes(self.adapter), self.context.device) as health:
             scores = evaluate(
                 lambda batches: self.engine.score(self._checked(batches)),
                 self.data.validation,
                 micro_batch_size=self.config.evaluation.micro_batch_size,
                 pad_token_id=self.tokenizer.pad_token_id,
-                data_parallel_rank=place.data_parallel_rank,
-                data_parallel_size=place.data_parallel_size,
+                data_parallel_rank=dims.data_parallel_rank,
+                data_parallel_size=dims.data_parallel_size,
                 # Every stage has the scores of its replica.
-                sum_over_ranks=lambda values: [v / place.num_stages for v in self.context.sum(values)],
+                sum_over_ranks=lambda values: [v / dims.num_stages for v in self.context.sum(values)],
                 description=f"evaluation after step {step}" if step else "evaluation before training",
             )
         row = health.metrics(self.context.sum(health.sums.tolist()))
@@ -309,7 +309,7 @@ class _Run:
     def _checked(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         for batch in batches:
             # Between stages it would hold up the pipeline.
-            if self.place.num_stages == 1:
+            if self.dims.num_stages == 1:
                 self.interrupts.check()
             yield batch
 

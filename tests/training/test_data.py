@@ -27,10 +27,10 @@ def run_data(directory: Path, records: list[Any], *overrides: str) -> tuple[RunD
     settings = [f"data.train={source}", "data.max_length=64", "training.global_batch_size=2", *overrides]
     config = load_config(CONFIG, settings, world_size=1)
     context: Any = SimpleNamespace(rank=0, on_main=lambda action: action(), gather=lambda value: [value])
-    place: Any = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1)
+    dims: Any = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1)
     said: list[str] = []
     resume_point = ResumePoint(None, None, False)
-    return RunData(config, load_tokenizer("bytes"), context, place, resume_point, said.append), said
+    return RunData(config, load_tokenizer("bytes"), context, dims, resume_point, said.append), said
 
 
 def test_much_that_is_left_out_is_a_warning(tmp_path: Path) -> None:
