@@ -32,19 +32,19 @@ class StateHealth:
     def add(self, axis: int, values: Sequence[Tensor]) -> None:
         """Counts what one adapter measured, [B,S] each, at least one."""
         first = sum(map(len, self.figures[:axis]))
-        for place, value in enumerate(values, first):
-            self.sums[place] += value.sum().to(self.sums)
+        for index, value in enumerate(values, first):
+            self.sums[index] += value.sum().to(self.sums)
         self.sums[axis - len(self.axes)] += values[0].numel()
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """Means per token by name and axis, from `sums`, added up over the ranks."""
         counts = sums[len(sums) - len(self.axes) :]
-        places = [
+        counted = [
             (f"state_{figure}_{axis}", count)
             for axis, figures, count in zip(self.axes, self.figures, counts, strict=True)
             for figure in figures
         ]
-        return {name: total / count for (name, count), total in zip(places, sums, strict=False) if count}
+        return {name: total / count for (name, count), total in zip(counted, sums, strict=False) if count}
 
 
 @contextmanager

@@ -70,8 +70,8 @@ def resolve(config: AdapterConfig, prefix: str, paths: Paths) -> AdapterConfig:
         AdapterError: a name or expression that stands for no linear layer, or not for one wherever
             `alternate` puts it, with the nearest names.
     """
-    for place, name in enumerate(config.alternate):
-        _check_alternate(name, place, len(config.alternate), paths)
+    for turn, name in enumerate(config.alternate):
+        _check_alternate(name, turn, len(config.alternate), paths)
     in_turn = {path for own in paths for name in config.alternate for path in named_by(name, own)}
     if isinstance(config.every_layer, tuple):
         names = [each for name in config.every_layer for each in _expanded(name, paths)]
@@ -102,11 +102,11 @@ def _distinct(paths: Paths) -> list[str]:
     return list(dict.fromkeys(path for own in paths for path in own))
 
 
-def _check_alternate(name: str, place: int, turns: int, paths: Paths) -> None:
+def _check_alternate(name: str, turn: int, num_turns: int, paths: Paths) -> None:
     found = [named_by(name, own) for own in paths]
     if not any(found):
         raise _unknown(name, paths)
-    for index in range(place, len(paths), turns):
+    for index in range(turn, len(paths), num_turns):
         if len(found[index]) > 1:
             raise AdapterError(
                 f"adapter: `alternate` names {name!r}, which is {' and '.join(found[index])} in layer "

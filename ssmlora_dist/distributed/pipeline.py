@@ -22,6 +22,7 @@ from deepspeed.runtime.pipe import schedule as ds_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.engine import (
     Batch,
     Check,
@@ -37,7 +38,6 @@ from ssmlora_dist.distributed.engine import (
 )
 from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.optimizer_state import OptimizerState, gather_moments, restore_moments
-from ssmlora_dist.distributed.process_group import DistributedContext
 
 
 class PipelineParallelEngine:
@@ -50,7 +50,7 @@ class PipelineParallelEngine:
         parameters: what this stage trains, by full name.
         optimizer: over exactly these parameters, in the order of their names.
         config: DeepSpeed's dictionary.
-        group: this run's processes.
+        context: this run's processes.
         max_grad_norm: global norm to clip to; None leaves gradients as they are.
         recompute_ahead: run what `stage.finish` runs without keeping activations, and again while a
             micro-batch's gradient is still awaited.
@@ -65,12 +65,12 @@ class PipelineParallelEngine:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
-        group: DistributedContext,
+        context: DistributedContext,
         max_grad_norm: float | None,
         recompute_ahead: bool,
         loss_scale: LossScale | None = None,
     ) -> None:
-        self.group = group
+        self.context = context
         self.loss_scale = loss_scale
         self.stage = stage
         self.parameters = dict(sorted(parameters.items()))
@@ -111,14 +111,14 @@ class PipelineParallelEngine:
             sum(batch["labels"].numel() for batch in micro_batches),
         ]
         # Every stage counts the same micro-batches.
-        num_targets, num_tokens = (int(count) // self.num_stages for count in self.group.sum(counts))
+        num_targets, num_tokens = (int(count) // self.num_stages for count in self.context.sum(counts))
         self.stage.train()
-        on_device = [to_device(batch, self.group.device) for batch in micro_batches]
+        on_device = [to_device(batch, self.context.device) for batch in micro_batches]
         loss_scale = self.loss_scale.value if self.loss_scale else 1.0
         outcome = self.engine.run_step(
-            on_device, self.group.world_size / self.num_stages / num_targets, loss_scale
+            on_device, self.context.world_size / self.num_stages / num_targets, loss_scale
         )
-        loss_mean = self.group.sum([float(outcome.loss_sum)])[0] / num_targets
+        loss_mean = self.context.sum([float(outcome.loss_sum)])[0] / num_targets
         return step_result(
             loss_mean, outcome.grad_norm, num_tokens, num_targets, outcome.skipped, self.loss_scale
         )
@@ -129,7 +129,7 @@ class PipelineParallelEngine:
         results = []
         with torch.no_grad():
             for batch in batches:
-                tensors = to_device(batch, self.group.device)
+                tensors = to_device(batch, self.context.device)
                 output = self.stage(self.engine.receive_activations(tensors), **tensors)
                 if self.engine.is_last_stage():
                     # Off the device: another rank would find its own in their place.

@@ -133,8 +133,8 @@ class SafetensorsWeights:
         Raises:
             ModelError: it cannot be read, or is not finite throughout.
         """
-        place = self.stored(name, shape)
-        stored = place.read(rows)
+        entry = self.stored(name, shape)
+        stored = entry.read(rows)
         tensor = stored.to(device=device, dtype=dtype)
         if not is_finite(tensor):
             if is_finite(stored):
@@ -144,7 +144,7 @@ class SafetensorsWeights:
                     "numbers that are not finite",
                     "the model is damaged: fetch it again",
                 )
-            raise ModelError(f"{place.file}: {place.name} holds {problem}; {remedy}")
+            raise ModelError(f"{entry.file}: {entry.name} holds {problem}; {remedy}")
         return tensor
 
     def equal(self, first: str, second: str, rows: Callable[[int], range] = range) -> bool:

@@ -63,8 +63,8 @@ def keep_mask(
     keys = [_key(seed, stream) for seed in seeds_B.tolist()]
     hash_ = torch.tensor(keys, dtype=torch.int32, device=seeds_B.device)
     for first, number in ((first_token, num_tokens), (0, num_components)):
-        places = torch.arange(first, first + number, dtype=torch.int32, device=seeds_B.device)
-        hash_ = _mixed(hash_.unsqueeze(-1) ^ places)
+        positions = torch.arange(first, first + number, dtype=torch.int32, device=seeds_B.device)
+        hash_ = _mixed(hash_.unsqueeze(-1) ^ positions)
     return (hash_ >= threshold(probability)).view(shape)
 
 

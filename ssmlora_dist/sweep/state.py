@@ -194,14 +194,14 @@ class SweepDirectory:
         with explained(self.aside, "free some and start the sweep again"):
             self.aside.mkdir(exist_ok=True)
             number = 1
-            while (place := self.aside / f"{point}-{number}").exists():
+            while (target := self.aside / f"{point}-{number}").exists():
                 number += 1
-            os.rename(run, place)
+            os.rename(run, target)
             sync(self.aside)
             if self.config(point).exists():
                 # Beside what the run itself wrote, which a run that ended early did not.
-                shutil.copyfile(self.config(point), place / "sweep_config.json")
-        return place
+                shutil.copyfile(self.config(point), target / "sweep_config.json")
+        return target
 
 
 @dataclass(frozen=True)
@@ -279,8 +279,8 @@ def _what_is_wrong(error: ValidationError) -> str:
     """The first problem, and how many there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    place, message = dotted(first["loc"]), first["msg"]
+    where, message = dotted(first["loc"]), first["msg"]
     if first["type"] != "missing" and first["type"] != "json_invalid":
         message = f"{shown(first['input'])} given; {message[0].lower()}{message[1:]}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{place}: {message}{more}" if place else f"{message}{more}"
+    return f"{where}: {message}{more}" if where else f"{message}{more}"

@@ -23,10 +23,10 @@ def mask(
     return keep_mask(seed + torch.arange(shape[0]), stream, shape, probability)
 
 
-def by_hand(seed: int, stream: int, *place: int) -> int:
+def by_hand(seed: int, stream: int, *position: int) -> int:
     """The hash in Python's own integers."""
     value = START
-    for part in (stream, seed, seed >> 32, *place):
+    for part in (stream, seed, seed >> 32, *position):
         value = (value ^ part) & 0xFFFFFFFF
         value = (value ^ (value >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
         value = (value ^ (value >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
@@ -37,11 +37,11 @@ def by_hand(seed: int, stream: int, *place: int) -> int:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_bits_are_those_of_the_hash(seed: int) -> None:
     shape, stream = (3, 5, 4), 11
-    places = list(itertools.product(*(range(size) for size in shape)))
+    positions = list(itertools.product(*(range(size) for size in shape)))
     for probability in (0.5, 0.1):
         border = round(probability * 2**32) - 2**31
         expected = torch.tensor(
-            [by_hand(seed + row, stream, *place) >= border for row, *place in places]
+            [by_hand(seed + row, stream, *position) >= border for row, *position in positions]
         ).view(shape)
         assert torch.equal(mask(seed, stream, shape, probability), expected)
 

@@ -126,9 +126,9 @@ def _forward_kernel(
         kept_BR = is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, first_token, threshold)
         n = tl.where(kept_BR, n * keep_scale, 0.0)
     z = tl.load(z_ptr + tokens[:, None] * z_stride + columns[None, :], inside, 0.0).to(tl.float32)
-    places = tokens[:, None] * R + columns[None, :]
-    tl.store(u_ptr + places, (z + n) * scaling, inside)
-    tl.store(carried_ptr + places, carried, inside)
+    offsets = tokens[:, None] * R + columns[None, :]
+    tl.store(u_ptr + offsets, (z + n) * scaling, inside)
+    tl.store(carried_ptr + offsets, carried, inside)
 
 
 @triton.jit(do_not_specialize=["stream", "T", "num_positions", "first_token", "threshold"])
@@ -158,7 +158,7 @@ def _backward_kernel(
         is_token = (tokens < T)[:, None]
         inside = is_token & (columns < R)[None, :]
         in_piece = is_token & (k < R)[None, :]
-        places = tokens[:, None] * R + k[None, :]
+        offsets = tokens[:, None] * R + k[None, :]
         h = _h(z_ptr, g_ptr, c_ptr, d_ptr, tokens, T, z_stride, g_stride, R, RP, BK)
         n, divisor = _normalized(h, R, RP, NORMALIZATION)
         d_u = tl.load(d_u_ptr + tokens[:, None] * d_u_stride + columns[None, :], inside, 0.0).to(tl.float32)
@@ -182,10 +182,10 @@ def _backward_kernel(
         # The piece of everything that is summed over components.
         d_u_piece = tl.load(d_u_ptr + tokens[:, None] * d_u_stride + k[None, :], in_piece, 0.0).to(tl.float32)
         d_z = d_u_piece * scaling + _product(d_h, tl.trans(d))
-        tl.store(d_z_ptr + places, d_z, in_piece)
+        tl.store(d_z_ptr + offsets, d_z, in_piece)
         if NEEDS_D_G:
             d_g = _product(d_h, tl.trans(c))
-            tl.store(d_g_ptr + places, d_g, in_piece)
+            tl.store(d_g_ptr + offsets, d_g, in_piece)
         g_piece = tl.load(g_ptr + tokens[:, None] * g_stride + k[None, :], in_piece, 0.0).to(tl.float32)
         z_piece = tl.load(z_ptr + tokens[:, None] * z_stride + k[None, :], in_piece, 0.0).to(tl.float32)
         sum_c += _product(tl.trans(g_piece), d_h)
