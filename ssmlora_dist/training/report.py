@@ -56,6 +56,16 @@ def score_row(scores: Scores) -> dict[str, float]:
     return row
 
 
+def state_row(after: Scores, without_states: Scores) -> dict[str, float]:
+    """The logged row of what the state is worth: by how much the loss is higher without it, in nats."""
+    row = {}
+    for length, score in without_states.items():
+        suffix = "" if length == OVERALL else f"_{length}"
+        row[f"validation_loss_without_states{suffix}"] = score.loss
+        row[f"state_worth{suffix}"] = score.loss - after[length].loss
+    return row
+
+
 def plain_scores(scores: Scores | None) -> dict[str, Any] | None:
     """In JSON types, which have no number that is not finite."""
     if not scores:
@@ -74,9 +84,17 @@ def scores_from_plain(plain: dict[str, Any] | None) -> Scores | None:
     return {length: Score(**score) for length, score in plain.items()} if plain else None
 
 
-def before_and_after(before: Scores, after: Scores) -> list[BeforeAfter]:
-    """The rows of the table that is shown at the end."""
-    return [
+def before_and_after(
+    before: Scores, after: Scores, without_states: Scores | None = None
+) -> list[BeforeAfter]:
+    """The rows of the table that is shown at the end.
+
+    Args:
+        before: training.
+        after: training.
+        without_states: the same as `after`, with every state replaced by its mean.
+    """
+    rows = [
         BeforeAfter(
             length if length != OVERALL else "all",
             after[length].num_examples,
@@ -87,6 +105,12 @@ def before_and_after(before: Scores, after: Scores) -> list[BeforeAfter]:
         )
         for length, score in before.items()
     ]
+    if without_states is not None:
+        score = without_states[OVERALL]
+        rows.append(
+            BeforeAfter("states averaged", score.num_examples, None, score.loss, None, score.exact_match)
+        )
+    return rows
 
 
 def environment_tags(environment: dict[str, Any]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
+from ssmlora_dist.adapters.state_means import record_states, replaced_states
 from ssmlora_dist.config.build import backbone_settings, build_store, check_model
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.data import Dataset
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.durable import explained
 from ssmlora_dist.errors import CheckpointError, DataError, TrainingError
@@ -47,6 +49,7 @@ from ssmlora_dist.training.report import (
     plain_scores,
     score_row,
     scores_from_plain,
+    state_row,
     step_row,
     tracker_of,
 )
@@ -69,6 +72,8 @@ if TYPE_CHECKING:
 
 # Of the memory that is free before loading, what is planned with: the rest is for allocators and libraries.
 MEMORY_SHARE = 0.85
+# Training examples over which states are averaged, to know what they are worth.
+STATE_EXAMPLES = 8
 
 
 def run_training(
@@ -228,6 +233,7 @@ class _Run:
         if after and self.saver.is_best(after[OVERALL].loss):
             self._save(self.num_steps, after[OVERALL].loss)
         self.saver.finish()
+        without_states = self._evaluate_without_states(after)
         summary = {
             **self.totals.summary(self.context.world_size),
             "compute_dtype": self.config.model.compute_dtype,
@@ -235,7 +241,11 @@ class _Run:
             "wall_seconds": self._wall_seconds(),
             "peak_memory_gib": peak_memory_gib(self.context),
             "num_trainable_parameters": self.num_trainable,
-            "evaluation": {"before": plain_scores(before), "after": plain_scores(after)},
+            "evaluation": {
+                "before": plain_scores(before),
+                "after": plain_scores(after),
+                "without_states": plain_scores(without_states),
+            },
             "data": {
                 "train": asdict(self.data.report),
                 "validation": asdict(self.data.validation.report) if self.data.validation else None,
@@ -246,7 +256,7 @@ class _Run:
         }
         if self.context.is_main:
             self.tracker.log_metrics(self.data.metrics(), self.num_steps)
-            self._finish(summary, before, after)
+            self._finish(summary, before, after, without_states)
 
     def build(self) -> None:
         """Loads the backbone, adapts it and hands it to the engine."""
@@ -282,23 +292,43 @@ class _Run:
     def _evaluate(self, step: int) -> Scores | None:
         if self.data.validation is None:
             return None
-        dims = self.dims
+        description = f"evaluation after step {step}" if step else "evaluation before training"
         with watch_state(self.engine.module, time_axes(self.adapter), self.context.device) as health:
-            scores = evaluate(
-                lambda batches: self.engine.score(self._checked(batches)),
-                self.data.validation,
-                micro_batch_size=self.config.evaluation.micro_batch_size,
-                pad_token_id=self.tokenizer.pad_token_id,
-                data_parallel_rank=dims.data_parallel_rank,
-                data_parallel_size=dims.data_parallel_size,
-                # Every stage has the scores of its replica.
-                sum_over_ranks=lambda values: [v / dims.num_stages for v in self.context.sum(values)],
-                description=f"evaluation after step {step}" if step else "evaluation before training",
-            )
+            scores = self._scores(self.data.validation, description)
         row = health.metrics(self.context.sum(health.sums.tolist()))
         if self.context.is_main:
             self._log(row | score_row(scores), step)
         return scores
+
+    def _evaluate_without_states(self, after: Scores | None) -> Scores | None:
+        """The last evaluation again, every state replaced by its mean over training examples."""
+        if self.data.validation is None or after is None or not time_axes(self.adapter):
+            return None
+        module, examples = self.engine.module, self.data.sample.examples[:STATE_EXAMPLES]
+        with record_states(module) as means:
+            # One by one: no padding counts. On every rank the same, so that the means are.
+            self._scores(replace(self.data.sample, examples=examples), "recording states", is_shared=False)
+        with replaced_states(module, means):
+            scores = self._scores(self.data.validation, "evaluation without states")
+        if self.context.is_main:
+            self._log(state_row(after, scores), self.num_steps)
+        return scores
+
+    def _scores(self, dataset: Dataset, description: str, *, is_shared: bool = True) -> Scores:
+        """Of a data set that the replicas share, or that each of them has to itself, row by row."""
+        dims = self.dims
+        rank, size = (dims.data_parallel_rank, dims.data_parallel_size) if is_shared else (0, 1)
+        return evaluate(
+            lambda batches: self.engine.score(self._checked(batches)),
+            dataset,
+            micro_batch_size=self.config.evaluation.micro_batch_size if is_shared else 1,
+            pad_token_id=self.tokenizer.pad_token_id,
+            data_parallel_rank=rank,
+            data_parallel_size=size,
+            # Every stage has the scores of its replica.
+            sum_over_ranks=lambda values: [v / dims.num_stages for v in self.context.sum(values)],
+            description=description,
+        )
 
     def _answer_tasks(self, step: int) -> None:
         if self.tasks.is_due(step, self.num_steps):
@@ -388,7 +418,13 @@ class _Run:
         except CheckpointError as error:
             raise TrainingError(f"{error}, and go on with --resume; {self.saver.last_good()}") from error
 
-    def _finish(self, summary: dict[str, Any], before: Scores | None, after: Scores | None) -> None:
+    def _finish(
+        self,
+        summary: dict[str, Any],
+        before: Scores | None,
+        after: Scores | None,
+        without_states: Scores | None,
+    ) -> None:
         with self._writing_results():
             self.directory.plots.mkdir(exist_ok=True)
             with progress("drawing the curves"):
@@ -400,6 +436,6 @@ class _Run:
         self.tracker.log_directory(self.directory.plots, "plots")
         self.tracker.log_artifact(self.directory.summary_file)
         if before and after:
-            self.console.print_before_after(before_and_after(before, after))
+            self.console.print_before_after(before_and_after(before, after, without_states))
         uri = self.store.uri if self.store else None
         self.console.print_where_to_look(self.directory.path, self.directory.adapter, uri)
