@@ -22,7 +22,7 @@ from ssmlora_dist.ops.ssmlora.reference import time_module
 from ssmlora_dist.quantization import quantize_linear
 
 SEED = 3
-IN_FEATURES, OUT_FEATURES, RANK, ALPHA, STREAM = 64, 32, 4, 6.0, 7
+IN_FEATURES, OUT_FEATURES, RANK, ALPHA, DROPOUT_ID = 64, 32, 4, 6.0, 7
 SCALING = ALPHA / RANK
 STORAGES = ["dense", "nf4", "fp4", "int8"]
 # Products of a few dozen terms of order 1 in float32, in another order than the layer's.
@@ -177,12 +177,14 @@ def test_the_state_starts_small_and_not_at_zero() -> None:
 
 def test_lora_dropout_acts_on_the_input_while_training() -> None:
     dropout = 0.5
-    layer = randomized(plain_lora(base_layer("dense"), RANK, ALPHA, dropout, stream=STREAM))
+    layer = randomized(plain_lora(base_layer("dense"), RANK, ALPHA, dropout, dropout_id=DROPOUT_ID))
     x = tokens()
     torch.manual_seed(SEED)
     trained = layer.train()(x)
     torch.manual_seed(SEED)
-    dropped = x * keep_mask(draw_seeds(x.shape[0], x.device), STREAM, tuple(x.shape), dropout) / (1 - dropout)
+    dropped = (
+        x * keep_mask(draw_seeds(x.shape[0], x.device), DROPOUT_ID, tuple(x.shape), dropout) / (1 - dropout)
+    )
     expected = layer.base_layer(x) + SCALING * (dropped @ layer.lora_A.weight.T) @ layer.lora_B.weight.T
     torch.testing.assert_close(trained, expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
     without = randomized(plain_lora(layer.base_layer, RANK, ALPHA))
@@ -254,7 +256,9 @@ def test_the_state_leaves_in_the_dtype_it_entered() -> None:
 
 
 def test_adapters_of_one_call_share_its_seeds_and_draw_apart() -> None:
-    layers = [randomized(plain_lora(base_layer("dense"), RANK, ALPHA, 0.5, stream=s)).train() for s in (1, 2)]
+    layers = [
+        randomized(plain_lora(base_layer("dense"), RANK, ALPHA, 0.5, dropout_id=s)).train() for s in (1, 2)
+    ]
     layers[1].load_state_dict(layers[0].state_dict())
     x = tokens()
     dropout_seeds = torch.arange(x.shape[0])
