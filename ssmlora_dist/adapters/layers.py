@@ -28,7 +28,7 @@ class LoRALinear(nn.Module):
     """y = x W_0 + scaling * u W_b, where a form makes u, and the state handed on, of z = x W_a.
 
     `step` is the pure function, state in and state out. A decoder layer calls its projection with the input
-    alone, so `forward` reads and writes the state that the layer binds, in a `LayerCall`, for the length of
+    alone, so `forward` reads and writes the state of its layer's context, a `LayerCall`, for the length of
     its own call (`adapters.state`).
 
     Args:
