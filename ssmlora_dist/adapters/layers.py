@@ -29,7 +29,7 @@ class LoRALinear(nn.Module):
     """y = x W_0 + scaling * u W_b, where a form makes u, and the state handed on, of z = x W_a.
 
     `step` is the pure function, state in and state out. A decoder layer calls its projection with the input
-    alone, so `forward` reads and writes the state that the layer binds, in a `LayerCall`, for the length of
+    alone, so `forward` reads and writes the state of its layer's context, a `LayerCall`, for the length of
     its own call (`adapters.state`).
 
     Args:
@@ -37,7 +37,7 @@ class LoRALinear(nn.Module):
         form: what is computed between W_a and W_b; it says the rank, and which axis of the state is its own.
         alpha: the adapter's output is scaled by alpha / rank.
         dropout: probability while training, of what the form says: its input, or the state.
-        stream: tells the adapter's dropout from that of all others in the model.
+        dropout_id: tells the adapter's dropout from that of all others in the model.
         detach_state: stops gradients through the state received, hence into earlier adapters.
         hands_on: whether the next adapter of the axis receives anything; if not, all receive zeros.
 
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         *,
-        stream: int = 0,
+        dropout_id: int = 0,
         detach_state: bool = False,
         hands_on: bool = True,
     ) -> None:
@@ -60,7 +60,7 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.form, self.rank, self.scaling = form, form.rank, alpha / form.rank
-        self.dropout, self.stream = dropout, stream
+        self.dropout, self.dropout_id = dropout, dropout_id
         self.detach_state, self.hands_on = detach_state, hands_on
         device, dtype = base_layer.weight.device, _adapter_dtype(base_layer)
         self.lora_A = nn.Linear(self.in_features, self.rank, bias=False, device=device, dtype=dtype)
@@ -198,7 +198,7 @@ class LoRALinear(nn.Module):
     @property
     def _dropout(self) -> Dropout:
         call = self.call
-        return Dropout(self.stream, self.dropout, 0 if call is None else call.first_token)
+        return Dropout(self.dropout_id, self.dropout, 0 if call is None else call.first_token)
 
     def _dropout_seeds(self, x_BSD: Tensor) -> Tensor | None:
         """[B]; None where nothing is dropped."""

@@ -14,7 +14,7 @@ from ssmlora_dist.config.paths import name_argument, path_argument
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, SSMLoRAError
 from ssmlora_dist.progress import shown_by
 from ssmlora_dist.ranks import LaunchEnvironment, read_launch_environment
-from ssmlora_dist.signals import StopRequested, raising
+from ssmlora_dist.signals import StopRequested, raise_on_stop_signals
 from ssmlora_dist.tracking.console import ProgressDisplay
 from ssmlora_dist.tracking.streams import UnreadError, make_lenient
 
@@ -125,7 +125,7 @@ def run_command(main: Callable[[], int | None], *, alone: bool = False, ends_unr
             )
             raise ConfigError([problem], source=Path(sys.argv[0]).name)
         stream = sys.stderr if _launch_environment().rank == 0 else None
-        with raising(), ProgressDisplay(stream) as display, shown_by(display.show):
+        with raise_on_stop_signals(), ProgressDisplay(stream) as display, shown_by(display.show):
             return main() or EXIT_DONE
     except SSMLoRAError as error:
         on_rank = ""

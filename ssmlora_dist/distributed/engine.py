@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.loss_scale import LossScale
-from ssmlora_dist.distributed.optimizer_state import OptimizerState, gather_moments, restore_moments
+from ssmlora_dist.distributed.optimizer_state import (
+    OptimizerState,
+    gather_optimizer_state,
+    restore_optimizer_state,
+)
 
 Batch = Mapping[str, Tensor]
 Check = Callable[[], None]
@@ -150,13 +154,13 @@ class DataParallelEngine:
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
             return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
 
-    def moments(self) -> OptimizerState:
+    def optimizer_state(self) -> OptimizerState:
         """The optimiser's moments; every rank must call it."""
-        return gather_moments(self.engine.optimizer, self.parameters, self.zero_stage)
+        return gather_optimizer_state(self.engine.optimizer, self.parameters, self.zero_stage)
 
-    def restore(self, moments: OptimizerState) -> None:
+    def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with an optimiser's moments, before the first step; every rank must call it."""
-        restore_moments(self.engine.optimizer, self.parameters, self.zero_stage, moments)
+        restore_optimizer_state(self.engine.optimizer, self.parameters, self.zero_stage, optimizer_state)
 
 
 def step_result(

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.records import nearest_name
-from ssmlora_dist.sweep.state import Outcome
+from ssmlora_dist.sweep.directory import Outcome
 
 FINISHED = "finished"
 OUTCOMES = get_args(Outcome)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.errors import SSMLoRAError
-from ssmlora_dist.signals import STOPPING, StopRequested, heeded
+from ssmlora_dist.signals import STOPPING, StopRequested, stop_signals
 
 # One request reaches a rank twice where it reaches the launcher too, which hands it on, Ctrl-C as SIGTERM.
 TOGETHER_SECONDS = 2.0
@@ -75,7 +75,7 @@ class Interrupts:
         self._thread.start()
         # Written to as the signal comes, whatever the main thread is doing.
         self._descriptor_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
-        for signum in (*heeded(), signal.SIGUSR1):
+        for signum in (*stop_signals(), signal.SIGUSR1):
             self._before[signum] = signal.signal(signum, _go_on)
         return self
 

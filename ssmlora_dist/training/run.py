@@ -166,10 +166,10 @@ class _Run:
         self.num_steps = self.data.num_steps
         self.store = build_store(self.config)
         checkpoint = self.resume_point.checkpoint
-        stood = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
-        self.totals = Totals(**stood["totals"])
-        self.before = scores_from_plain(stood["before"]) if self.data.compares else None
-        self.seconds_before: float = stood["wall_seconds"]
+        saved = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
+        self.totals = Totals(**saved["totals"])
+        self.before = scores_from_plain(saved["before"]) if self.data.compares else None
+        self.seconds_before: float = saved["wall_seconds"]
         self.warned_of_metrics = False
 
     def begin(self) -> None:

@@ -97,7 +97,7 @@ class Saver:
         if self.is_best(validation_loss):
             self.best_validation_loss = validation_loss
         with progress("collecting what is trained"):
-            parameters, moments = self._engine.adapter_tensors(), self._engine.moments()
+            parameters, optimizer_state = self._engine.adapter_tensors(), self._engine.optimizer_state()
         loss_scale = self._engine.loss_scale
         self.last_step = step
         if not self._context.is_main:
@@ -108,10 +108,10 @@ class Saver:
                 Checkpoint(
                     step=step,
                     parameters=parameters,
-                    moments=moments.tensors,
+                    moments=optimizer_state.tensors,
                     progress={
                         **train_state,
-                        "num_updates": moments.num_updates,
+                        "num_updates": optimizer_state.num_updates,
                         "loss_scale": asdict(loss_scale) if loss_scale else None,
                         "samples_consumed": step * self._config.training.global_batch_size,
                         "best_validation_loss": self.best_validation_loss,

@@ -67,10 +67,10 @@ class TopologyEngine(Engine, Protocol):
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU."""
 
-    def moments(self) -> OptimizerState:
+    def optimizer_state(self) -> OptimizerState:
         """What the optimiser has learnt of them."""
 
-    def restore(self, moments: OptimizerState) -> None:
+    def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with it, before the first step."""
 
 

@@ -60,7 +60,7 @@ def saver(
     whole = checkpoint(STEP)
     engine: Any = SimpleNamespace(
         adapter_tensors=lambda: whole.parameters,
-        moments=lambda: OptimizerState(STEP - 1, whole.moments),
+        optimizer_state=lambda: OptimizerState(STEP - 1, whole.moments),
         loss_scale=LossScale(1024.0, 7),
     )
     told: list[str] = [] if warnings is None else warnings
