@@ -5,14 +5,12 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.adapters.state_means import record_states, replaced_states
@@ -20,8 +18,7 @@ from ssmlora_dist.config.build import backbone_settings, build_store, check_mode
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset
 from ssmlora_dist.distributed.context import DistributedContext
-from ssmlora_dist.durable import explained
-from ssmlora_dist.errors import CheckpointError, DataError, TrainingError
+from ssmlora_dist.errors import CheckpointError, DataError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
 from ssmlora_dist.progress import Progress, progress
 from ssmlora_dist.signals import StopRequested
@@ -32,7 +29,6 @@ from ssmlora_dist.tracking import (
     Tracker,
     environment_record,
     flat_parameters,
-    plot_curves,
 )
 from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 from ssmlora_dist.training.contents import first_start, tokenizer_of
@@ -44,7 +40,6 @@ from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import peak_memory_gib, usable_memory_bytes
 from ssmlora_dist.training.report import (
     Scores,
-    before_and_after,
     environment_tags,
     plain_scores,
     score_row,
@@ -53,6 +48,7 @@ from ssmlora_dist.training.report import (
     step_row,
     tracker_of,
 )
+from ssmlora_dist.training.results import ResultWriter
 from ssmlora_dist.training.resume_point import (
     NEVER,
     ResumePoint,
@@ -226,7 +222,8 @@ class _Run:
                 last_good=self.saver.finish,
             )
         # Before anything else can go wrong.
-        self._save_adapter()
+        tensors = self.engine.adapter_tensors()
+        self.context.on_main(lambda: self.results.save_adapter(tensors, self.base, self.fingerprint))
         if self.config.checkpoint.every_steps and self.saver.last_step < self.num_steps:
             self._save(self.num_steps)
         before, after = self.before, self._evaluate(step=self.num_steps)
@@ -256,7 +253,7 @@ class _Run:
         }
         if self.context.is_main:
             self.tracker.log_metrics(self.data.metrics(), self.num_steps)
-            self._finish(summary, before, after, without_states)
+            self.results.finish(summary, before, after, without_states)
 
     def build(self) -> None:
         """Loads the backbone, adapts it and hands it to the engine."""
@@ -278,6 +275,9 @@ class _Run:
         parts = (self.base, fingerprint, self.contents, self.resume_point, self.console.warn)
         checkpoints, compares = self.directory.checkpoints, self.data.compares
         self.saver = Saver(self.config, self.context, self.engine, checkpoints, *parts, compares=compares)
+        self.results = ResultWriter(
+            self.config, self.directory, self.tracker, self.store, self.console, self.saver.last_good
+        )
 
     def _learning_rate(self, step: int) -> float:
         training = self.config.training
@@ -393,49 +393,3 @@ class _Run:
                 self.console.warn(f"{error}; training goes on, and what is missing is written once it can be")
             self.warned_of_metrics = True
         self.tracker.log_metrics(row, step)
-
-    def _save_adapter(self) -> None:
-        tensors = self.engine.adapter_tensors()
-
-        def write() -> None:
-            with self._writing_results(), progress("saving the adapter"):
-                write_adapter(
-                    self.directory.adapter,
-                    self.config.adapter,
-                    tensors,
-                    base=self.base,
-                    base_fingerprint=self.fingerprint,
-                )
-
-        self.context.on_main(write)
-
-    @contextmanager
-    def _writing_results(self) -> Iterator[None]:
-        """What the disk refuses after training is no bad input, and loses nothing that a checkpoint has."""
-        try:
-            with explained(self.directory.path):
-                yield
-        except CheckpointError as error:
-            raise TrainingError(f"{error}, and go on with --resume; {self.saver.last_good()}") from error
-
-    def _finish(
-        self,
-        summary: dict[str, Any],
-        before: Scores | None,
-        after: Scores | None,
-        without_states: Scores | None,
-    ) -> None:
-        with self._writing_results():
-            self.directory.plots.mkdir(exist_ok=True)
-            with progress("drawing the curves"):
-                plot_curves(self.directory.read_metrics(), self.directory.plots / "curves.png")
-            # Last, as it marks a run that is done.
-            self.directory.write_summary(summary)
-        if self.config.tracking.log_adapter:
-            self.tracker.log_directory(self.directory.adapter, "adapter")
-        self.tracker.log_directory(self.directory.plots, "plots")
-        self.tracker.log_artifact(self.directory.summary_file)
-        if before and after:
-            self.console.print_before_after(before_and_after(before, after, without_states))
-        uri = self.store.uri if self.store else None
-        self.console.print_where_to_look(self.directory.path, self.directory.adapter, uri)
