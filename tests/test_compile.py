@@ -25,7 +25,6 @@ CONFIGS = {
     "gated and constant": AdapterConfig(
         rank=4, method="gated", every_layer=("up_proj",), every_layer_method="constant", dropout=0.2
     ),
-    "rolled, none handed on": AdapterConfig(rank=4, method="rolled", carry="none", dropout=0.2),
     "forms of a reference alone": AdapterConfig(
         rank=4, method=Mixing.name, every_layer=("up_proj",), every_layer_method=Fading.name, dropout=0.2
     ),

@@ -73,8 +73,8 @@ RUNS = dict(
 
 
 def _in_turn(names: list[str]) -> list[tuple[str, str]]:
-    """Each continued on the next, and on the one before: a checkpoint knows nothing of its topology."""
-    return [pair for one, next_ in pairwise([*names, names[0]]) for pair in ((one, next_), (next_, one))]
+    """Each continued on the next one: a checkpoint knows nothing of its topology."""
+    return list(pairwise([*names, names[0]]))
 
 
 PAIRS = [
