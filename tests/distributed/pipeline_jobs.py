@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 
 from .jobs import ROWS_FILE, Overrides
 
@@ -74,17 +74,14 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
     # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
     "two ranks": (2, VARIANTS[_NAMES[0]]),
 }
-# Every split, each with another kind of model, and every kind split in two and in three.
+# Every split, each with another kind of model.
 SPLIT: dict[str, tuple[int, Overrides, str]] = {
     f"{variant} at {boundaries}": (
         len(boundaries),
         (*VARIANTS[variant], *_split(boundaries, ("auto", 0, 1, 2)[index % 4])),
         variant,
     )
-    for index, (boundaries, variant) in enumerate(
-        [(split, _NAMES[i % len(_NAMES)]) for i, split in enumerate(SPLITS)]
-        + [((0, 1 + i % 5), name) for i, name in enumerate(_NAMES)]
-    )
+    for index, (boundaries, variant) in enumerate(zip(SPLITS, cycle(_NAMES), strict=False))
 } | {
     "nf4 in stages": (2, (*PLAIN["nf4"][1], *_split((0, 2))), "nf4"),
     "float16 in stages": (2, (*PLAIN["float16"][1], *_split((0, 2))), "float16"),
