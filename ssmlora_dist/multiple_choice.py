@@ -61,7 +61,8 @@ class QuestionReader:
     """Records to multiple-choice questions.
 
     Args:
-        prompt: template of the prompt. Spaces at its end go to the choices: tokenizers join them to a word.
+        prompt: template of the prompt, by default `QUESTION_PROMPT`. Spaces at its end go to the choices:
+            tokenizers join them to a word.
         choices: templates of the choices, each with the space between prompt and choice; without them they
             are the texts of the list field `choices`, each after a space.
         fields: the names that the templates use, `label` and `choices`, to paths in the records.
@@ -74,12 +75,12 @@ class QuestionReader:
 
     def __init__(
         self,
-        prompt: str = QUESTION_PROMPT,
+        prompt: str | None = None,
         choices: Sequence[str] | None = None,
         fields: Mapping[str, Paths] | None = None,
         labels: Mapping[str, int] | None = None,
     ) -> None:
-        self._prompt = Template(prompt, "prompt")
+        self._prompt = Template(QUESTION_PROMPT if prompt is None else prompt, "prompt")
         self._choices = [Template(text, f"choices[{i}]") for i, text in enumerate(choices or ())]
         self._fields = fields or {}
         self._labels = labels
@@ -94,7 +95,7 @@ class QuestionReader:
         used = {"label"} if self._choices else {"label", "choices"}
         check_fields(self._fields, used, [self._prompt, *self._choices])
 
-    def __call__(self, record: Record) -> Question:
+    def read(self, record: Record) -> Question:
         """The question of a record.
 
         Raises:

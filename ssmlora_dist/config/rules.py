@@ -222,11 +222,10 @@ def _format_settings(place: str, source: SourceSection) -> Iterator[str]:
 
 def _question(place: str, source: SourceSection) -> Iterator[str]:
     """What cannot be in the settings of multiple-choice questions."""
-    from ssmlora_dist.multiple_choice import QUESTION_PROMPT, QuestionReader
+    from ssmlora_dist.multiple_choice import QuestionReader
 
-    prompt = QUESTION_PROMPT if source.prompt is None else source.prompt
     try:
-        QuestionReader(prompt, source.choices, source.fields, source.labels)
+        QuestionReader(source.prompt, source.choices, source.fields, source.labels)
     except DataError as error:
         yield f"{place}.{error}"
 

@@ -33,7 +33,6 @@ from ssmlora_dist.evaluation.tasks.records import (
 )
 from ssmlora_dist.evaluation.tasks.standard import STANDARD, StandardTask, items_of
 from ssmlora_dist.evaluation.tasks.variable_tracking import variable_tracking
-from ssmlora_dist.multiple_choice import QUESTION_PROMPT
 from ssmlora_dist.records import RecordView, UnusedFields, nearest_name
 
 DEFAULT_LENGTHS = (1024,)
@@ -194,11 +193,10 @@ def own_format(section: TaskSection) -> ItemFormat:
     Raises:
         DataError: its templates or fields are malformed.
     """
-    prompt = QUESTION_PROMPT if section.prompt is None else section.prompt
     if section.task == "multiple_choice":
-        return ChoiceFormat(prompt, section.choices, section.fields, section.labels)
+        return ChoiceFormat(section.prompt, section.choices, section.fields, section.labels)
     return GenerationFormat(
-        prompt,
+        section.prompt,
         max_new_tokens=section.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
         stop=DEFAULT_STOP if section.stop is None else section.stop,
         fields=section.fields,

@@ -27,7 +27,7 @@ from ssmlora_dist.data.chat_template import ChatTemplate
 from ssmlora_dist.data.messages import read_messages, read_tools
 from ssmlora_dist.data.rows import Row, Segment
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.multiple_choice import QUESTION_PROMPT, QuestionReader
+from ssmlora_dist.multiple_choice import QuestionReader
 from ssmlora_dist.records import Paths, Record, RecordView, Template, check_fields
 from ssmlora_dist.tokenization import TextEncoder
 
@@ -83,9 +83,7 @@ def make_renderer(
             allowed = f"it takes {' and '.join(takes)}" if takes else "it takes no templates"
             raise DataError(f"{setting}: does not belong to the format {format!r}; {allowed}; remove it")
     if format == "multiple_choice":
-        return _MultipleChoice(
-            QuestionReader(QUESTION_PROMPT if prompt is None else prompt, choices, fields, labels)
-        )
+        return _MultipleChoice(QuestionReader(prompt, choices, fields, labels))
     prompt_template = None if prompt is None else Template(prompt, "prompt")
     answer_template = None if answer is None else Template(answer, "answer")
     templates = [template for template in (prompt_template, answer_template) if template is not None]
@@ -153,10 +151,10 @@ class _Text:
 
 @dataclass(frozen=True)
 class _MultipleChoice:
-    read: QuestionReader
+    questions: QuestionReader
 
     def __call__(self, record: Record) -> list[Row]:
-        question = self.read(record)
+        question = self.questions.read(record)
         answer = question.choices[question.position]
         return [Row(record.place, (Segment(question.prompt), Segment(answer, is_target=True)))]
 

@@ -23,20 +23,11 @@ Preparation = Callable[[Record], Iterable[Record]]
 """Of a record as it was read to one for each of its items."""
 
 
-class ChoiceFormat:
-    """Records to questions with answers to choose from; arguments and errors as of a `QuestionReader`."""
-
-    def __init__(
-        self,
-        prompt: str = QUESTION_PROMPT,
-        choices: Sequence[str] | None = None,
-        fields: Mapping[str, Paths] | None = None,
-        labels: Mapping[str, int] | None = None,
-    ) -> None:
-        self._read = QuestionReader(prompt, choices, fields, labels)
+class ChoiceFormat(QuestionReader):
+    """Records to questions with answers to choose from."""
 
     def __call__(self, record: Record, id: str) -> ChoiceItem:
-        question = self._read(record)
+        question = self.read(record)
         return ChoiceItem(id, question.prompt, question.choices, question.position)
 
 
@@ -44,7 +35,7 @@ class GenerationFormat:
     """Records to questions that are answered in the model's own words.
 
     Args:
-        prompt: template of the prompt; spaces at its end are left to the answer.
+        prompt: template of the prompt, by default `QUESTION_PROMPT`; spaces at its end go to the answer.
         max_new_tokens: where the answer is cut off.
         stop: texts before which the answer ends.
         fields: the names that the template uses, and `references`, to paths in the records; there, a text or
@@ -56,13 +47,13 @@ class GenerationFormat:
 
     def __init__(
         self,
-        prompt: str = QUESTION_PROMPT,
+        prompt: str | None = None,
         *,
         max_new_tokens: int,
         stop: Sequence[str] = ("\n",),
         fields: Mapping[str, Paths] | None = None,
     ) -> None:
-        self._prompt = Template(prompt, "prompt")
+        self._prompt = Template(QUESTION_PROMPT if prompt is None else prompt, "prompt")
         self._fields = fields or {}
         self._max_new_tokens, self._stop = max_new_tokens, tuple(stop)
         check_fields(self._fields, {"references"}, [self._prompt])
