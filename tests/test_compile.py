@@ -73,6 +73,7 @@ def test_so_it_is_with_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_compiled_is_eager(CONFIGS["mixed"], "aot_eager", checkpointing=True)
 
 
+@pytest.mark.slow  # compiles C++ for up to a minute
 @has_compiler
 def test_so_it_is_with_generated_code() -> None:
     assert_compiled_is_eager(CONFIGS["mixed"], "inductor")

@@ -1,4 +1,4 @@
-"""What the ranks of `pipeline_worker.py` train: every split of five layers, every kind of adapted model."""
+"""What the ranks of `pipeline_worker.py` train: every split of four layers, every kind of adapted model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import combinations, cycle, product
 from ..decoders import bare_config
 from .jobs import ROWS_FILE, Overrides, mixture
 
-NUM_LAYERS = 5
+NUM_LAYERS = 4
 NUM_STEPS = 20
 _SOURCE = f'{{"format":"instruction","path":"{ROWS_FILE}"}}'
 
@@ -109,21 +109,21 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
         (*VARIANTS[variant], *_split(boundaries, ("auto", 0, 1, 2)[index % 4])),
         variant,
     )
-    for index, (boundaries, variant) in enumerate(zip(SPLITS, cycle(_NAMES), strict=False))
+    for index, (boundaries, variant) in enumerate(zip(cycle(SPLITS), _NAMES, strict=False))
 } | {
     "nf4 in stages": (2, (*PLAIN["nf4"][1], *_split((0, 2))), "nf4"),
     "experts in stages": (2, (*PLAIN["experts"][1], *_split((0, 2))), "experts"),
     "float16 in stages": (2, (*PLAIN["float16"][1], *_split((0, 2))), "float16"),
     "lora in stages": (3, (*PLAIN["lora"][1], *_split((0, 2, 3))), "lora"),
     "tied from a file in two": (2, (_TIED, *_split((0, 3))), "tied from a file"),
-    "tied from a file in three": (3, (_TIED, *_split((0, 2, 4))), "tied from a file"),
+    "tied from a file in three": (3, (_TIED, *_split((0, 1, 3))), "tied from a file"),
     **{
         f"dropout at {boundaries}, {ahead} ahead": (
             len(boundaries),
             (*_DROPOUT, *_split(boundaries, ahead)),
             "dropout",
         )
-        for boundaries, ahead in (((0, 3), 0), ((0, 3), 2), ((0, 3), "auto"), ((0, 2, 3, 4), 1))
+        for boundaries, ahead in (((0, 3), 0), ((0, 3), 2), ((0, 3), "auto"), ((0, 1, 2, 3), 1))
     },
     **{
         f"{model_type} in two": (2, (*overrides, *_split((0, 3), 1)), model_type)
