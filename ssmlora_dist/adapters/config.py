@@ -26,6 +26,7 @@ Carry = Literal["normalized", "raw", "none"]
 Normalization = Literal["minmax", "rms", "none"]
 DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
 ALL_LINEAR = "all-linear"
+_SLICE = re.compile(r"(-?[0-9]{1,6})?:(-?[0-9]{1,6})?(:(-?[0-9]{1,6})?)?")
 
 
 class AdapterConfig(BaseModel):
@@ -37,7 +38,7 @@ class AdapterConfig(BaseModel):
     regular expression that matches full names as a whole, such as `".*attn.(q|v)_proj"`. By PEFT's rules a
     name stands for the paths that end in it: `q_proj` for `self_attn.q_proj`. The alternating modules are of
     the form `method`, those of every layer of the form `every_layer_method`: names of forms that are
-    registered, see `register_form`.
+    registered, see `register_form`. `layers` restricts both to some of the decoder layers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -56,6 +57,8 @@ class AdapterConfig(BaseModel):
     """Projections adapted in each layer: names, `"all-linear"`, or a regular expression for full names."""
     every_layer_method: str = "lora"
     """Form of the modules of `every_layer`."""
+    layers: tuple[int, ...] | str | None = None
+    """Decoder layers that are adapted: indices (-1 is the last) or a slice (`"-10:"`, `"::2"`); null: all."""
     state_gradient: StateGradient = "full"
     """`full` sends gradients through the state into earlier layers; `detached` stops them at every module."""
     carry: Carry = "normalized"
@@ -76,6 +79,16 @@ class AdapterConfig(BaseModel):
     def _is_registered(cls, name: str) -> str:
         form_named(name)
         return name
+
+    @field_validator("layers")
+    @classmethod
+    def _is_a_slice(cls, layers: tuple[int, ...] | str | None) -> tuple[int, ...] | str | None:
+        if isinstance(layers, str) and not _SLICE.fullmatch(layers):
+            raise ValueError(
+                f'{layers[:40]!r} given; allowed: a list of indices or a slice, such as "0:8", "-10:" or '
+                '"::2"; write one of these, or null for all layers'
+            )
+        return layers
 
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:
@@ -155,6 +168,12 @@ class AdapterConfig(BaseModel):
         """`every_layer` as names, which `projections.resolve` makes of what is no list."""
         assert isinstance(self.every_layer, tuple), "resolved against a model"
         return self.every_layer
+
+    @property
+    def layer_indices(self) -> tuple[int, ...] | None:
+        """`layers` as `projections.resolve` makes them; None: all."""
+        assert not isinstance(self.layers, str), "resolved against a model"
+        return self.layers
 
     @property
     def scaling(self) -> float:

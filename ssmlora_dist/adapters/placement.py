@@ -6,8 +6,15 @@ from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.ops.registry import form_named
 
 
+def adapts(config: AdapterConfig, layer_idx: int) -> bool:
+    """Whether a resolved `layers` has layer `layer_idx`."""
+    return config.layer_indices is None or layer_idx in config.layer_indices
+
+
 def placement(config: AdapterConfig, layer_idx: int) -> dict[str, str]:
     """Projections adapted in layer `layer_idx`, and the form: `{"q_proj": "ssmlora", "o_proj": "lora"}`."""
+    if not adapts(config, layer_idx):
+        return {}
     chosen = dict.fromkeys(config.listed, config.every_layer_method)
     if config.alternate:
         chosen = {config.alternate[layer_idx % len(config.alternate)]: config.method, **chosen}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,9 +170,20 @@ def adapted_text(model: PreTrainedModel) -> str:
     if config.alternate:
         parts.append(f"{config.method} in turn on {', '.join(map(widths, config.alternate))}")
     if config.listed:
-        method = config.every_layer_method if config.method == "ssmlora" else "lora"
-        parts.append(f"{method} on {', '.join(map(widths, config.listed))}")
-    return "; ".join(parts)
+        parts.append(f"{config.every_layer_method} on {', '.join(map(widths, config.listed))}")
+    where = "" if config.layer_indices is None else f", in layers {_ranges(config.layer_indices)}"
+    return "; ".join(parts) + where
+
+
+def _ranges(indices: Iterable[int]) -> str:
+    """`0-2, 5` for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def tracking_line(config: RunConfig) -> str:

@@ -229,7 +229,11 @@ EVERYWHERE = {"q_proj": [0, 1, 2, 3]}
 @pytest.mark.parametrize(
     ("placed", "settings", "message"),
     [
-        ({"q_proj": [0, 1]}, {}, r"neither `every_layer` nor `alternate`: q_proj in layers \[0, 1\]"),
+        (
+            {"q_proj": [0, 1], "v_proj": [0]},
+            {},
+            r"neither `every_layer` nor `alternate`: v_proj in layers \[0\]",
+        ),
         ({"q_proj": [0, 1, 2, 3, 4]}, {}, r"q_proj in layers \[0, 1, 2, 3, 4\]"),
         ({}, {}, "holds no LoRA of a decoder layer"),
         (
@@ -274,6 +278,38 @@ def test_what_peft_can_do_and_this_cannot_is_refused(
     with pytest.raises(AdapterError, match=message) as caught:
         read_adapter(directory, *WHERE)
     assert str(directory / PEFT) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("placed", "config"),
+    [
+        ({"q_proj": [0, 1]}, {"every_layer": ("q_proj",), "layers": (0, 1)}),
+        ({"q_proj": [3], "v_proj": [3]}, {"every_layer": ("q_proj", "v_proj"), "layers": (3,)}),
+        ({"q_proj": [2], "v_proj": [3]}, {"alternate": ("q_proj", "v_proj"), "layers": (2, 3)}),
+        ({"q_proj": [3], "v_proj": [2]}, {"alternate": ("v_proj", "q_proj"), "layers": (2, 3)}),
+        (
+            {"q_proj": [3], "v_proj": [1], "k_proj": [2], "o_proj": [1, 2, 3]},
+            {"alternate": ("q_proj", "v_proj", "k_proj"), "every_layer": ("o_proj",), "layers": (1, 2, 3)},
+        ),
+    ],
+)
+def test_which_layers_peft_has_adapted_is_found(
+    peft_directory: Callable[..., Path], placed: dict[str, list[int]], config: dict[str, Any]
+) -> None:
+    found = read_adapter(peft_directory(placed), *WHERE).config
+    assert found == AdapterConfig(method="lora", rank=2, alpha=4, **({"alternate": ()} | config))
+
+
+def test_the_chosen_layers_are_written_for_peft(tmp_path: Path) -> None:
+    dense = AdapterConfig(method="lora", rank=2, alternate=(), every_layer=("q_proj",), layers="-2:")
+    write_adapter(tmp_path, dense, lora_tensors({"q_proj": [2, 3]}))
+    peft = json.loads((tmp_path / PEFT).read_text())
+    assert (peft["target_modules"], peft["layers_to_transform"]) == (["q_proj"], [2, 3])
+    in_turn = AdapterConfig(method="lora", rank=2, layers="-2:")
+    write_adapter(tmp_path, in_turn, lora_tensors({"q_proj": [2], "v_proj": [3]}))
+    peft = json.loads((tmp_path / PEFT).read_text())
+    assert peft["target_modules"] == [f"model.layers.{n}_proj" for n in ("2.self_attn.q", "3.self_attn.v")]
+    assert peft["layers_to_transform"] is None
 
 
 @pytest.mark.parametrize(

@@ -131,3 +131,8 @@ def test_a_device_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="NVIDIA H100", total_memory=79 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert device_text(torch.device("cuda")) == "cuda, NVIDIA H100, 79 GiB"
+
+
+def test_it_says_which_layers_are_adapted() -> None:
+    some = {"rank": 4, "layers": [0, 1, 2, 4, -1], "every_layer": ["up_proj"], "alternate": []}
+    assert facts(config(adapter=some))["adapts"] == "lora on up_proj (16 -> 24), in layers 0-2, 4-5"
