@@ -89,9 +89,17 @@ def test_i2_in_every_family(model_type: str, quantization: str) -> None:
     assert_bitwise(got, wanted)
 
 
-@pytest.mark.parametrize("layers", [(1, 4), "-2:", "::2"])
-def test_i2_with_adapters_in_some_layers(layers: Any) -> None:
-    config = changed(layers=layers)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers": (1, 4)},
+        {"layers": "-2:"},
+        {"layers": "::2"},
+        {"places": ("1.q_proj", "1.down_proj", "4.q_proj"), "every_layer": ()},
+    ],
+)
+def test_i2_with_adapters_in_some_layers(settings: dict[str, Any]) -> None:
+    config = changed(**settings)
     wanted = loss_and_gradients(adapted_model(config=config))
     assert_bitwise(loss_and_gradients(adapted_model(config=config), checkpoint_layers), wanted)
 

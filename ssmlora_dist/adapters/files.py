@@ -248,9 +248,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _peft_config(config: AdapterConfig, names: Iterable[str], base_model: str | None) -> dict[str, Any]:
-    is_plain_lora = all(form_named(name).is_mergeable for name in (config.method, config.every_layer_method))
+    is_plain_lora = all(form_named(name).is_mergeable for name in config.methods)
     modules = sorted(name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight"))
-    is_a_list = isinstance(config.every_layer, tuple) and not config.alternate
+    is_a_list = bool(config.every_layer) and isinstance(config.every_layer, tuple) and not config.alternate
     # A whole name counts in PEFT whatever layers are chosen.
     chosen = is_a_list and config.layers is not None
     return {
@@ -330,12 +330,17 @@ def _stray(names: Sequence[str]) -> str:
 
 
 def _placement_of(layers: Mapping[str, set[int]], paths: Paths, source: Path) -> dict[str, Any]:
-    """`alternate`, `every_layer` and `layers`, from the layers in which each projection is adapted."""
+    """`alternate`, `every_layer` and `layers`, or `places`: from the layers that each projection is in."""
     if not layers:
         raise AdapterError(
             f"{source}: holds no LoRA of a decoder layer; it was saved for another kind of model"
         )
     chosen = set().union(*layers.values())
+    if beyond := sorted(index for index in chosen if index >= len(paths)):
+        raise AdapterError(
+            f"{source}: holds an adapter of layer {beyond[0]}; the model has {len(paths)} layers; it was "
+            "saved for another model"
+        )
     having = {name: {i for i, own in enumerate(paths) if named_by(name, own)} for name in layers}
     # What no layer has is refused where the adapter meets the model.
     every = tuple(name for name, where in layers.items() if where == ((having[name] & chosen) or chosen))
@@ -344,14 +349,12 @@ def _placement_of(layers: Mapping[str, set[int]], paths: Paths, source: Path) ->
     expected = {
         name: {index for index in chosen if index % len(rest) == turn} for turn, name in enumerate(alternate)
     }
-    num_layers = len(paths)
-    if rest != expected or max(chosen) >= num_layers:
-        placed = "; ".join(f"{name} in layers {sorted(where)}" for name, where in (rest or layers).items())
-        raise AdapterError(
-            f"{source}: its placement over {num_layers} layers is neither `every_layer` nor `alternate`: "
-            f"{placed}; it was saved for another model"
-        )
-    is_whole = chosen == set(range(num_layers))
+    if rest != expected:
+        # Brought into order where the adapter meets the model.
+        return {
+            "places": tuple(f"{index}.{name}" for name, where in layers.items() for index in sorted(where))
+        }
+    is_whole = len(chosen) == len(paths)
     return {
         "alternate": alternate,
         "every_layer": every,

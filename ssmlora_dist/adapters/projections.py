@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from ssmlora_dist.adapters.config import ALL_LINEAR, AdapterConfig
+from ssmlora_dist.adapters.config import ALL_LINEAR, AdapterConfig, split_place
 from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.placement import adapts
 from ssmlora_dist.errors import AdapterError
@@ -62,7 +62,8 @@ def shortest_name(path: str, paths: Paths) -> str:
 def resolve(config: AdapterConfig, prefix: str, paths: Paths) -> AdapterConfig:
     """`config` with every projection of `every_layer` listed by a name that is unique in its decoder layer.
 
-    `layers` become indices from 0, in order; None where they are all.
+    `layers` become indices from 0, in order; None where they are all. `places` come in the order of the
+    model, and alone.
 
     Args:
         config: what to adapt.
@@ -71,8 +72,11 @@ def resolve(config: AdapterConfig, prefix: str, paths: Paths) -> AdapterConfig:
 
     Raises:
         AdapterError: `layers` that the model has not; a name or expression that stands for no linear layer of
-            those chosen, or not for one wherever `alternate` puts it, with the nearest names.
+            those chosen, or not for one wherever `alternate` or `places` put it, with the nearest names.
     """
+    if config.places:
+        alone = {"alternate": (), "every_layer": (), "layers": None}
+        return config.model_copy(update={**alone, "places": _resolved_places(config.places, paths)})
     layers = _chosen_layers(config.layers, len(paths))
     # Of the others nothing is adapted.
     paths = [own if index in layers else () for index, own in enumerate(paths)]
@@ -129,6 +133,35 @@ def _chosen_layers(layers: tuple[int, ...] | str | None, num_layers: int) -> tup
         given = f'"{layers}"' if isinstance(layers, str) else "[]"
         raise AdapterError(f"adapter: `layers` {given} chooses none; {allowed}; choose one, or null for all")
     return chosen
+
+
+def _resolved_places(places: Sequence[str], paths: Paths) -> tuple[str, ...]:
+    """In the order of the model, by names that are unique in their decoder layer."""
+    found: dict[tuple[int, int], str] = {}
+    for each in places:
+        index, name = split_place(each)
+        if index >= len(paths):
+            raise AdapterError(
+                f"adapter: `places` has {each!r}; the model has {len(paths)} layers, 0 to {len(paths) - 1}; "
+                "choose among these"
+            )
+        own = paths[index]
+        named = named_by(name, own)
+        if not named:
+            raise _unknown(name, paths, index)
+        if len(named) > 1:
+            raise AdapterError(
+                f"adapter: `places` has {each!r}, which is {' and '.join(named)} in layer {index}; give more "
+                "of the path of the one that is meant"
+            )
+        key = index, own.index(named[0])
+        if key in found:
+            raise AdapterError(
+                f"adapter: `places` has {named[0]} of layer {index} more than once, the last time as "
+                f"{each!r}; a projection is adapted once: leave one of them out"
+            )
+        found[key] = f"{index}.{shortest_name(named[0], paths)}"
+    return tuple(found[key] for key in sorted(found))
 
 
 def _check_alternate(name: str, layers: Sequence[int], paths: Paths) -> None:
@@ -193,9 +226,14 @@ def _names(paths: Paths) -> list[str]:
     return list(dict.fromkeys(shortest_name(path, paths) for path in _distinct(paths)))
 
 
-def _unknown(name: str, paths: Paths) -> AdapterError:
-    names = _names(paths)
-    whose = "model's layers have" if all(paths) else "layers that `layers` chooses have"
+def _unknown(name: str, paths: Paths, index: int | None = None) -> AdapterError:
+    """That no layer has it, or not layer `index`."""
+    if index is None:
+        names, they = _names(paths), "they have"
+        whose = "model's layers have" if all(paths) else "layers that `layers` chooses have"
+    else:
+        names, they = [shortest_name(path, paths) for path in paths[index]], "it has"
+        whose = f"model's layer {index} has"
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return AdapterError(f"adapter: the {whose} no projection {name!r}{hint}; they have {', '.join(names)}")
+    return AdapterError(f"adapter: the {whose} no projection {name!r}{hint}; {they} {', '.join(names)}")

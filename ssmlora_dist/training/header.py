@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ssmlora_dist.adapters.config import AdapterConfig
+from ssmlora_dist.adapters.config import AdapterConfig, split_place
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.projections import linear_layers, named_by, skipped_layers
 from ssmlora_dist.config.build import build_store, meta_model, shapes_of
@@ -167,6 +167,12 @@ def adapted_text(model: PreTrainedModel) -> str:
         return f"{name} ({' or '.join(sizes)}{lacking})"
 
     parts = []
+    if config.places:
+        layers_of: dict[str, list[int]] = {}
+        for index, name in map(split_place, config.places):
+            layers_of.setdefault(name, []).append(index)
+        parts = [f"{widths(name)} in layers {_ranges(own)}" for name, own in layers_of.items()]
+        return f"{config.method} in {len(config.places)} places: {'; '.join(parts)}"
     if config.alternate:
         parts.append(f"{config.method} in turn on {', '.join(map(widths, config.alternate))}")
     if config.listed:

@@ -230,11 +230,10 @@ EVERYWHERE = {"q_proj": [0, 1, 2, 3]}
     ("placed", "settings", "message"),
     [
         (
-            {"q_proj": [0, 1], "v_proj": [0]},
+            {"q_proj": [0, 1, 2, 3, 4]},
             {},
-            r"neither `every_layer` nor `alternate`: v_proj in layers \[0\]",
+            "holds an adapter of layer 4; the model has 4 layers; it was saved",
         ),
-        ({"q_proj": [0, 1, 2, 3, 4]}, {}, r"q_proj in layers \[0, 1, 2, 3, 4\]"),
         ({}, {}, "holds no LoRA of a decoder layer"),
         (
             EVERYWHERE,
@@ -298,6 +297,26 @@ def test_which_layers_peft_has_adapted_is_found(
 ) -> None:
     found = read_adapter(peft_directory(placed), *WHERE).config
     assert found == AdapterConfig(method="lora", rank=2, alpha=4, **({"alternate": ()} | config))
+
+
+def test_what_is_no_pattern_are_places(peft_directory: Callable[..., Path]) -> None:
+    found = read_adapter(peft_directory({"v_proj": [2, 0], "q_proj": [3, 0]}), *WHERE).config
+    places = ("0.q_proj", "3.q_proj", "0.v_proj", "2.v_proj")
+    assert set(found.places) == set(places)
+    assert found == AdapterConfig(method="lora", rank=2, alpha=4, places=found.places)
+
+
+def test_places_are_written_for_peft(tmp_path: Path) -> None:
+    config = AdapterConfig(method="lora", rank=2, places=("0.v_proj", "2.q_proj"))
+    # As it is given, and as `resolve` makes it.
+    for each in (config, config.model_copy(update={"alternate": ()})):
+        write_adapter(tmp_path, each, lora_tensors({"v_proj": [0], "q_proj": [2]}))
+        peft = json.loads((tmp_path / PEFT).read_text())
+        assert peft["target_modules"] == [
+            f"model.layers.{n}_proj" for n in ("0.self_attn.v", "2.self_attn.q")
+        ]
+        assert (peft["peft_type"], peft["layers_to_transform"]) == ("LORA", None)
+        assert read_adapter(tmp_path, *WHERE).config == each
 
 
 def test_the_chosen_layers_are_written_for_peft(tmp_path: Path) -> None:

@@ -278,3 +278,27 @@ def test_a_layer_computes_as_where_all_are_adapted() -> None:
             everywhere.get_parameter(name).copy_(parameter)
     tokens = token_ids(2, 9)
     assert torch.equal(some(input_ids=tokens).logits, everywhere(input_ids=tokens).logits)
+
+
+def test_places_are_adapted_and_no_others() -> None:
+    places = ("1.v_proj", "4.q_proj", "4.v_proj", "5.up_proj")
+    model = adapted_model(config=AdapterConfig(rank=4, places=places))
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    assert [name.removeprefix("model.layers.") for name in adapted] == [
+        "1.self_attn.v_proj",
+        "4.self_attn.q_proj",
+        "4.self_attn.v_proj",
+        "5.mlp.up_proj",
+    ]
+    assert all(layer.num_axes == 3 for layer in layers_of(model))
+    # What alternates in two layers is these two places: the same axes, starts and state.
+    alike = {
+        "pattern": AdapterConfig(rank=4, layers=(2, 5), dropout=0.3),
+        "places": AdapterConfig(rank=4, places=("2.q_proj", "5.v_proj"), dropout=0.3),
+    }
+    seeds = torch.arange(2)
+    logits = []
+    for config in alike.values():
+        model = adapted_model(config=config).train()
+        logits.append(model(input_ids=token_ids(2, 9), dropout_seeds=seeds).logits)
+    assert torch.equal(*logits)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.layers import LoRALinear
-from ssmlora_dist.adapters.placement import placement
+from ssmlora_dist.adapters.placement import placement, time_axes
 from ssmlora_dist.adapters.projections import linear_layers, resolve, shortest_name, skipped_layers
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models import decoder_layers, empty_model, load_config
@@ -197,3 +197,37 @@ def test_names_are_those_of_the_chosen_layers() -> None:
         chosen(("in_proj",))
     assert skipped_layers(chosen(("in_proj",), layers="::2"), MIXED) == {}
     assert skipped_layers(chosen(("in_proj",), layers="1:"), MIXED) == {"in_proj": [1]}
+
+
+def test_places_come_in_the_order_of_the_model() -> None:
+    given = AdapterConfig(places=("2.self_attn.v_proj", "0.down_proj", "2.q_proj", "0.q_proj"))
+    resolved = resolve(given, PREFIX, ALIKE)
+    assert resolved.places == ("0.q_proj", "0.down_proj", "2.q_proj", "2.v_proj")
+    assert (resolved.alternate, resolved.every_layer, resolved.layers) == ((), (), None)
+    assert resolve(resolved, PREFIX, ALIKE) == resolved
+    assert [placement(resolved, index) for index in range(3)] == [
+        {"q_proj": "ssmlora", "down_proj": "ssmlora"},
+        {},
+        {"q_proj": "ssmlora", "v_proj": "ssmlora"},
+    ]
+    assert list(time_axes(resolved)) == ["q_proj", "down_proj", "v_proj"]
+    assert time_axes(resolved.model_copy(update={"method": "lora"})) == {}
+    mixed = AdapterConfig(places=("1.cross_attn.q_proj", "2.out_proj", "1.out_proj"))
+    assert resolve(mixed, PREFIX, MIXED).places == ("1.out_proj", "1.cross_attn.q_proj", "2.out_proj")
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (("3.q_proj",), r"`places` has '3\.q_proj'; the model has 3 layers, 0 to 2; choose among these"),
+        (("0.q_proj",), r"layer 0 has no projection 'q_proj' \(did you mean .*\); it has in_proj, out_proj"),
+        (
+            ("1.q_proj",),
+            r"'1\.q_proj', which is self_attn\.q_proj and cross_attn\.q_proj in layer 1; give more",
+        ),
+        (("1.up_proj", "1.mlp.up_proj"), r"mlp\.up_proj of layer 1 more than once, the last time as '1\.mlp"),
+    ],
+)
+def test_places_that_the_model_has_not(places: Any, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        resolve(AdapterConfig(places=places), PREFIX, MIXED)
