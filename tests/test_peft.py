@@ -31,6 +31,7 @@ PLACEMENTS = {
     "dense in some layers": AdapterConfig(
         method="lora", rank=4, alternate=(), every_layer=("q_proj", "down_proj"), layers="1:-1"
     ),
+    "rslora": AdapterConfig(method="lora", rank=4, alpha=3.0, rslora=True),
     "places": AdapterConfig(method="lora", rank=4, places=("0.q_proj", "0.down_proj", "4.v_proj")),
     "alternate in some layers": AdapterConfig(method="lora", rank=4, layers=(0, 3, -1)),
 }
@@ -134,7 +135,7 @@ def test_lora_of_peft_loads_here_in_every_family(model_type: str, tmp_path: Path
     assert_same_logits(load_adapter(tiny_model(model_type), tmp_path), model)
 
 
-@pytest.mark.parametrize("name", ["alternate", "places", "alternate in some layers"])
+@pytest.mark.parametrize("name", ["alternate", "rslora", "places", "alternate in some layers"])
 def test_lora_goes_to_peft_and_back(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = adapted_model(config=PLACEMENTS[name])

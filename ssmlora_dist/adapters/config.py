@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import re
 from dataclasses import fields
 from typing import Any, Literal
@@ -50,7 +51,9 @@ class AdapterConfig(BaseModel):
     rank: int = Field(default=8, ge=1, le=1024)
     """R, the inner width of every adapter."""
     alpha: float = Field(default=16.0, gt=0)
-    """The adapter's output is scaled by alpha / rank."""
+    """The adapter's output is scaled by alpha / rank; with `rslora` by alpha / sqrt(rank)."""
+    rslora: bool = False
+    """Rank-stabilised scaling, alpha / sqrt(rank) (arXiv 2312.03732)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability; on the normalised state, or on the input of a plain LoRA module."""
     alternate: tuple[str, ...] = ("q_proj", "v_proj")
@@ -222,8 +225,13 @@ class AdapterConfig(BaseModel):
 
     @property
     def scaling(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
+        """See `scaling_of`."""
+        return scaling_of(self.alpha, self.rank, self.rslora)
+
+
+def scaling_of(alpha: float, rank: int, rslora: bool) -> float:
+    """What an adapter's output is multiplied with: alpha / rank, of rsLoRA alpha / sqrt(rank)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def split_place(text: str) -> tuple[int, str]:

@@ -259,6 +259,7 @@ def _peft_config(config: AdapterConfig, names: Iterable[str], base_model: str | 
         "base_model_name_or_path": base_model,
         "r": config.rank,
         "lora_alpha": config.alpha,
+        "use_rslora": config.rslora,
         "lora_dropout": config.dropout,
         "target_modules": list(config.every_layer) if is_a_list else modules,
         "layers_to_transform": sorted({_layer_of(module) for module in modules}) if chosen else None,
@@ -306,8 +307,8 @@ def _config_from_peft(
         return AdapterConfig(
             method="lora",
             rank=rank,
-            # rsLoRA scales by alpha / sqrt(rank): the same product as this alpha over rank.
-            alpha=alpha * rank**0.5 if peft.get("use_rslora") else alpha,
+            alpha=alpha,
+            rslora=bool(peft.get("use_rslora")),
             dropout=float(peft.get("lora_dropout") or 0.0),
             **placed,
         )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ssmlora_dist.adapters.config import scaling_of
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops import fused
 from ssmlora_dist.ops.dropout import Dropout, draw_seeds
@@ -35,6 +36,7 @@ class LoRALinear(nn.Module):
         base_layer: the frozen layer; anything with `in_features`, `out_features` and `weight`.
         form: what is computed between W_a and W_b; it says the rank, and which axis of the state is its own.
         alpha: the adapter's output is scaled by alpha / rank.
+        rslora: by alpha / sqrt(rank) instead.
         dropout: probability while training, of what the form says: its input, or the state.
         stream: tells the adapter's dropout from that of all others in the model.
         detach_state: stops gradients through the state received, hence into earlier adapters.
@@ -51,6 +53,7 @@ class LoRALinear(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         *,
+        rslora: bool = False,
         stream: int = 0,
         detach_state: bool = False,
         hands_on: bool = True,
@@ -58,7 +61,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.form, self.rank, self.scaling = form, form.rank, alpha / form.rank
+        self.form, self.rank, self.scaling = form, form.rank, scaling_of(alpha, form.rank, rslora)
         self.dropout, self.stream = dropout, stream
         self.detach_state, self.hands_on = detach_state, hands_on
         device, dtype = base_layer.weight.device, _adapter_dtype(base_layer)

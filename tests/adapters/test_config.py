@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ssmlora_dist import AdapterConfig
+from ssmlora_dist import AdapterConfig, add_adapters
+from ssmlora_dist.adapters.layers import LoRALinear
+from tests.tiny import tiny_model
 
 
 def test_by_default_q_and_v_alternate_with_a_full_state_gradient() -> None:
@@ -72,3 +74,11 @@ def test_places_stand_alone() -> None:
 )
 def test_the_forms_in_use(settings: dict[str, Any], methods: tuple[str, ...]) -> None:
     assert AdapterConfig(**settings).methods == methods
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    config = AdapterConfig(rank=16, alpha=8.0)
+    assert config.scaling == 0.5
+    assert config.model_copy(update={"rslora": True}).scaling == 2.0
+    adapted = add_adapters(tiny_model(), AdapterConfig(rank=4, alpha=8.0, rslora=True))
+    assert {module.scaling for module in adapted.modules() if isinstance(module, LoRALinear)} == {4.0}
