@@ -262,6 +262,8 @@ def build_engine(
         betas=training.betas,
         epsilon=training.epsilon,
         weight_decay=training.weight_decay,
+        lora_b_ratio=training.lora_b_learning_rate_ratio,
+        state_ratio=training.state_learning_rate_ratio,
     )
     loss_scale = None
     if config.model.compute_dtype == "float16":

@@ -65,9 +65,20 @@ OWN_FORMS: dict[str, tuple[int, Overrides]] = {
     f"own-{name}": (TOPOLOGIES[name][0], (*TOPOLOGIES[name][1], *_OWN_FORMS))
     for name in ("dp1", "zero3", "pp2")
 }
+RATES: dict[str, tuple[int, Overrides]] = {
+    f"rates-{name}": (
+        TOPOLOGIES[name][0],
+        (
+            *TOPOLOGIES[name][1],
+            "training.lora_b_learning_rate_ratio=4",
+            "training.state_learning_rate_ratio=0.5",
+        ),
+    )
+    for name in ("dp1", "zero3", "pp2")
+}
 RUNS = dict(
     sorted(
-        {**TOPOLOGIES, **BITWISE_ONLY, **STREAMED, **OWN_FORMS}.items(),
+        {**TOPOLOGIES, **BITWISE_ONLY, **STREAMED, **OWN_FORMS, **RATES}.items(),
         key=lambda run: "pipeline" in str(run[1][1]),
     )
 )
@@ -77,6 +88,9 @@ PAIRS = [
     *product(STREAMED, STREAMED),
     *((name, name) for name in OWN_FORMS),
     ("own-zero3", "own-pp2"),
+    *((name, name) for name in RATES),
+    ("rates-zero3", "rates-pp2"),
+    ("rates-pp2", "rates-dp1"),
 ]
 
 
