@@ -184,9 +184,9 @@ def main() -> int:
     stories = {}
     for index, tally in enumerate(tallies):
         share = len(range(index, arguments.kills, len(tallies)))
-        place = directory / tally.topology.replace(" ", "_")
+        own_directory = directory / tally.topology.replace(" ", "_")
         generator = random.Random(f"{arguments.seed} {tally.topology}")
-        stories[tally.topology] = survive(tally, share, place, generator)
+        stories[tally.topology] = survive(tally, share, own_directory, generator)
     play(stories, directory, NUM_AT_ONCE)
     _show(tallies)
     for tally in tallies:

@@ -35,9 +35,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssmlora_dist.config.arguments import run_command
+from ssmlora_dist.distributed.context import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.loading import swap_rows, zero3_partitioner
-from ssmlora_dist.distributed.process_group import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models import load_config, load_model
 from ssmlora_dist.models.loading import build_skeleton
@@ -93,17 +93,17 @@ class Loaded:
 def measure(path: Path, split: str, out: Path) -> None:
     """One rank: loads its share of the model in `path`; rank 0 writes what all of them found to `out`."""
     quiet_libraries()
-    group = start_process_group(600)
+    context = start_process_group(600)
     try:
-        found: list[Loaded | None] = [None] * group.world_size
-        dist.all_gather_object(found, _measure(path, split, group))
-        if group.is_main:
+        found: list[Loaded | None] = [None] * context.world_size
+        dist.all_gather_object(found, _measure(path, split, context))
+        if context.is_main:
             out.write_text(json.dumps([asdict(loaded) for loaded in found if loaded]), encoding="utf-8")
     finally:
         stop_process_group()
 
 
-def _measure(path: Path, split: str, group: DistributedContext) -> Loaded:
+def _measure(path: Path, split: str, context: DistributedContext) -> Loaded:
     settings = deepspeed_config(
         zero_stage=3, micro_batch_size=1, gradient_accumulation_steps=1, max_grad_norm=None
     )
@@ -114,9 +114,9 @@ def _measure(path: Path, split: str, group: DistributedContext) -> Loaded:
     if split == "stages":
         num_layers = load_config(str(path)).num_hidden_layers
         middle = num_layers // 2
-        first, stop = (0, middle) if group.rank == 0 else (middle, num_layers)
+        first, stop = (0, middle) if context.rank == 0 else (middle, num_layers)
         stage = StageLayers(first, stop, num_layers)
-        sharing = {"stage": stage, "swap_rows": partial(swap_rows, NUM_RANKS - 1 - group.rank)}
+        sharing = {"stage": stage, "swap_rows": partial(swap_rows, NUM_RANKS - 1 - context.rank)}
     _forget_files(path)
     dist.barrier()
     gc.collect()
@@ -133,7 +133,7 @@ def _measure(path: Path, split: str, group: DistributedContext) -> Loaded:
         read_bytes=read,
         peak_bytes=peak,
         held_bytes=sum({t.data_ptr(): t.nbytes for t in held.values()}.values()),
-        equal=_equal(held, held_tensors(load_model(str(path))), group),
+        equal=_equal(held, held_tensors(load_model(str(path))), context),
         seconds=seconds,
     )
 
@@ -152,12 +152,12 @@ def held_tensors(model: nn.Module) -> dict[str, Tensor]:
     return held
 
 
-def _equal(held: dict[str, Tensor], plain: dict[str, Tensor], group: DistributedContext) -> bool:
+def _equal(held: dict[str, Tensor], plain: dict[str, Tensor], context: DistributedContext) -> bool:
     """Whether every tensor held, or its shard, is that of the plain model, bit for bit."""
 
     def same(tensor: Tensor, whole: Tensor) -> bool:
         if tensor.shape != whole.shape:
-            whole = whole.flatten()[group.rank * len(tensor) :][: len(tensor)]
+            whole = whole.flatten()[context.rank * len(tensor) :][: len(tensor)]
             tensor = tensor[: len(whole)]
         # As bytes: packed weights are no numbers, and some are not even equal to themselves.
         return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, whole)))
@@ -165,7 +165,7 @@ def _equal(held: dict[str, Tensor], plain: dict[str, Tensor], group: Distributed
     different = [name for name, tensor in held.items() if not same(tensor, plain[name])]
     if different:
         print(
-            f"rank {group.rank}: {len(different)} tensors are not a plain load's, {different[0]} first",
+            f"rank {context.rank}: {len(different)} tensors are not a plain load's, {different[0]} first",
             file=sys.stderr,
         )
     return not different

@@ -33,8 +33,8 @@ from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config.build import build_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import BatchShape, Dataset, DatasetReport, Example, GlobalBatches
+from ssmlora_dist.distributed.context import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.distributed.engine import clip_gradients, count_targets
-from ssmlora_dist.distributed.process_group import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.distributed.schedule import Recompute, StageTimes, simulate
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.precision import machine_dtype
@@ -99,8 +99,8 @@ def random_rows(number: int, length: int, num_targets: int) -> Dataset:
 class SingleStage:
     """The whole model on this rank, trained as simply as can be."""
 
-    def __init__(self, config: RunConfig, group: DistributedContext) -> None:
-        model = build_model(config, group.device)
+    def __init__(self, config: RunConfig, context: DistributedContext) -> None:
+        model = build_model(config, context.device)
         checkpoint_layers(model)
         self.loss = CausalLMLoss(model, config.training.loss_chunk_size).train()
         self.parameters = dict(sorted(adapter_parameters(model).items()))
@@ -130,22 +130,22 @@ class SingleStage:
 def measure(arguments: argparse.Namespace) -> int:
     """One rank of the benchmark; the exit code says whether the floors were reached."""
     quiet_libraries()
-    group = start_process_group(600)
+    context = start_process_group(600)
     try:
-        return _measure(arguments, group)
+        return _measure(arguments, context)
     finally:
         stop_process_group()
 
 
-def _measure(arguments: argparse.Namespace, group: DistributedContext) -> int:
+def _measure(arguments: argparse.Namespace, context: DistributedContext) -> int:
     data = random_rows(max(MICRO_BATCHES), arguments.tokens, arguments.tokens // 8)
     configs: dict[Recompute, RunConfig] = {"on_gradient": run_config(0), "while_waiting": run_config("auto")}
-    single = SingleStage(configs["on_gradient"], group)
-    place = parallel_dims_of(configs["on_gradient"], group)
-    plans = {name: plan_stages(config, data, place) for name, config in configs.items()}
-    built = {name: build_engine(configs[name], group, place, plans[name]) for name in configs}
+    single = SingleStage(configs["on_gradient"], context)
+    dims = parallel_dims_of(configs["on_gradient"], context)
+    plans = {name: plan_stages(config, data, dims) for name, config in configs.items()}
+    built = {name: build_engine(configs[name], context, dims, plans[name]) for name in configs}
     batches = {m: GlobalBatches(data, BatchShape(m, 1, 0, 1, 0), 0).micro_batches(0) for m in MICRO_BATCHES}
-    _check_equal(single, built, batches[MICRO_BATCHES[-1]], group)
+    _check_equal(single, built, batches[MICRO_BATCHES[-1]], context)
     clocks = {name: PassClock(engine) for name, engine in built.items()}
 
     step: dict[str, Callable[[list[dict[str, Tensor]]], object]] = {
@@ -158,16 +158,16 @@ def _measure(arguments: argparse.Namespace, group: DistributedContext) -> int:
     timed = {(name, m): Timed([], []) for m in MICRO_BATCHES for name in step}
     for _ in range(arguments.repeats):
         for name, m in timed:
-            timed[name, m].seconds.append(_seconds(step[name], batches[m], group))
-    times = {name: clock.stage_times(arguments.tokens, group) for name, clock in clocks.items()}
+            timed[name, m].seconds.append(_seconds(step[name], batches[m], context))
+    times = {name: clock.stage_times(arguments.tokens, context) for name, clock in clocks.items()}
     for name, m in timed:
-        timed[name, m].peak_memory_mib.extend(_peak_memory_mib(step[name], batches[m], group))
+        timed[name, m].peak_memory_mib.extend(_peak_memory_mib(step[name], batches[m], context))
     rows = [
         _row(arguments, name, m, plans[name], timed["one stage", m], timed[name, m], times[name])
         for m in MICRO_BATCHES
         for name in built
     ]
-    if group.is_main:
+    if context.is_main:
         _show(rows)
         for row in rows:
             append_row(arguments.out, row)
@@ -178,7 +178,7 @@ def _check_equal(
     single: SingleStage,
     built: Mapping[Recompute, BuiltEngine],
     batches: list[dict[str, Tensor]],
-    group: DistributedContext,
+    context: DistributedContext,
 ) -> None:
     for _ in range(2):
         single.step(batches)
@@ -190,27 +190,27 @@ def _check_equal(
         assert trained.keys() == expected.keys(), name
         different = [key for key, tensor in trained.items() if not torch.equal(tensor, expected[key])]
         assert not different, f"{name}: {different} differ from what one stage trains"
-    if group.is_main:
+    if context.is_main:
         print(f"{len(expected)} tensors of the adapter equal after two steps, bit for bit")
 
 
 def _seconds(
     step: Callable[[list[dict[str, Tensor]]], object],
     batches: list[dict[str, Tensor]],
-    group: DistributedContext,
+    context: DistributedContext,
 ) -> float:
     """Of one step; every rank works, on one stage too, so that none has the memory to itself."""
     dist.barrier()
     started = time.perf_counter()
     step(batches)
     mine = time.perf_counter() - started
-    return group.sum([mine])[0] / group.world_size
+    return context.sum([mine])[0] / context.world_size
 
 
 def _peak_memory_mib(
     step: Callable[[list[dict[str, Tensor]]], object],
     batches: list[dict[str, Tensor]],
-    group: DistributedContext,
+    context: DistributedContext,
 ) -> list[float]:
     """What a step takes beyond what is held between steps, by rank."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -218,9 +218,9 @@ def _peak_memory_mib(
     before = _status_mib("VmRSS")
     dist.barrier()
     step(batches)
-    mine = [0.0] * group.world_size
-    mine[group.rank] = _status_mib("VmHWM") - before
-    return group.sum(mine)
+    mine = [0.0] * context.world_size
+    mine[context.rank] = _status_mib("VmHWM") - before
+    return context.sum(mine)
 
 
 def _status_mib(field: str) -> float:
@@ -251,29 +251,29 @@ class PassClock:
 
         return call
 
-    def stage_times(self, num_tokens: int, group: DistributedContext) -> list[StageTimes]:
+    def stage_times(self, num_tokens: int, context: DistributedContext) -> list[StageTimes]:
         """Medians, of every stage."""
-        transfer = _transfer_seconds((1, num_tokens, self.width), group)
+        transfer = _transfer_seconds((1, num_tokens, self.width), context)
         mine = [statistics.median(seconds) if seconds else 0.0 for seconds in self.seconds.values()]
         everyone = [0.0] * (len(mine) * STAGES)
-        everyone[group.rank * len(mine) : (group.rank + 1) * len(mine)] = mine
-        of_each = zip(*[iter(group.sum(everyone))] * len(mine), strict=True)
+        everyone[context.rank * len(mine) : (context.rank + 1) * len(mine)] = mine
+        of_each = zip(*[iter(context.sum(everyone))] * len(mine), strict=True)
         return [
             StageTimes(forward, backward, recompute, transfer, transfer)
             for forward, recompute, backward in of_each
         ]
 
 
-def _transfer_seconds(shape: tuple[int, ...], group: DistributedContext, repeats: int = 20) -> float:
+def _transfer_seconds(shape: tuple[int, ...], context: DistributedContext, repeats: int = 20) -> float:
     """Of one tensor between stages, both of them ready."""
     tensor = torch.zeros(shape, dtype=getattr(torch, DTYPE))
     seconds = []
     for _ in range(repeats):
         dist.barrier()
         started = time.perf_counter()
-        dist.send(tensor, 1) if group.rank == 0 else dist.recv(tensor, 0)
+        dist.send(tensor, 1) if context.rank == 0 else dist.recv(tensor, 0)
         seconds.append(time.perf_counter() - started)
-    return group.max([statistics.median(seconds)])[0]
+    return context.max([statistics.median(seconds)])[0]
 
 
 def _row(

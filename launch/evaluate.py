@@ -26,8 +26,8 @@ def main() -> None:
     add("--out", type=path_argument, metavar="DIR", help="by default beside the adapter, or beside the run")
     add("--no-base", action="store_true", help="do not evaluate the base model beside the adapter")
     arguments = parser.parse_args()
-    place = read_launch_environment()
-    quiet_libraries(arguments.log_level, place.is_main)
+    environment = read_launch_environment()
+    quiet_libraries(arguments.log_level, environment.is_main)
     if arguments.adapter is not None and not arguments.adapter.is_dir():
         raise DataError(f"--adapter {arguments.adapter}: no such directory; name that of an adapter")
     if any(length < 64 for length in arguments.lengths):
@@ -42,11 +42,11 @@ def main() -> None:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(arguments.config, arguments.overrides, device_type=device_type, for_training=False)
 
-    from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group
+    from ssmlora_dist.distributed.context import start_process_group, stop_process_group
     from ssmlora_dist.tracking import Console
     from ssmlora_dist.training.task_evaluation import describe_evaluation, run_evaluation
 
-    console = Console(enabled=place.is_main)
+    console = Console(enabled=environment.is_main)
     chosen: dict[str, Any] = {
         "adapter": arguments.adapter,
         "out": arguments.out,
@@ -54,15 +54,15 @@ def main() -> None:
         "lengths": arguments.lengths,
     }
     if arguments.dry_run:
-        text = describe_evaluation(config, device_type, place.world_size, **chosen, warn=console.warn)
+        text = describe_evaluation(config, device_type, environment.world_size, **chosen, warn=console.warn)
         console.message(text)
         return
-    group = start_process_group(
+    context = start_process_group(
         config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug")
     )
-    quiet_libraries(arguments.log_level, place.is_main)
+    quiet_libraries(arguments.log_level, environment.is_main)
     try:
-        run_evaluation(config, group, console, **chosen, with_base=not arguments.no_base)
+        run_evaluation(config, context, console, **chosen, with_base=not arguments.no_base)
     finally:
         stop_process_group()
 

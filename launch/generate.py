@@ -84,7 +84,7 @@ def _chat(model: Any, tokenizer: Any, settings: dict[str, Any], limit: int | Non
     print("(an empty line ends the conversation)")
     while line := _ask():
         messages.append({"role": "user", "content": line})
-        prompt = template.render(messages, place="--chat", asks=True)
+        prompt = template.render(messages, where="--chat", asks=True)
         answer = stream_answer(model, tokenizer, encoder.encode(prompt), settings, limit)
         messages.append({"role": "assistant", "content": answer})
 

@@ -25,8 +25,8 @@ def main() -> int:
 
     import torch
 
-    from ssmlora_dist.sweep.execute import Place, run_sweep
-    from ssmlora_dist.sweep.plan import plan_sweep, standing
+    from ssmlora_dist.sweep.execute import Resources, run_sweep
+    from ssmlora_dist.sweep.plan import plan_sweep, sweep_state_of
     from ssmlora_dist.sweep.process import visible_devices
     from ssmlora_dist.sweep.recording import check_stores
     from ssmlora_dist.sweep.table import counts, outcome_table, plan_text
@@ -35,14 +35,14 @@ def main() -> int:
     devices = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), num_devices)
     plan = plan_sweep(arguments.config, devices=devices)
     num_cpus = len(os.sched_getaffinity(0))
-    place = Place(devices, num_cpus, Path(__file__).resolve().parent)
+    resources = Resources(devices, num_cpus, Path(__file__).resolve().parent)
     for store in check_stores(plan, lambda text: print(f"warning: {text}", file=sys.stderr)):
         print(f"MLflow: {store}")
     if arguments.dry_run:
-        todo = standing(plan, plan.directory.read_rows(), retry_failed=arguments.retry_failed)
-        print(plan_text(plan, todo, place.points_at_once(plan)))
+        state = sweep_state_of(plan, plan.directory.read_rows(), retry_failed=arguments.retry_failed)
+        print(plan_text(plan, state, resources.points_at_once(plan)))
         return EXIT_DONE
-    result = run_sweep(plan, place, retry_failed=arguments.retry_failed)
+    result = run_sweep(plan, resources, retry_failed=arguments.retry_failed)
     print(outcome_table(result.rows.values()))
     print(f"{plan.directory.path}: {len(result.rows)} points, {counts(result.rows.values())}")
     if result.stopped_by is not None:

@@ -28,8 +28,8 @@ def main() -> None:
         "directory (default: %(default)s)",
     )
     arguments = parser.parse_args()
-    place = read_launch_environment()
-    quiet_libraries(arguments.log_level, place.is_main)
+    environment = read_launch_environment()
+    quiet_libraries(arguments.log_level, environment.is_main)
 
     import torch
 
@@ -38,24 +38,24 @@ def main() -> None:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(arguments.config, arguments.overrides, device_type=device_type)
 
-    from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group
+    from ssmlora_dist.distributed.context import start_process_group, stop_process_group
     from ssmlora_dist.tracking import Console
 
-    console = Console(enabled=place.is_main)
+    console = Console(enabled=environment.is_main)
     if arguments.dry_run:
         from ssmlora_dist.training.describe import describe
 
-        console.message(describe(config, device_type, place.world_size, arguments.resume, console.warn))
+        console.message(describe(config, device_type, environment.world_size, arguments.resume, console.warn))
         return
 
     from ssmlora_dist.training.run import run_training
 
-    group = start_process_group(
+    context = start_process_group(
         config.parallel.timeout_seconds, verbose=arguments.log_level in ("info", "debug")
     )
-    quiet_libraries(arguments.log_level, place.is_main)
+    quiet_libraries(arguments.log_level, environment.is_main)
     try:
-        run_training(config, group, console, arguments.resume)
+        run_training(config, context, console, arguments.resume)
     finally:
         stop_process_group()
 

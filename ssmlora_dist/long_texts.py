@@ -66,9 +66,9 @@ def _cut(encoder: TextEncoder, text: str, first: int, last: int) -> int:
     """The last place from `first` to `last` where a cut makes no difference, or the end of the text."""
     if last >= len(text):
         return len(text)
-    places = range(last, first - 1, -1)
-    before_words = (at for at in places if text[at].isspace() and not text[at - 1].isspace())
-    tried = itertools.chain(itertools.islice(before_words, NUM_TRIED), places[:NUM_TRIED])
+    positions = range(last, first - 1, -1)
+    before_words = (at for at in positions if text[at].isspace() and not text[at - 1].isspace())
+    tried = itertools.chain(itertools.islice(before_words, NUM_TRIED), positions[:NUM_TRIED])
     return next((at for at in tried if _can_be_cut(encoder, text, at)), last)
 
 

@@ -107,7 +107,7 @@ class QuestionReader:
         for number, choice in enumerate(choices, start=1):
             if not choice.strip():
                 raise DataError(
-                    f"{view.place}: choice {number} of {len(choices)} is empty, so it has no likelihood; "
+                    f"{view.where}: choice {number} of {len(choices)} is empty, so it has no likelihood; "
                     "mend the record or `choices`"
                 )
         position = label_position(
@@ -121,7 +121,7 @@ class QuestionReader:
         listed = view.value("choices")
         if not isinstance(listed, list) or len(listed) < 2:
             raise DataError(
-                f"{view.place}: field {view.path('choices')!r} must be a list of at least two answers; mend "
+                f"{view.where}: field {view.path('choices')!r} must be a list of at least two answers; mend "
                 "the record, map `fields.choices` to such a list, or set `choices` to templates"
             )
         return [" " + view.as_text(choice, "choices") for choice in listed]
@@ -162,7 +162,7 @@ def label_position(
             remedy = "-1 stands for a label that is kept secret: take another split"
     shown = str(value).lower() if isinstance(value, bool) else repr(value)
     raise DataError(
-        f"{view.place}: field {view.path(name)!r} holds {shown}, which {fault} of its {len(choices)} "
+        f"{view.where}: field {view.path(name)!r} holds {shown}, which {fault} of its {len(choices)} "
         f"choices; {which}; {remedy}"
     )
 

@@ -1,4 +1,4 @@
-"""A record with its place, values out of it by path, and templates over them."""
+"""A record with where it came from, values out of it by path, and templates over them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Record:
 
     Args:
         values: field names to values, as read.
-        place: file and line, or row, for messages.
+        where: file and line, or row, for messages.
         read: names of the fields that a view has looked up.
         unread: names of what is within a field and nobody looks up, as `messages[].id`.
     """
 
     values: Mapping[str, Any]
-    place: str
+    where: str
     read: set[str] = field(default_factory=set, compare=False, repr=False)
     unread: set[str] = field(default_factory=set, compare=False, repr=False)
 
-    def derived(self, values: Mapping[str, Any], place: str | None = None) -> Record:
+    def derived(self, values: Mapping[str, Any], where: str | None = None) -> Record:
         """A record made of this one, whose fields count as those of this one when they are looked up."""
-        return Record(values, place or self.place, self.read, self.unread)
+        return Record(values, where or self.where, self.read, self.unread)
 
     def unused(self) -> list[str]:
         """Fields that nobody has looked up, or a part of them, but for those that hold nothing."""
@@ -78,7 +78,7 @@ class RecordView:
     """
 
     def __init__(self, record: Record, fields: Mapping[str, Paths]) -> None:
-        self.place = record.place
+        self.where = record.where
         self._record = record
         self._fields = fields
 
@@ -100,7 +100,7 @@ class RecordView:
         for path, value in zip(paths, values, strict=True):
             if not isinstance(value, list):
                 raise DataError(
-                    f"{self.place}: field {path!r} is no list, but `fields.{name}` names several paths, "
+                    f"{self.where}: field {path!r} is no list, but `fields.{name}` names several paths, "
                     "whose lists are joined; name one path"
                 )
         return [item for value in values for item in value]
@@ -121,7 +121,7 @@ class RecordView:
             remedy = f"map `fields.{name}` to a text inside it, such as 'outer.inner'"
         else:
             remedy = "write it as text or a number, or remove the record"
-        raise DataError(f"{self.place}: field {name!r} holds {_kind(value)} where text is needed; {remedy}")
+        raise DataError(f"{self.where}: field {name!r} holds {_kind(value)} where text is needed; {remedy}")
 
     def path(self, name: str) -> Paths:
         """Where a field is in the record, for messages."""
@@ -142,12 +142,12 @@ class RecordView:
         if value is MISSING:
             present = ", ".join(map(str, values)) or "none"
             raise DataError(
-                f"{self.place}: the record has no field {path!r}{purpose}{nearest_name(path, values)}; "
+                f"{self.where}: the record has no field {path!r}{purpose}{nearest_name(path, values)}; "
                 f"it has: {present}; mend the record, or name the right field in `fields`"
             )
         if value is None:
             raise DataError(
-                f"{self.place}: field {path!r}{purpose} is null; give it a value or remove the record"
+                f"{self.where}: field {path!r}{purpose} is null; give it a value or remove the record"
             )
         return value
 

@@ -24,20 +24,20 @@ class StopRequested(BaseException):
         self.signum = signum
 
 
-def heeded() -> list[signal.Signals]:
+def stop_signals() -> list[signal.Signals]:
     """Those of `STOPPING` that are not ignored: what is to outlive its terminal (`nohup`) ignores SIGHUP."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signum for signum in STOPPING if not (ignored and signum == signal.SIGHUP)]
 
 
 @contextmanager
-def raising() -> Iterator[None]:
+def raise_on_stop_signals() -> Iterator[None]:
     """Has signals that would end the process raise `StopRequested`; Ctrl-C stays a KeyboardInterrupt.
 
     What is open is closed, and the exit code names the signal, also to a launcher. SIGUSR1, a request to
     save, must not end what has nothing to save yet. Handlers that have been replaced meanwhile stay.
     """
-    own: dict[int, Any] = {signum: _raise for signum in heeded() if signum != signal.SIGINT}
+    own: dict[int, Any] = {signum: _raise for signum in stop_signals() if signum != signal.SIGINT}
     own[signal.SIGUSR1] = signal.SIG_IGN
     before = {signum: signal.signal(signum, handler) for signum, handler in own.items()}
     try:

@@ -24,7 +24,7 @@ def end_token_ids(*sources: int | Iterable[int] | None) -> list[int]:
     return sorted({int(token) for tokens in lists for token in tokens})
 
 
-def check_text(text: str, place: str) -> None:
+def check_text(text: str, where: str) -> None:
     """Finds halves of characters, which UTF-8 has not and no tokenizer takes.
 
     Raises:
@@ -34,7 +34,7 @@ def check_text(text: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place}: is not valid UTF-8 (U+{ord(text[error.start]):04X} at character {error.start + 1}); "
+            f"{where}: is not valid UTF-8 (U+{ord(text[error.start]):04X} at character {error.start + 1}); "
             "convert it to UTF-8, or remove what is damaged"
         ) from None
 

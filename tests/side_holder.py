@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmlora_dist.adapters.layers import LayerCall
-from ssmlora_dist.adapters.state import AdaptedDecoderLayer, StatefulDecoderLayer, bind
+from ssmlora_dist.adapters.state import AdaptedDecoderLayer, StatefulDecoderLayer, layer_context
 from ssmlora_dist.models import decoder_layers
 
 
@@ -42,7 +42,7 @@ class SideHolderLayer(StatefulDecoderLayer):
         if held is None:
             held = self.initial_state(hidden_BSD)
         call = LayerCall(held.shape[:2], state_BSAR=held.detach() if self.holder.detach else held)
-        with bind(self.adapters, call):
+        with layer_context(self.adapters, call):
             hidden_BSD = super(AdaptedDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
         self.holder.state = call.packed()
         return hidden_BSD

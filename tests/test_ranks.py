@@ -93,19 +93,21 @@ def test_ranks_of_a_node() -> None:
 
 
 def test_srun_makes_ranks() -> None:
-    place = read_launch_environment(SLURM)
-    assert place == LaunchEnvironment(3, 4, 1, "node03", place.port)
+    environment = read_launch_environment(SLURM)
+    assert environment == LaunchEnvironment(3, 4, 1, "node03", environment.port)
     # The same for all tasks of a step, another one for another step or job.
-    assert read_launch_environment(SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).port == place.port
-    assert read_launch_environment(SLURM | {"SLURM_STEP_ID": "3"}).port != place.port
-    assert read_launch_environment(SLURM | {"SLURM_JOB_ID": "812346"}).port != place.port
+    assert (
+        read_launch_environment(SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).port == environment.port
+    )
+    assert read_launch_environment(SLURM | {"SLURM_STEP_ID": "3"}).port != environment.port
+    assert read_launch_environment(SLURM | {"SLURM_JOB_ID": "812346"}).port != environment.port
     assert all(
         1024 < (read_launch_environment(SLURM | {"SLURM_JOB_ID": str(job)}).port or 0) < 32768
         for job in range(99)
     )
     # The step's own nodes and tasks, where it is a part of the job.
     part = {"SLURM_STEP_NODELIST": "node05", "SLURM_STEP_NUM_TASKS": "8"}
-    assert read_launch_environment(SLURM | part) == LaunchEnvironment(3, 8, 1, "node05", place.port)
+    assert read_launch_environment(SLURM | part) == LaunchEnvironment(3, 8, 1, "node05", environment.port)
 
 
 def test_what_a_batch_script_exports_for_its_steps_counts() -> None:

@@ -166,8 +166,8 @@ def read_config(directory: Path) -> AdapterConfig | None:
         return AdapterConfig.model_validate(settings)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, ("adapter", *problem["loc"])))
-        raise AdapterError(f"{path}: {place}: {problem['msg']}; the file is damaged") from error
+        where = ".".join(map(str, ("adapter", *problem["loc"])))
+        raise AdapterError(f"{path}: {where}: {problem['msg']}; the file is damaged") from error
 
 
 def _refuse_unregistered(path: Path, settings: Mapping[str, Any]) -> None:
@@ -226,11 +226,11 @@ def _without_adapter_name(path: Path, tensors: Mapping[str, Tensor]) -> dict[str
     return {found[key][1] + found[key][3] if key in found else key: tensors[key] for key in tensors}
 
 
-def _refuse_empty(place: Path, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_empty(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             raise AdapterError(
-                f"{place}: {name} is empty: under ZeRO 3 a rank holds but a shard of it; save the adapter "
+                f"{path}: {name} is empty: under ZeRO 3 a rank holds but a shard of it; save the adapter "
                 "again with its parameters gathered (deepspeed.zero.GatheredParameters)"
             )
 

@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.layers import LoRALinear
-from ssmlora_dist.ops.form import state_dtype
 from ssmlora_dist.ops.registry import form_named
 
 
@@ -34,19 +32,19 @@ class StateHealth:
     def add(self, axis: int, values: Sequence[Tensor]) -> None:
         """Counts what one adapter measured, [B,S] each, at least one."""
         first = sum(map(len, self.figures[:axis]))
-        for place, value in enumerate(values, first):
-            self.sums[place] += value.sum().to(self.sums)
+        for index, value in enumerate(values, first):
+            self.sums[index] += value.sum().to(self.sums)
         self.sums[axis - len(self.axes)] += values[0].numel()
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """Means per token by name and axis, from `sums`, added up over the ranks."""
         counts = sums[len(sums) - len(self.axes) :]
-        places = [
+        counted = [
             (f"state_{figure}_{axis}", count)
             for axis, figures, count in zip(self.axes, self.figures, counts, strict=True)
             for figure in figures
         ]
-        return {name: total / count for (name, count), total in zip(places, sums, strict=False) if count}
+        return {name: total / count for (name, count), total in zip(counted, sums, strict=False) if count}
 
 
 @contextmanager
@@ -57,14 +55,8 @@ def watch_state(model: nn.Module, axes: Mapping[str, str], device: torch.device)
     @torch.no_grad()
     def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, LoRALinear)
-        assert module.call is not None
-        x_BSD = inputs[0]
-        z_BSR = F.linear(x_BSD, module.lora_A.weight.to(x_BSD.dtype))
-        wide = state_dtype(z_BSR.dtype)
-        state = module.call.read(module.form)
-        health.add(
-            module.form.axis, module.form.measure(z_BSR.to(wide), state.to(wide), module.form_parameters)
-        )
+        z_BSR, state = module.form_inputs(inputs[0])
+        health.add(module.form.axis, module.form.measure(z_BSR, state, module.form_parameters))
 
     hooks = [
         module.register_forward_pre_hook(observe)

@@ -13,7 +13,7 @@ from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.placement import placement, time_axes
 from ssmlora_dist.adapters.projections import linear_layers, named_by
-from ssmlora_dist.adapters.state import bind_adapters, thread_state, unbind_adapters
+from ssmlora_dist.adapters.state import unwrap_layer, wrap_layer, wrap_stateful_layer
 from ssmlora_dist.errors import AdapterError
 
 # What is mostly given one and the same tensor, in one module; `LayerCall.down_project` looks whether it is.
@@ -27,7 +27,7 @@ Adapters = dict[int, dict[str, LoRALinear]]
 def insert_adapters(
     layers: Mapping[int, nn.Module], config: AdapterConfig, *, num_layers: int, prefix: str, seed: int = 0
 ) -> None:
-    """Adapts `layers` in place and threads the state through them; what was there is frozen.
+    """Adapts `layers` in place and hands the state through them; what was there is frozen.
 
     Every parameter starts as a function of (seed, its full name) alone, so that any split of the layers over
     processes starts the same.
@@ -50,7 +50,7 @@ def insert_adapters(
 def attach_adapters(
     layers: Mapping[int, nn.Module], adapters: Adapters, config: AdapterConfig, *, num_layers: int
 ) -> None:
-    """Puts adapters on their linear layers, in place, and threads the state through the decoder layers.
+    """Puts adapters on their linear layers, in place, and hands the state through the decoder layers.
 
     Args:
         layers: decoder layers without adapters, as for `insert_adapters`.
@@ -69,11 +69,11 @@ def attach_adapters(
         if axes:
             state_dtype = getattr(torch, config.state_dtype) if config.state_dtype else None
             is_last = layer_idx == num_layers - 1
-            thread_state(
+            wrap_stateful_layer(
                 layer, num_axes=len(axes), rank=config.rank, state_dtype=state_dtype, is_last=is_last
             )
         else:
-            bind_adapters(layer)
+            wrap_layer(layer)
 
 
 def detach_adapters(layers: Mapping[int, nn.Module]) -> Adapters:
@@ -84,7 +84,7 @@ def detach_adapters(layers: Mapping[int, nn.Module]) -> Adapters:
     """
     adapters: Adapters = {}
     for layer_idx, layer in layers.items():
-        unbind_adapters(layer)
+        unwrap_layer(layer)
         own = {path: module for path, module in layer.named_modules() if isinstance(module, LoRALinear)}
         for path, adapted in own.items():
             _replace(layer, path, adapted.base_layer)
@@ -149,7 +149,7 @@ def _new_adapters(
                 config.alpha,
                 config.dropout,
                 rslora=config.rslora,
-                stream=layer_idx * len(config.targets) + config.targets.index(projection),
+                dropout_id=layer_idx * len(config.targets) + config.targets.index(projection),
                 detach_state=config.state_gradient == "detached",
                 hands_on=config.carry != "none",
             )

@@ -11,13 +11,14 @@ import threading
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.config import scaling_of
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops import fused
 from ssmlora_dist.ops.dropout import Dropout, draw_seeds
-from ssmlora_dist.ops.form import Form
+from ssmlora_dist.ops.form import Form, state_dtype
 
 
 def _adapter_dtype(base_layer: nn.Linear) -> torch.dtype:
@@ -29,7 +30,7 @@ class LoRALinear(nn.Module):
     """y = x W_0 + scaling * u W_b, where a form makes u, and the state handed on, of z = x W_a.
 
     `step` is the pure function, state in and state out. A decoder layer calls its projection with the input
-    alone, so `forward` reads and writes the state that the layer binds, in a `LayerCall`, for the length of
+    alone, so `forward` reads and writes the state of its layer's context, a `LayerCall`, for the length of
     its own call (`adapters.state`).
 
     Args:
@@ -38,7 +39,7 @@ class LoRALinear(nn.Module):
         alpha: the adapter's output is scaled by alpha / rank.
         rslora: by alpha / sqrt(rank) instead.
         dropout: probability while training, of what the form says: its input, or the state.
-        stream: tells the adapter's dropout from that of all others in the model.
+        dropout_id: tells the adapter's dropout from that of all others in the model.
         detach_state: stops gradients through the state received, hence into earlier adapters.
         hands_on: whether the next adapter of the axis receives anything; if not, all receive zeros.
 
@@ -54,7 +55,7 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
         *,
         rslora: bool = False,
-        stream: int = 0,
+        dropout_id: int = 0,
         detach_state: bool = False,
         hands_on: bool = True,
     ) -> None:
@@ -62,7 +63,7 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.form, self.rank, self.scaling = form, form.rank, scaling_of(alpha, form.rank, rslora)
-        self.dropout, self.stream = dropout, stream
+        self.dropout, self.dropout_id = dropout, dropout_id
         self.detach_state, self.hands_on = detach_state, hands_on
         device, dtype = base_layer.weight.device, _adapter_dtype(base_layer)
         self.lora_A = nn.Linear(self.in_features, self.rank, bias=False, device=device, dtype=dtype)
@@ -164,6 +165,18 @@ class LoRALinear(nn.Module):
             call.write(self.form.axis, state_BSR)
         return y_BSO
 
+    @torch.no_grad()
+    def form_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z [B,S,R] and the state received, as `Form.step` takes them when `forward` is called with x.
+
+        For those who watch an adapter with a state, within its decoder layer.
+        """
+        assert self.call is not None
+        x_BSD = self.call.by_row(x)
+        z_BSR = F.linear(x_BSD, self.lora_A.weight.to(x_BSD.dtype))
+        wide = state_dtype(z_BSR.dtype)
+        return z_BSR.to(wide), self.call.read(self.form).to(wide)
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"form={self.form.name}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
@@ -188,7 +201,7 @@ class LoRALinear(nn.Module):
     @property
     def _dropout(self) -> Dropout:
         call = self.call
-        return Dropout(self.stream, self.dropout, 0 if call is None else call.first_token)
+        return Dropout(self.dropout_id, self.dropout, 0 if call is None else call.first_token)
 
     def _dropout_seeds(self, x_BSD: Tensor) -> Tensor | None:
         """[B]; None where nothing is dropped."""
@@ -225,11 +238,13 @@ class LayerCall:
         self._by_row: Tensor | None = None
 
     def by_row(self, x: Tensor) -> Tensor:
-        """[B S,D] as a decoder layer's MLP may see its input -> [B,S,D]; the same tensor for the same.
+        """[B S,D], as a decoder layer may flatten what it works on, -> [B,S,D]; the same tensor for the same.
 
         Raises:
             AdapterError: these are not all tokens of the layer.
         """
+        if x.dim() > 2:
+            return x
         if self._flat is not x:
             if x.shape[0] != self.shape[0] * self.shape[1]:
                 raise AdapterError(

@@ -1,10 +1,10 @@
 """The decoder layer as a function (hidden, state) -> (hidden, state): the state contract of DESIGN section 3.
 
-Shapes: B batch, S tokens, D hidden size, A time axes, R rank. `thread_state` makes such a function of a
-decoder layer, in place. Between layers the pair is the tuple (hidden [B,S,D], state [B,S,A,R]), handed from
+Shapes: B batch, S tokens, D hidden size, A time axes, R rank. `wrap_stateful_layer` makes such a function of
+a decoder layer, in place. Between layers the pair is the tuple (hidden [B,S,D], state [B,S,A,R]), handed from
 each layer to the next by the model's own loop; the first layer receives the bare hidden states and starts the
 state at zeros, the last returns the bare hidden states. The state is therefore among the inputs and outputs
-of whatever wraps a layer, gradient checkpointing above all: there is no side holder.
+of whatever calls a layer, gradient checkpointing above all: there is no side holder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ssmlora_dist.ops.dropout import draw_seeds
 
 
 @contextmanager
-def bind(adapters: Sequence[LoRALinear], call: LayerCall | None) -> Iterator[None]:
+def layer_context(adapters: Sequence[LoRALinear], call: LayerCall | None) -> Iterator[None]:
     """Lets `adapters` share `call` in this thread, for the length of the body; None disables them."""
     outer = running.adapters, running.call
     running.adapters, running.call = adapters, call
@@ -58,7 +58,7 @@ def disabled_adapters(model: nn.Module) -> Iterator[None]:
 
 
 class AdaptedDecoderLayer(nn.Module):
-    """Mixed into a decoder layer's class by `bind_adapters`; never made directly.
+    """Mixed into a decoder layer's class by `wrap_layer`; never made directly.
 
     Attributes:
         adapters: the adapters inside the layer.
@@ -91,16 +91,16 @@ class AdaptedDecoderLayer(nn.Module):
         """As without adapters; `dropout_seeds` [B] int64, one for each row, decide what is dropped.
 
         Without them a layer that drops draws its own. Where the tokens of a row are split among processes,
-        `first_token` is the place in the row of the first one here: the whole row's mask is drawn.
+        `first_token` is the position in the row of the first one here: the whole row's mask is drawn.
         If `disabled`, the base model's layer computes.
         """
         call = None if disabled else LayerCall(hidden.shape[:2], dropout_seeds, first_token=first_token)
-        with bind(self.adapters, call):
+        with layer_context(self.adapters, call):
             return super().forward(hidden, *args, **kwargs)
 
 
 class StatefulDecoderLayer(AdaptedDecoderLayer):
-    """Mixed into a decoder layer's class by `thread_state`; never made directly.
+    """Mixed into a decoder layer's class by `wrap_stateful_layer`; never made directly.
 
     Attributes:
         num_axes, rank: A and R of the state.
@@ -153,7 +153,7 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
         else:
             hidden_BSD, state_BSAR = hidden, self.initial_state(hidden)
         call = LayerCall(hidden_BSD.shape[:2], dropout_seeds, state_BSAR, first_token)
-        with bind(self.adapters, call):
+        with layer_context(self.adapters, call):
             hidden_BSD = super(AdaptedDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
         if not isinstance(hidden_BSD, Tensor):
             raise AdapterError(
@@ -202,7 +202,7 @@ def join_stages(layers: Iterable[nn.Module], hidden_size: int, is_first: bool, i
     return hidden_size + first.num_axes * first.rank
 
 
-def thread_state(
+def wrap_stateful_layer(
     layer: nn.Module, *, num_axes: int, rank: int, state_dtype: torch.dtype | None, is_last: bool
 ) -> None:
     """Makes a stateful layer of one with adapters, in place.
@@ -224,18 +224,18 @@ def thread_state(
     }
     for name, value in attributes.items():
         setattr(layer, name, value)
-    bind_adapters(layer, StatefulDecoderLayer)
+    wrap_layer(layer, StatefulDecoderLayer)
 
 
-def bind_adapters(layer: nn.Module, mixin: type[AdaptedDecoderLayer] = AdaptedDecoderLayer) -> None:
-    """Makes a layer bind its adapters, in place; module names and `isinstance` checks stay as they were."""
+def wrap_layer(layer: nn.Module, mixin: type[AdaptedDecoderLayer] = AdaptedDecoderLayer) -> None:
+    """Makes a layer call its adapters in `layer_context`, in place; names and `isinstance` checks stay."""
     mix_in(layer, mixin)
     adapters = [module for module in layer.modules() if isinstance(module, LoRALinear)]
     setattr(layer, "adapters", adapters)  # noqa: B010 (not a submodule)
 
 
-def unbind_adapters(layer: nn.Module) -> None:
-    """Undoes `bind_adapters` and `thread_state`, in place; the adapters themselves stay.
+def unwrap_layer(layer: nn.Module) -> None:
+    """Undoes `wrap_layer` and `wrap_stateful_layer`, in place; the adapters themselves stay.
 
     Raises:
         AdapterError: something else has changed the layer's class since.

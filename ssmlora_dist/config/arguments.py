@@ -14,7 +14,7 @@ from ssmlora_dist.config.paths import name_argument, path_argument
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, SSMLoRAError
 from ssmlora_dist.progress import shown_by
 from ssmlora_dist.ranks import LaunchEnvironment, read_launch_environment
-from ssmlora_dist.signals import StopRequested, raising
+from ssmlora_dist.signals import StopRequested, raise_on_stop_signals
 from ssmlora_dist.tracking.console import ProgressDisplay
 from ssmlora_dist.tracking.streams import UnreadError, make_lenient
 
@@ -31,7 +31,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """An argument parser that names its usage on one rank only."""
 
     def error(self, message: str) -> NoReturn:
-        if _place().rank != 0:
+        if _launch_environment().rank != 0:
             time.sleep(SECONDS_FOR_RANK_0)
             sys.exit(EXIT_BAD_INPUT)
         super().error(message)
@@ -119,25 +119,25 @@ def run_command(main: Callable[[], int | None], *, alone: bool = False, ends_unr
     """
     make_lenient(ends_unread=ends_unread)
     try:
-        if alone and (number := _place().world_size) > 1:
+        if alone and (number := _launch_environment().world_size) > 1:
             problem = (
                 f"{number} processes were started; allowed: one; start it with plain python, or `srun -n 1`"
             )
             raise ConfigError([problem], source=Path(sys.argv[0]).name)
-        stream = sys.stderr if _place().rank == 0 else None
-        with raising(), ProgressDisplay(stream) as display, shown_by(display.show):
+        stream = sys.stderr if _launch_environment().rank == 0 else None
+        with raise_on_stop_signals(), ProgressDisplay(stream) as display, shown_by(display.show):
             return main() or EXIT_DONE
     except SSMLoRAError as error:
-        place = ""
-        if _place().rank != 0:
+        on_rank = ""
+        if _launch_environment().rank != 0:
             if error.met_by_all:
                 return error.exit_code
             time.sleep(SECONDS_FOR_RANK_0)
-            place = f" on rank {_place().rank}"
-        print(f"{error.label}{place}: {error}", file=sys.stderr)
+            on_rank = f" on rank {_launch_environment().rank}"
+        print(f"{error.label}{on_rank}: {error}", file=sys.stderr)
         return error.exit_code
     except StopRequested as request:
-        if _place().rank == 0:
+        if _launch_environment().rank == 0:
             print(f"stopped: by {signal.Signals(request.signum).name}", file=sys.stderr)
         return 128 + request.signum
     except KeyboardInterrupt:
@@ -146,7 +146,7 @@ def run_command(main: Callable[[], int | None], *, alone: bool = False, ends_unr
         return EXIT_UNREAD
 
 
-def _place() -> LaunchEnvironment:
+def _launch_environment() -> LaunchEnvironment:
     try:
         return read_launch_environment()
     except ConfigError:

@@ -198,7 +198,7 @@ def load_trained(
     vocabulary = load_tokenizer(
         tokenizer or base["path"],
         num_embeddings=model_config.get_text_config().vocab_size,
-        place=f"{directory / SETTINGS_FILE}: base.tokenizer" if tokenizer else "--model",
+        where=f"{directory / SETTINGS_FILE}: base.tokenizer" if tokenizer else "--model",
         warn=warn,
     )
     fingerprint = _fingerprint(base)

@@ -206,17 +206,17 @@ def _values(holder: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 
 def _twice(data: Any, holder: dict[str, Any], key: str) -> str:
-    place = dotted([*_find(data, holder, []), key])
-    return f"{place}: given twice; allowed: once; remove one of them (the last was {shown(holder[key])})"
+    where = dotted([*_find(data, holder, []), key])
+    return f"{where}: given twice; allowed: once; remove one of them (the last was {shown(holder[key])})"
 
 
-def _find(here: Any, holder: dict[str, Any], place: list[str | int]) -> list[str | int]:
+def _find(here: Any, holder: dict[str, Any], key_path: list[str | int]) -> list[str | int]:
     """The path from `here` to the object `holder`; empty where another key of the same name replaced it."""
     if here is holder:
-        return place
+        return key_path
     items = here.items() if isinstance(here, dict) else enumerate(here) if isinstance(here, list) else ()
     for key, value in items:
-        if found := _find(value, holder, [*place, key]):
+        if found := _find(value, holder, [*key_path, key]):
             return found
     return []
 
@@ -258,7 +258,7 @@ def _still_holds(problem: Problem, doubtful: set[str]) -> bool:
 
     Checks over several fields of a section name the fields in backticks.
     """
-    section = dotted(problem.place)
+    section = dotted(problem.key_path)
     return not any(f"`{field.removeprefix(f'{section}.')}`" in problem.line for field in doubtful)
 
 
@@ -266,12 +266,12 @@ def _replace(data: dict[str, Any], problem: Problem) -> None:
     """Takes what is wrong out of `data`, together with the list that it stands in."""
     holder: Any = data
     keys: list[str] = []
-    for part in problem.place[:-1]:
+    for part in problem.key_path[:-1]:
         if not isinstance(holder.get(part), dict):
             break
         holder = holder[part]
         keys.append(str(part))
-    key = str(problem.place[len(keys)])
+    key = str(problem.key_path[len(keys)])
     holder.pop(key, None)
     if (*keys, key) in _STAND_INS:
         holder[key] = copy.deepcopy(_STAND_INS[*keys, key])

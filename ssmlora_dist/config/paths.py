@@ -42,7 +42,7 @@ def directory_refusal(path: Path) -> str | None:
     """That no directory can be made at a path, and why; None where it can, or is there."""
     reason = refusal(path)
     if reason is None:
-        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         reason = None if there.is_dir() else f"{shown(str(there))} is a file"
     return reason
 

@@ -1,4 +1,4 @@
-"""Pydantic's validation errors as lines for a person: place, value given, what is allowed, how to mend it.
+"""Pydantic's validation errors as lines for a person: where, value given, what is allowed, how to mend it.
 
 What is allowed is read from the JSON schema of `RunConfig`, so that messages, editors and validation agree.
 """
@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from ssmlora_dist.config.schema import LONGEST_NAME, RunConfig
 from ssmlora_dist.config.shown import shown
 
-Place = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 Node = dict[str, Any]
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -28,10 +28,10 @@ _TYPE_NAMES = {"integer": "a whole number", "number": "a number", "boolean": "tr
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: its line, its place, and the fields whose intended value is not known because of it."""
+    """One mistake: its line, its key path, and the fields whose intended value is not known because of it."""
 
     line: str
-    place: Place
+    key_path: KeyPath
     doubtful: tuple[str, ...]
     kind: str
 
@@ -56,16 +56,16 @@ NONE_DOUBTFUL = Doubtful()
 
 def describe(errors: Iterable[ErrorDetails], data: Node) -> list[Problem]:
     """One problem per mistake in `data`; the branches of a union count as one."""
-    found: dict[Place, ErrorDetails] = {}
+    found: dict[KeyPath, ErrorDetails] = {}
     for error in errors:
-        found.setdefault(place_of(error, data), error)
-    inside = {place[:length] for place in found for length in range(len(place))}
-    return [_problem(place, error) for place, error in found.items() if place not in inside]
+        found.setdefault(key_path_of(error, data), error)
+    inside = {key_path[:length] for key_path in found for length in range(len(key_path))}
+    return [_problem(key_path, error) for key_path, error in found.items() if key_path not in inside]
 
 
-def dotted(place: Sequence[str | int]) -> str:
+def dotted(key_path: Sequence[str | int]) -> str:
     """`("data", "train", "path", 0)` as `data.train.path.0`."""
-    return ".".join(str(part) for part in place)
+    return ".".join(str(part) for part in key_path)
 
 
 def close_to(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
@@ -86,65 +86,69 @@ def did_you_mean(name: str, names: Sequence[str]) -> str:
     return f'did you mean "{near}"?' if near else "choose one of these"
 
 
-def place_of(error: ErrorDetails, data: Any) -> Place:
+def key_path_of(error: ErrorDetails, data: Any) -> KeyPath:
     """The path through `data` that an error is about, without pydantic's names of union branches."""
-    place: list[str | int] = []
+    key_path: list[str | int] = []
     here = data
     for part in error["loc"]:
         held = isinstance(here, dict) and part in here
         if held or (isinstance(here, list) and isinstance(part, int) and part < len(here)):
             here = here[part]
-            place.append(part)
+            key_path.append(part)
     last = error["loc"][-1] if error["loc"] else None
     if error["type"] == "missing" and isinstance(last, str):
-        place.append(last)
-    return tuple(place)
+        key_path.append(last)
+    return tuple(key_path)
 
 
-def _problem(place: Place, error: ErrorDetails) -> Problem:
+def _problem(key_path: KeyPath, error: ErrorDetails) -> Problem:
     kind = error["type"]
     # A list with one wrong value in it is left out as a whole.
-    doubtful = [dotted(tuple(itertools.takewhile(lambda part: isinstance(part, str), place)))]
+    doubtful = [dotted(tuple(itertools.takewhile(lambda part: isinstance(part, str), key_path)))]
     if kind == "extra_forbidden":
-        line, meant = _unknown_key(place, error["input"])
+        line, meant = _unknown_key(key_path, error["input"])
         doubtful.extend(meant)
     elif kind == "missing" and isinstance(error["loc"][-1], str):
-        where = f"to {dotted(place[:-1])}" if len(place) > 1 else "at the top level"
-        line = f'{dotted(place)}: missing; allowed: {_allowed(_node(place))}; add "{place[-1]}" {where}'
+        where = f"to {dotted(key_path[:-1])}" if len(key_path) > 1 else "at the top level"
+        line = (
+            f'{dotted(key_path)}: missing; allowed: {_allowed(_node(key_path))}; add "{key_path[-1]}" {where}'
+        )
     elif kind == "value_error":
-        line = f"{dotted(place)}: {error['ctx']['error']}"
+        line = f"{dotted(key_path)}: {error['ctx']['error']}"
     else:
-        node, value = _node(place), error["input"]
-        line = f"{dotted(place)}: {shown(value)} given; allowed: {_allowed(node)}; {_remedy(value, node)}"
-    return Problem(line, place, tuple(doubtful), kind)
+        node, value = _node(key_path), error["input"]
+        line = f"{dotted(key_path)}: {shown(value)} given; allowed: {_allowed(node)}; {_remedy(value, node)}"
+    return Problem(line, key_path, tuple(doubtful), kind)
 
 
-def _unknown_key(place: Place, value: Any) -> tuple[str, list[str]]:
+def _unknown_key(key_path: KeyPath, value: Any) -> tuple[str, list[str]]:
     """The line for a key that its section does not have, and the fields that were probably meant."""
-    section, key = place[:-1], str(place[-1])
+    section, key = key_path[:-1], str(key_path[-1])
     here = list(_properties(section))
     names = [dotted(path) for path in _probably_meant(section, key, here)]
     guess = f"did you mean {' or '.join(names[:3])}?" if names else "remove it"
     where = f"in {dotted(section)}" if section else "at the top level"
-    line = f"{dotted(place)}: unknown key ({shown(value)} given); allowed {where}: {', '.join(here)}; {guess}"
+    line = (
+        f"{dotted(key_path)}: unknown key ({shown(value)} given); allowed {where}: {', '.join(here)}; {guess}"
+    )
     return line, names
 
 
-def _probably_meant(section: Place, key: str, here: Sequence[str]) -> list[Place]:
+def _probably_meant(section: KeyPath, key: str, here: Sequence[str]) -> list[KeyPath]:
     """The fields of that very name elsewhere, or else of a similar name here, or else elsewhere."""
 
-    def shared(path: Place) -> int:
+    def shared(path: KeyPath) -> int:
         pairs = zip(path, section, strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    def elsewhere(names: Sequence[str]) -> list[Place]:
-        return sorted((path for path in field_places() if path[-1] in names), key=shared, reverse=True)
+    def elsewhere(names: Sequence[str]) -> list[KeyPath]:
+        return sorted((path for path in field_paths() if path[-1] in names), key=shared, reverse=True)
 
     if same := elsewhere([key]):
         return same
     if near := nearest(key, here):
         return [(*section, near)]
-    return elsewhere(close_to(key, {str(path[-1]) for path in field_places()}, cutoff=0.7))
+    return elsewhere(close_to(key, {str(path[-1]) for path in field_paths()}, cutoff=0.7))
 
 
 @functools.cache
@@ -163,10 +167,10 @@ def _alternatives(node: Node) -> Iterator[Node]:
         yield node
 
 
-def _node(place: Place) -> Node:
-    """The schema at `place`; empty where anything is allowed."""
+def _node(key_path: KeyPath) -> Node:
+    """The schema at `key_path`; empty where anything is allowed."""
     node = _schema()
-    for part in place:
+    for part in key_path:
         node = next((child for alt in _alternatives(node) if (child := _child(alt, part)) is not None), {})
     return node
 
@@ -180,21 +184,23 @@ def _child(node: Node, part: str | int) -> Node | None:
     return child if isinstance(child, dict) else None
 
 
-def _properties(place: Place) -> dict[str, Node]:
-    """The keys that the section at `place` has."""
+def _properties(key_path: KeyPath) -> dict[str, Node]:
+    """The keys that the section at `key_path` has."""
     return {
-        key: value for alt in _alternatives(_node(place)) for key, value in alt.get("properties", {}).items()
+        key: value
+        for alt in _alternatives(_node(key_path))
+        for key, value in alt.get("properties", {}).items()
     }
 
 
 @functools.cache
-def field_places() -> tuple[Place, ...]:
+def field_paths() -> tuple[KeyPath, ...]:
     """The paths of all fields and sections."""
 
-    def below(place: Place) -> Iterator[Place]:
-        for key in _properties(place):
-            yield (*place, key)
-            yield from below((*place, key))
+    def below(key_path: KeyPath) -> Iterator[KeyPath]:
+        for key in _properties(key_path):
+            yield (*key_path, key)
+            yield from below((*key_path, key))
 
     return tuple(below(()))
 

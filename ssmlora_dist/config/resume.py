@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ssmlora_dist.config.problems import dotted, field_places
+from ssmlora_dist.config.problems import dotted, field_paths
 from ssmlora_dist.config.schema import RetrievalSection, RunConfig
 from ssmlora_dist.config.shown import shown
 
@@ -116,9 +116,9 @@ def rule_of(field: str) -> ResumeRule:
 
 def leaves() -> list[str]:
     """The dotted paths of all fields that are no sections."""
-    places = field_places()
-    inner = {place[:-1] for place in places}
-    return [dotted(place) for place in places if place not in inner]
+    key_paths = field_paths()
+    inner = {key_path[:-1] for key_path in key_paths}
+    return [dotted(key_path) for key_path in key_paths if key_path not in inner]
 
 
 def markdown_table() -> str:

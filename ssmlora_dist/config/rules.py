@@ -45,22 +45,22 @@ def rule_problems(
         *task_problems(config, doubtful, check_files=check_files),
         *deepspeed_problems(config.deepspeed),
     ]
-    for place, source in _sources(config):
-        lines += _source(place, source, doubtful)
-        lines += _streaming(place, source, config, doubtful)
-        lines += _retrieval(place, source, config.data.max_length, doubtful)
+    for where, source in _sources(config):
+        lines += _source(where, source, doubtful)
+        lines += _streaming(where, source, config, doubtful)
+        lines += _retrieval(where, source, config.data.max_length, doubtful)
     if check_files:
         lines += _run_directory(config, doubtful)
         lines += _model_files(config)
     if check_files and for_training:
-        for place, source in _sources(config):
-            lines += _data_files(place, source)
+        for where, source in _sources(config):
+            lines += _data_files(where, source)
     return lines
 
 
 def _sources(config: RunConfig) -> list[tuple[str, SourceSection]]:
     sources = [("data.train", config.data.train), ("data.validation", config.data.validation)]
-    return [(place, source) for place, source in sources if source is not None]
+    return [(where, source) for where, source in sources if source is not None]
 
 
 def _end_of_training(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
@@ -131,65 +131,65 @@ def _evaluation(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
         )
 
 
-def _source(place: str, source: SourceSection, doubtful: Doubtful) -> Iterator[str]:
+def _source(where: str, source: SourceSection, doubtful: Doubtful) -> Iterator[str]:
     """Rules for a source of records."""
-    malformed, template_names = _templates(place, source)
+    malformed, template_names = _templates(where, source)
     yield from malformed
-    if not doubtful.clear_of(f"{place}.format"):
+    if not doubtful.clear_of(f"{where}.format"):
         return
     if source.retrieval is not None and source.format != "retrieval":
         yield (
-            f'{place}.retrieval: given with format "{source.format}"; allowed: only with format "retrieval"; '
-            f"remove it or set {place}.format"
+            f'{where}.retrieval: given with format "{source.format}"; allowed: only with format "retrieval"; '
+            f"remove it or set {where}.format"
         )
     if source.format == "retrieval":
         return
-    yield from _format_settings(place, source)
-    if not malformed and doubtful.clear_of(*(f"{place}.{key}" for key in (*_TEMPLATES, "labels"))):
+    yield from _format_settings(where, source)
+    if not malformed and doubtful.clear_of(*(f"{where}.{key}" for key in (*_TEMPLATES, "labels"))):
         if source.format == "multiple_choice":
-            yield from _question(place, source)
+            yield from _question(where, source)
         else:
-            yield from _field_names(place, source, template_names)
-    if not doubtful.clear_of(f"{place}.path", f"{place}.hub"):
+            yield from _field_names(where, source, template_names)
+    if not doubtful.clear_of(f"{where}.path", f"{where}.hub"):
         return
     if (source.path is None) == (source.hub is None):
         given = "neither it nor" if source.path is None else f"{shown(source.path)} given beside"
         remedy = "name the files or the hub data set" if source.path is None else "remove one of them"
-        yield f"{place}.path: {given} {place}.hub; allowed: exactly one; {remedy}"
+        yield f"{where}.path: {given} {where}.hub; allowed: exactly one; {remedy}"
     for key in ("subset", "split", "revision"):
         value = getattr(source, key)
         if value is not None and source.hub is None:
             yield (
-                f"{place}.{key}: {shown(value)} given without {place}.hub; allowed: only for a "
-                f"hub data set; remove it or name {place}.hub"
+                f"{where}.{key}: {shown(value)} given without {where}.hub; allowed: only for a "
+                f"hub data set; remove it or name {where}.hub"
             )
 
 
-def _streaming(place: str, source: SourceSection, config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+def _streaming(where: str, source: SourceSection, config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
     """Rules for a source that is read as training goes on."""
-    if not source.streaming or not doubtful.clear_of(f"{place}.streaming"):
+    if not source.streaming or not doubtful.clear_of(f"{where}.streaming"):
         return
     num_epochs = config.training.num_epochs
-    if place == "data.train" and num_epochs is not None and doubtful.clear_of("training.num_epochs"):
+    if where == "data.train" and num_epochs is not None and doubtful.clear_of("training.num_epochs"):
         yield (
             f"training.num_epochs: {num_epochs:g} given with data.train.streaming; allowed: only with all "
             "records at hand, as the length of a stream is known at its end; set training.max_steps instead"
         )
     limits = (source.limit, config.evaluation.num_examples)
-    names = (f"{place}.limit", "evaluation.num_examples")
-    if place == "data.validation" and limits == (None, None) and doubtful.clear_of(*names):
+    names = (f"{where}.limit", "evaluation.num_examples")
+    if where == "data.validation" and limits == (None, None) and doubtful.clear_of(*names):
         yield (
-            f"{place}.limit: missing; needed with {place}.streaming, as every evaluation is of the same "
+            f"{where}.limit: missing; needed with {where}.streaming, as every evaluation is of the same "
             "examples, which are kept; set it, or evaluation.num_examples"
         )
-    if source.split is not None and "[" in source.split and doubtful.clear_of(f"{place}.split"):
+    if source.split is not None and "[" in source.split and doubtful.clear_of(f"{where}.split"):
         yield (
-            f"{place}.split: {shown(source.split)} given with {place}.streaming; allowed: the name of a "
-            f"split, as a slice is taken of what is downloaded; set {place}.limit for the first records"
+            f"{where}.split: {shown(source.split)} given with {where}.streaming; allowed: the name of a "
+            f"split, as a slice is taken of what is downloaded; set {where}.limit for the first records"
         )
 
 
-def _format_settings(place: str, source: SourceSection) -> Iterator[str]:
+def _format_settings(where: str, source: SourceSection) -> Iterator[str]:
     """Templates and labels that the format has no use for."""
     from ssmlora_dist.data.formats import FORMATS
 
@@ -199,22 +199,22 @@ def _format_settings(place: str, source: SourceSection) -> Iterator[str]:
         given = getattr(source, key)
         if given is not None and key not in settings:
             yield (
-                f'{place}.{key}: {shown(given)} given; allowed: format "{source.format}" takes {takes}; '
-                f"remove it or set {place}.format"
+                f'{where}.{key}: {shown(given)} given; allowed: format "{source.format}" takes {takes}; '
+                f"remove it or set {where}.format"
             )
 
 
-def _question(place: str, source: SourceSection) -> Iterator[str]:
+def _question(where: str, source: SourceSection) -> Iterator[str]:
     """What cannot be in the settings of multiple-choice questions."""
     from ssmlora_dist.multiple_choice import QuestionReader
 
     try:
         QuestionReader(source.prompt, source.choices, source.fields, source.labels)
     except DataError as error:
-        yield f"{place}.{error}"
+        yield f"{where}.{error}"
 
 
-def _field_names(place: str, source: SourceSection, template_names: set[str]) -> Iterator[str]:
+def _field_names(where: str, source: SourceSection, template_names: set[str]) -> Iterator[str]:
     """Names in `fields` that neither the format nor a template looks up."""
     from ssmlora_dist.data.formats import FORMATS
 
@@ -222,31 +222,31 @@ def _field_names(place: str, source: SourceSection, template_names: set[str]) ->
     for name in source.fields:
         if name not in allowed:
             yield (
-                f'{place}.fields.{name}: no name that format "{source.format}" or a template uses; allowed: '
+                f'{where}.fields.{name}: no name that format "{source.format}" or a template uses; allowed: '
                 f"{', '.join(allowed)}; {did_you_mean(name, allowed)}"
             )
 
 
-def _retrieval(place: str, source: SourceSection, max_length: int, doubtful: Doubtful) -> Iterator[str]:
+def _retrieval(where: str, source: SourceSection, max_length: int, doubtful: Doubtful) -> Iterator[str]:
     """Rules for the generated source."""
-    if source.format != "retrieval" or not doubtful.clear_of(f"{place}.format"):
+    if source.format != "retrieval" or not doubtful.clear_of(f"{where}.format"):
         return
     for key in _RECORD_KEYS:
         value = getattr(source, key)
         if value:
             yield (
-                f'{place}.{key}: {shown(value)} given with format "retrieval"; allowed: only for records, '
+                f'{where}.{key}: {shown(value)} given with format "retrieval"; allowed: only for records, '
                 "and retrieval is generated; remove it"
             )
     longest = max((source.retrieval or RetrievalSection()).lengths)
-    if longest > max_length and doubtful.clear_of(f"{place}.retrieval.lengths", "data.max_length"):
+    if longest > max_length and doubtful.clear_of(f"{where}.retrieval.lengths", "data.max_length"):
         yield (
-            f"{place}.retrieval.lengths: {longest} given; allowed: at most data.max_length {max_length}; "
+            f"{where}.retrieval.lengths: {longest} given; allowed: at most data.max_length {max_length}; "
             f"shorten it or set data.max_length to {longest}"
         )
 
 
-def _templates(place: str, source: SourceSection) -> tuple[list[str], set[str]]:
+def _templates(where: str, source: SourceSection) -> tuple[list[str], set[str]]:
     """Lines about malformed templates, and the names that the others look up."""
     from ssmlora_dist.records import Template
 
@@ -255,7 +255,7 @@ def _templates(place: str, source: SourceSection) -> tuple[list[str], set[str]]:
     for key in _TEMPLATES:
         for template in _each(getattr(source, key)):
             try:
-                names.update(Template(template, f"{place}.{key}").names)
+                names.update(Template(template, f"{where}.{key}").names)
             except DataError as error:
                 lines.append(str(error))
     return lines, names
@@ -289,14 +289,14 @@ def _model_files(config: RunConfig) -> Iterator[str]:
             )
 
 
-def _data_files(place: str, source: SourceSection) -> Iterator[str]:
+def _data_files(where: str, source: SourceSection) -> Iterator[str]:
     from ssmlora_dist.data.sources import find_files
 
     for pattern in _each(source.path):
         try:
             find_files([pattern])
         except DataError as error:
-            yield f"{place}.path: {error}"
+            yield f"{where}.path: {error}"
 
 
 def _looks_like_path(name: str) -> bool:

@@ -30,56 +30,56 @@ def task_problems(config: RunConfig, doubtful: Doubtful, *, check_files: bool) -
         )
     names = [section.name or section.task for section in tasks]
     for index, section in enumerate(tasks):
-        place = f"evaluation.tasks.{index}"
+        where = f"evaluation.tasks.{index}"
         if names.index(names[index]) < index:
             yield (
-                f"{place}.name: {shown(names[index])} is the name of evaluation.tasks."
+                f"{where}.name: {shown(names[index])} is the name of evaluation.tasks."
                 f"{names.index(names[index])} too; needed: a name of its own; set name"
             )
         if section.name is not None and not NAME.fullmatch(section.name):
             mended = re.sub(r"[^A-Za-z0-9._-]+", "-", section.name).strip("-.") or section.task
             yield (
-                f"{place}.name: {shown(section.name)} given; allowed: letters, digits, `_`, `-` and (not "
+                f"{where}.name: {shown(section.name)} given; allowed: letters, digits, `_`, `-` and (not "
                 f'first) `.`, as files are called by it; write "{mended}"'
             )
-        yield from _task(place, section, check_files)
+        yield from _task(where, section, check_files)
 
 
-def _task(place: str, section: TaskSection, check_files: bool) -> Iterator[str]:
+def _task(where: str, section: TaskSection, check_files: bool) -> Iterator[str]:
     # Brings torch.
     from ssmlora_dist.config.tasks import BABILONG, KNOWN, OWN, keys_of, own_format, surplus_keys
     from ssmlora_dist.data.sources import find_files
 
     if section.task not in KNOWN:
         yield (
-            f"{place}.task: {shown(section.task)} given; allowed: {', '.join(KNOWN)}; "
+            f"{where}.task: {shown(section.task)} given; allowed: {', '.join(KNOWN)}; "
             f"{did_you_mean(section.task, KNOWN)}"
         )
         return
     for key in surplus_keys(section):
         yield (
-            f"{place}.{key}: {shown(getattr(section, key))} given; allowed: the task {shown(section.task)} "
+            f"{where}.{key}: {shown(getattr(section, key))} given; allowed: the task {shown(section.task)} "
             f"takes {', '.join(keys_of(section.task))}; remove it"
         )
     if section.path is not None and section.hub is not None:
-        yield f"{place}.path: {shown(section.path)} given beside {place}.hub; allowed: one; remove one"
+        yield f"{where}.path: {shown(section.path)} given beside {where}.hub; allowed: one; remove one"
     for key in ("subset", "split"):
         if section.path is not None and key in keys_of(section.task) and getattr(section, key) is not None:
             yield (
-                f"{place}.{key}: {shown(getattr(section, key))} given beside {place}.path; allowed: only for "
+                f"{where}.{key}: {shown(getattr(section, key))} given beside {where}.path; allowed: only for "
                 "a hub data set; remove it"
             )
     if section.task in OWN and section.path is None and section.hub is None:
-        yield f"{place}.path: missing; needed: files of records, or {place}.hub; add one"
+        yield f"{where}.path: missing; needed: files of records, or {where}.hub; add one"
     if section.task in BABILONG and section.path is None:
-        yield f"{place}.path: missing; needed: the bAbI file with its questions; add it"
+        yield f"{where}.path: missing; needed: the bAbI file with its questions; add it"
     elif section.task in BABILONG and not isinstance(section.path, str):
-        yield f"{place}.path: {shown(section.path)} given; allowed: one bAbI file; name one"
+        yield f"{where}.path: {shown(section.path)} given; allowed: one bAbI file; name one"
     if section.task in OWN:
         try:
             own_format(section)
         except DataError as error:
-            yield f"{place}.{error}"
+            yield f"{where}.{error}"
     if not check_files:
         return
     for key in ("path", "background"):
@@ -88,11 +88,11 @@ def _task(place: str, section: TaskSection, check_files: bool) -> Iterator[str]:
             if key == "path" and section.task in BABILONG:
                 # Of any suffix.
                 if (reason := refusal(name)) is not None:
-                    yield f"{place}.path: {shown(name)} given; {reason}; name another file"
+                    yield f"{where}.path: {shown(name)} given; {reason}; name another file"
                 elif not Path(name).is_file():
-                    yield f"{place}.path: {name}: no such file; name the bAbI file with its questions"
+                    yield f"{where}.path: {name}: no such file; name the bAbI file with its questions"
                 continue
             try:
                 find_files([name])
             except DataError as error:
-                yield f"{place}.{key}: {error}"
+                yield f"{where}.{key}: {error}"

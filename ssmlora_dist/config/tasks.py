@@ -177,13 +177,13 @@ def output_directory(config: RunConfig, adapter: Path | None) -> Path:
         model = [] if path is None else [Path(path).resolve().name]
         return config.run.output_dir / "-".join([config.run.name, *model, "evaluation"])
     # Behind links and dots, where names say what it is.
-    place = adapter.resolve()
-    if place.name == "adapter":
-        found = place.with_name("evaluation")
-    elif place.parent.name == "checkpoints":
-        found = place.parent.with_name(f"evaluation-{place.name}")
+    directory = adapter.resolve()
+    if directory.name == "adapter":
+        found = directory.with_name("evaluation")
+    elif directory.parent.name == "checkpoints":
+        found = directory.parent.with_name(f"evaluation-{directory.name}")
     else:
-        found = place.with_name(f"{place.name}-evaluation")
+        found = directory.with_name(f"{directory.name}-evaluation")
     return found if adapter.is_absolute() else Path(os.path.relpath(found))
 
 

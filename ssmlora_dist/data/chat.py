@@ -30,20 +30,20 @@ class _Turn:
     """A turn to be trained.
 
     Args:
-        place: where it came from, for messages.
+        where: where it came from, for messages.
         prompt: the text with which the model is asked for it.
         text: what the model must answer, its closing included.
         closing: what ends it: a token of its own, or the text behind the content.
     """
 
-    place: str
+    where: str
     prompt: str
     text: str
     closing: str
 
 
 def chat_rows(
-    messages: Sequence[Message], tools: Tools, template: ChatTemplate, encoder: TextEncoder, place: str
+    messages: Sequence[Message], tools: Tools, template: ChatTemplate, encoder: TextEncoder, where: str
 ) -> list[Row]:
     """The rows of a conversation; every turn to be trained is a target in exactly one of them.
 
@@ -52,12 +52,12 @@ def chat_rows(
         tools: definitions of the tools that the model may call.
         template: of the tokenizer.
         encoder: of the tokenizer.
-        place: where the conversation came from, for messages.
+        where: where the conversation came from, for messages.
 
     Raises:
         DataError: the template refuses the conversation, or leaves out a part of it.
     """
-    rendering = _Rendering(tools, template, encoder, place)
+    rendering = _Rendering(tools, template, encoder, where)
     if not any(message.calls() for message in messages):
         return rendering.rows(messages)
     try:
@@ -75,12 +75,12 @@ class _Rendering:
     tools: Tools
     template: ChatTemplate
     encoder: TextEncoder
-    place: str
+    where: str
 
     def rows(self, messages: Sequence[Message]) -> list[Row]:
         trained = [index for index, message in enumerate(messages) if message.is_trained]
         if not trained:
-            return [Row(self.place, (), is_framed=False)]
+            return [Row(self.where, (), is_framed=False)]
         messages = [self._closed_once(messages, index) for index in range(trained[-1] + 1)]
         whole = self._render(messages)
         self._check_context(messages, whole)
@@ -88,10 +88,10 @@ class _Rendering:
         shared, apart = self._shared_row(whole, turns)
         closings = tuple(dict.fromkeys(turn.closing for turn in turns))
         rows = [
-            Row(turn.place, (Segment(turn.prompt), Segment(turn.text, is_target=True)), is_framed=False)
+            Row(turn.where, (Segment(turn.prompt), Segment(turn.text, is_target=True)), is_framed=False)
             for turn in apart
         ]
-        rows += [Row(self.place, shared, is_framed=False)] if shared else []
+        rows += [Row(self.where, shared, is_framed=False)] if shared else []
         return [replace(rows[0], closings=closings), *rows[1:]]
 
     def _closed_once(self, messages: Sequence[Message], index: int) -> Message:
@@ -104,7 +104,7 @@ class _Rendering:
 
     def _render(self, messages: Sequence[Message], asks: bool = False) -> str:
         values = [message.values for message in messages]
-        return self.template.render(values, self.tools, place=self.place, asks=asks)
+        return self.template.render(values, self.tools, where=self.where, asks=asks)
 
     def _shared_row(self, whole: str, turns: Sequence[_Turn]) -> tuple[tuple[Segment, ...], list[_Turn]]:
         """The segments of the turns that the whole conversation shows as they are asked for; the others."""
@@ -151,7 +151,7 @@ class _Rendering:
     def _turn(self, messages: Sequence[Message]) -> _Turn:
         """The last of the messages as it is asked for."""
         *earlier, message = messages
-        where = f"{self.place}: messages[{len(earlier)}]"
+        where = f"{self.where}: messages[{len(earlier)}]"
         alone = self._render(messages)
         prompt = self._render(earlier, asks=True) if earlier else self._first_prompt()
         begin = prompt if alone.startswith(prompt) else self._around(earlier)[0]
@@ -195,7 +195,7 @@ class _Rendering:
         """Raises if the template leaves out what is not trained, without a word of its own."""
         if self.tools and not replace(self, tools=None)._differs(messages, whole):
             raise DataError(
-                f"{self.place}: the tokenizer's chat template leaves out 'tools'; use a template that takes "
+                f"{self.where}: the tokenizer's chat template leaves out 'tools'; use a template that takes "
                 "them (`model.tokenizer`), or write them into the system message"
             )
         shows_all = _arrive_in_order([message.content for message in messages], whole)
@@ -211,7 +211,7 @@ class _Rendering:
             arguments = call["function"]["arguments"]
             if isinstance(arguments, dict) and arguments and str(arguments) in text:
                 raise DataError(
-                    f"{self.place}: messages[{index}]: the tokenizer's chat template writes arguments of "
+                    f"{self.where}: messages[{index}]: the tokenizer's chat template writes arguments of "
                     "calls that are no JSON; use another template"
                 )
             others = [*calls[:number], *calls[number + 1 :]]
@@ -234,7 +234,7 @@ class _Rendering:
             return
         role = messages[index].values["role"]
         raise DataError(
-            f"{self.place}: messages[{index}]: the tokenizer's chat template leaves out {key!r} of the role "
+            f"{self.where}: messages[{index}]: the tokenizer's chat template leaves out {key!r} of the role "
             f"{role!r}; use a template that takes it (`model.tokenizer`), or move it into the content of a "
             "message that is shown, such as the first user's"
         )

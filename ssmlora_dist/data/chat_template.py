@@ -48,7 +48,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
-        place: str,
+        where: str,
         asks: bool = False,
     ) -> str:
         """The text of a conversation.
@@ -56,7 +56,7 @@ class ChatTemplate:
         Args:
             messages: as templates take them, at least one.
             tools: definitions of the tools that may be called.
-            place: where the conversation came from, for messages.
+            where: where the conversation came from, for messages.
             asks: whether to end with the prompt for the assistant's next turn.
 
         Raises:
@@ -77,7 +77,7 @@ class ChatTemplate:
         except Exception as error:
             kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
             raise DataError(
-                f"{place}: the tokenizer's chat template refuses the conversation ({kind}{error}); mend its "
+                f"{where}: the tokenizer's chat template refuses the conversation ({kind}{error}); mend its "
                 "roles or fields (a system message it has no place for can go into the first user's), or use "
                 "another template"
             ) from None

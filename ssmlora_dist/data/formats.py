@@ -117,7 +117,7 @@ class _Instruction:
         view = RecordView(record, self.fields)
         prompt = self._prompt(view).render(view)
         answer = self.answer.render(view)
-        return [Row(record.place, _with_answer([Segment(prompt)], answer))]
+        return [Row(record.where, _with_answer([Segment(prompt)], answer))]
 
     def _prompt(self, view: RecordView) -> Template:
         if self.prompt is not None:
@@ -134,10 +134,10 @@ class _Chat:
 
     def __call__(self, record: Record) -> list[Row]:
         view = RecordView(record, self.fields)
-        messages, unread = read_messages(view.value("messages"), record.place, self.template)
+        messages, unread = read_messages(view.value("messages"), record.where, self.template)
         record.unread.update(f"messages[].{key}" for key in unread)
-        tools = read_tools(view.value("tools"), record.place) if view.has("tools") else None
-        return chat_rows(messages, tools, self.template, self.encoder, record.place)
+        tools = read_tools(view.value("tools"), record.where) if view.has("tools") else None
+        return chat_rows(messages, tools, self.template, self.encoder, record.where)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class _Text:
 
     def __call__(self, record: Record) -> list[Row]:
         text = RecordView(record, self.fields).text("text")
-        return [Row(record.place, (Segment(text, is_target=True),), may_split=True)]
+        return [Row(record.where, (Segment(text, is_target=True),), may_split=True)]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _MultipleChoice:
     def __call__(self, record: Record) -> list[Row]:
         question = self.questions.read(record)
         answer = question.choices[question.position]
-        return [Row(record.place, (Segment(question.prompt), Segment(answer, is_target=True)))]
+        return [Row(record.where, (Segment(question.prompt), Segment(answer, is_target=True)))]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _LongDocument:
             single_view = RecordView(single, {**self.fields, "question": "question", "answer": "answer"})
             before, after = self.prompt.render_around(single_view, "document")
             context = [Segment(before), Segment(document, may_shrink=True), Segment(after)]
-            rows.append(Row(single.place, _with_answer(context, self.answer.render(single_view))))
+            rows.append(Row(single.where, _with_answer(context, self.answer.render(single_view))))
         return rows
 
     def _single_questions(self, record: Record, view: RecordView) -> Iterator[Record]:
@@ -195,12 +195,12 @@ class _LongDocument:
         if not isinstance(answers, list) or len(answers) != len(questions):
             num_answers = len(answers) if isinstance(answers, list) else 1
             raise DataError(
-                f"{record.place}: {len(questions)} questions but {num_answers} answers; mend the record so "
+                f"{record.where}: {len(questions)} questions but {num_answers} answers; mend the record so "
                 "that every question has one"
             )
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True), start=1):
             asked = {"question": question, "answer": _first_reference(view, answer)}
-            yield record.derived({**record.values, **asked}, f"{record.place}, question {number}")
+            yield record.derived({**record.values, **asked}, f"{record.where}, question {number}")
 
 
 def _document_text(view: RecordView) -> str:
@@ -216,6 +216,6 @@ def _first_reference(view: RecordView, answer: Any) -> Any:
         return answer
     if not answer:
         raise DataError(
-            f"{view.place}: field 'answer' is an empty list; give the question an answer or remove it"
+            f"{view.where}: field 'answer' is an empty list; give the question an answer or remove it"
         )
     return answer[0]

@@ -69,12 +69,12 @@ class Message:
         return str(next((self.values[key] for key in REASONING if self.values.get(key)), "")).strip()
 
 
-def read_messages(messages: Any, place: str, template: ChatTemplate) -> tuple[list[Message], set[str]]:
+def read_messages(messages: Any, where: str, template: ChatTemplate) -> tuple[list[Message], set[str]]:
     """Reads a conversation, as objects with `role` and `content` or with `from` and `value`.
 
     Args:
         messages: the list of them.
-        place: where it came from, for messages.
+        where: where it came from, for messages.
         template: which may know roles and keys of its own.
 
     Returns:
@@ -85,17 +85,17 @@ def read_messages(messages: Any, place: str, template: ChatTemplate) -> tuple[li
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(
-            f"{place}: field 'messages' must be a list of at least one object with role and content; mend "
+            f"{where}: field 'messages' must be a list of at least one object with role and content; mend "
             "the record, or map `fields.messages` to the right field"
         )
-    read = [_message(message, f"{place}: messages[{i}]", template) for i, message in enumerate(messages)]
+    read = [_message(message, f"{where}: messages[{i}]", template) for i, message in enumerate(messages)]
     unread = {key for message in read for key in message.values if key not in _KEYS}
     parts = [part for message in messages for part in _parts(message)]
     of_parts = {f"content[].{key}" for part in parts for key in part if key not in ("type", "text")}
     return read, {key for key in unread if not template.knows_key(key)} | of_parts
 
 
-def read_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
+def read_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     """Definitions of tools: a list of objects, or the JSON text of one.
 
     Raises:
@@ -106,7 +106,7 @@ def read_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(
-            f"{place}: field 'tools' must be a list of objects that define functions, or the JSON text of "
+            f"{where}: field 'tools' must be a list of objects that define functions, or the JSON text of "
             "one; mend the record"
         )
     return tools

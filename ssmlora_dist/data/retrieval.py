@@ -228,12 +228,12 @@ def _scatter(
 ) -> list[int]:
     """Puts facts between sentences of a stretch of prose."""
     choices = np.flatnonzero(starts_sentence).tolist() or [0]
-    places = sorted(rng.choice(choices) for _ in facts)
+    positions = sorted(rng.choice(choices) for _ in facts)
     pieces: list[int] = []
     done = 0
-    for place, fact in zip(places, facts, strict=True):
-        pieces.extend(ids[done:place].tolist())
+    for position, fact in zip(positions, facts, strict=True):
+        pieces.extend(ids[done:position].tolist())
         pieces.extend(fact)
-        done = place
+        done = position
     pieces.extend(ids[done:].tolist())
     return pieces

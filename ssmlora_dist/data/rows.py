@@ -41,14 +41,14 @@ class Row:
     """One example as text.
 
     Args:
-        place: where it came from, for messages.
+        where: where it came from, for messages.
         segments: its text in order.
         is_framed: whether the tokenizer's beginning and end of a sequence go around it.
         may_split: whether it is a document to be cut into pieces of the longest length allowed.
         closings: what ends the turns of its conversation, in whichever row they are.
     """
 
-    place: str
+    where: str
     segments: tuple[Segment, ...]
     is_framed: bool = True
     may_split: bool = False
@@ -101,7 +101,7 @@ class RowEncoder:
                 no end-of-sequence token.
         """
         for segment in row.segments:
-            check_text(segment.text, row.place)
+            check_text(segment.text, row.where)
         if not any(segment.is_target and segment.text.strip() for segment in row.segments):
             self._counts["num_without_target"] += 1
             return []
@@ -176,7 +176,7 @@ class RowEncoder:
         if self._too_long == "refuse":
             at_least = "at least " if any(len(segment.text) > PIECE for segment in row.segments) else ""
             raise DataError(
-                f"{row.place}: {at_least}{_num_tokens(parts)} tokens are more than max_length "
+                f"{row.where}: {at_least}{_num_tokens(parts)} tokens are more than max_length "
                 f"{self._max_length}; shorten the row, raise `data.max_length`, or set `data.too_long` to "
                 "'drop' or 'truncate'"
             )

@@ -55,7 +55,7 @@ def read_records(
     else:
         files = find_files([path] if isinstance(path, str) else list(path or ()))
         records = itertools.chain.from_iterable(map(_read_file, files))
-    finite = (Record(_finite(record.values), record.place) for record in records)
+    finite = (Record(_finite(record.values), record.where) for record in records)
     return itertools.islice(finite, limit)
 
 
@@ -136,44 +136,44 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            place = f"{file}:{number}"
+            where = f"{file}:{number}"
             if is_first and JSON_DOCUMENT.match(line):
                 raise DataError(
-                    f"{place}: begins as one JSON document, such as an array, but a .jsonl file has a JSON "
+                    f"{where}: begins as one JSON document, such as an array, but a .jsonl file has a JSON "
                     'object on each line; write it anew, for example with python -c "import json, sys; '
                     '[print(json.dumps(row)) for row in json.load(sys.stdin)]" < OLD > NEW.jsonl'
                 )
             is_first = False
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                values = json.loads(text, object_pairs_hook=functools.partial(_object, place))
+                values = json.loads(text, object_pairs_hook=functools.partial(_object, where))
                 # JSON can name half of a surrogate pair, which is no text that a tokenizer takes.
                 if rb"\ud" in line.lower():
-                    check_text(json.dumps(values, ensure_ascii=False), place)
+                    check_text(json.dumps(values, ensure_ascii=False), where)
             except UnicodeError:
-                raise DataError(f"{place}: is not valid UTF-8 text; convert the file to UTF-8") from None
+                raise DataError(f"{where}: is not valid UTF-8 text; convert the file to UTF-8") from None
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: is not valid JSON ({error}); mend or remove the line") from None
+                raise DataError(f"{where}: is not valid JSON ({error}); mend or remove the line") from None
             if not isinstance(values, dict):
                 raise DataError(
-                    f"{place}: holds a {type(values).__name__}, but each line must be a JSON object with "
+                    f"{where}: holds a {type(values).__name__}, but each line must be a JSON object with "
                     "named fields; mend or remove the line"
                 )
-            yield Record(values, place)
+            yield Record(values, where)
 
 
-def _object(place: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, of which Python's reader would keep the last value of every name without a word."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        _refuse_twice([name for name, _ in pairs], place)
+        _refuse_twice([name for name, _ in pairs], where)
     return values
 
 
-def _refuse_twice(names: Sequence[str], place: str) -> None:
+def _refuse_twice(names: Sequence[str], where: str) -> None:
     name = next((name for name in names if names.count(name) > 1), None)
     if name is not None:
-        raise DataError(f"{place}: has the field {name!r} more than once; rename or remove all but one")
+        raise DataError(f"{where}: has the field {name!r} more than once; rename or remove all but one")
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:

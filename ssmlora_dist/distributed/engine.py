@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.loss_scale import LossScale
-from ssmlora_dist.distributed.optimizer_state import OptimizerState, gather_moments, restore_moments
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.optimizer_state import (
+    OptimizerState,
+    gather_optimizer_state,
+    restore_optimizer_state,
+)
 
 Batch = Mapping[str, Tensor]
 Check = Callable[[], None]
@@ -57,7 +61,7 @@ class DataParallelEngine:
         parameters: what is trained, by full name.
         optimizer: over exactly these parameters, their groups with a `RATE_RATIO`.
         config: DeepSpeed's dictionary (`ds_config.deepspeed_config`).
-        group: this run's processes.
+        context: this run's processes.
         max_grad_norm: global norm to clip to; None leaves gradients as they are.
         loss_scale: for float16; None scales nothing.
     """
@@ -68,13 +72,13 @@ class DataParallelEngine:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
-        group: DistributedContext,
+        context: DistributedContext,
         max_grad_norm: float | None,
         loss_scale: LossScale | None = None,
     ) -> None:
         import deepspeed
 
-        self.group = group
+        self.context = context
         self.parameters = dict(sorted(parameters.items()))
         self.max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale
@@ -107,13 +111,13 @@ class DataParallelEngine:
             sum(count_targets(batch) for batch in micro_batches),
             sum(b["labels"].numel() for b in micro_batches),
         ]
-        num_targets, num_tokens = (int(count) for count in self.group.sum(counts))
+        num_targets, num_tokens = (int(count) for count in self.context.sum(counts))
         # DeepSpeed averages gradients over the ranks; the mean wanted is over the tokens of all of them.
         loss_scale = self.loss_scale.value if self.loss_scale else 1.0
-        scale = loss_scale * self.group.world_size / num_targets
+        scale = loss_scale * self.context.world_size / num_targets
         # All of them now: each copy to a device waits for what the device is at.
-        on_device = [to_device(batch, self.group.device) for batch in micro_batches]
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.group.device)
+        on_device = [to_device(batch, self.context.device) for batch in micro_batches]
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.context.device)
         self.module.train()
         for index, batch in enumerate(on_device):
             check()
@@ -122,7 +126,7 @@ class DataParallelEngine:
             # 0 x infinity: a loss that is not finite makes the gradients so, and every stage skips the step.
             self.engine.backward(loss * (scale + 0.0 * loss.detach()), scale_wrt_gas=False)
             loss_sum += loss.detach()
-        loss_mean = self.group.sum([float(loss_sum)])[0] / num_targets
+        loss_mean = self.context.sum([float(loss_sum)])[0] / num_targets
         grad_norm, skipped = self._update(loss_scale)
         return step_result(loss_mean, grad_norm, num_tokens, num_targets, skipped, self.loss_scale)
 
@@ -141,7 +145,7 @@ class DataParallelEngine:
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """What the module returns for each of this rank's batches, in evaluation mode."""
         self.module.eval()
-        return [self.module(**to_device(batch, self.group.device)) for batch in batches]
+        return [self.module(**to_device(batch, self.context.device)) for batch in batches]
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU; every rank must call it."""
@@ -151,13 +155,13 @@ class DataParallelEngine:
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
             return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
 
-    def moments(self) -> OptimizerState:
+    def optimizer_state(self) -> OptimizerState:
         """The optimiser's moments; every rank must call it."""
-        return gather_moments(self.engine.optimizer, self.parameters, self.zero_stage)
+        return gather_optimizer_state(self.engine.optimizer, self.parameters, self.zero_stage)
 
-    def restore(self, moments: OptimizerState) -> None:
+    def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with an optimiser's moments, before the first step; every rank must call it."""
-        restore_moments(self.engine.optimizer, self.parameters, self.zero_stage, moments)
+        restore_optimizer_state(self.engine.optimizer, self.parameters, self.zero_stage, optimizer_state)
 
 
 def step_result(

@@ -346,11 +346,11 @@ class PeerWatch:
     def _message(self, problem: str) -> str:
         # Not behind a progress bar that is being drawn.
         start = "\n" if sys.stderr.isatty() else ""
-        place = f" on rank {self._rank}" if self._rank else ""
+        on_rank = f" on rank {self._rank}" if self._rank else ""
         checkpoint = "no checkpoint had been written"
         if self._last_checkpoint is not None:
             checkpoint = f"the last good checkpoint is {self._last_checkpoint}"
-        return f"{start}error{place}: {problem}. The run has stopped; {checkpoint}"
+        return f"{start}error{on_rank}: {problem}. The run has stopped; {checkpoint}"
 
 
 def _is_unexpected(error: BaseException | None) -> bool:

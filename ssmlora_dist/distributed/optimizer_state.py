@@ -25,7 +25,9 @@ class OptimizerState:
     tensors: dict[str, dict[str, Tensor]]
 
 
-def gather_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int) -> OptimizerState:
+def gather_optimizer_state(
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int
+) -> OptimizerState:
     """Collects the moments of `parameters`; every rank that shares them must call it.
 
     Args:
@@ -56,42 +58,42 @@ def gather_moments(optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_
     )
 
 
-def restore_moments(
-    optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int, moments: OptimizerState
+def restore_optimizer_state(
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int, saved: OptimizerState
 ) -> None:
-    """Makes an optimiser that has made no step go on from `moments`; every rank must call it.
+    """Makes an optimiser that has made no step go on from `saved`; every rank must call it.
 
     Args:
-        optimizer: as for `gather_moments`.
-        parameters: as for `gather_moments`.
-        zero_stage: as for `gather_moments`.
-        moments: of these parameters and maybe others, from any ZeRO stage.
+        optimizer: as for `gather_optimizer_state`.
+        parameters: as for `gather_optimizer_state`.
+        zero_stage: as for `gather_optimizer_state`.
+        saved: of these parameters and maybe others, from any ZeRO stage.
 
     Raises:
         CheckpointError: they have other shapes, or are of another kind of optimiser.
     """
-    if not moments.tensors:
+    if not saved.tensors:
         return
     base = _base(optimizer, zero_stage)
     # torch counts steps in a tensor, bitsandbytes in a number.
     is_torch = isinstance(base, torch.optim.AdamW)
-    if is_torch != ("exp_avg" in moments.tensors):
+    if is_torch != ("exp_avg" in saved.tensors):
         raise CheckpointError(
-            f"training.optimizer: the checkpoint's moments ({', '.join(moments.tensors)}) are those of "
+            f"training.optimizer: the checkpoint's moments ({', '.join(saved.tensors)}) are those of "
             "another optimiser; set the one it was trained with"
         )
 
     def count() -> Any:
-        return torch.tensor(float(moments.num_updates)) if is_torch else moments.num_updates
+        return torch.tensor(float(saved.num_updates)) if is_torch else saved.num_updates
 
     if zero_stage == 0:
         for name, parameter in parameters.items():
-            state = {kind: values[name] for kind, values in moments.tensors.items() if name in values}
+            state = {kind: values[name] for kind, values in saved.tensors.items() if name in values}
             if state:
                 on_device = {kind: value.to(parameter.device, copy=True) for kind, value in state.items()}
                 base.state[parameter] = {"step": count(), **on_device}
         return
-    for kind, values in moments.tensors.items():
+    for kind, values in saved.tensors.items():
         wrong = [n for n, p in parameters.items() if n in values and values[n].numel() != _numel(p)]
         if wrong:
             raise CheckpointError(
@@ -99,11 +101,11 @@ def restore_moments(
                 "parameter (moments in 8 bits): they resume with parallel.zero_stage=0 alone"
             )
     for flat in _shards(optimizer, zero_stage):
-        zeros = {kind: torch.zeros_like(flat.detach()) for kind in moments.tensors}
+        zeros = {kind: torch.zeros_like(flat.detach()) for kind in saved.tensors}
         base.state[flat] = {"step": count(), **zeros}
     if zero_stage < 3:
         optimizer._lazy_init_hp_params_optimizer_state()
-    for kind, values in moments.tensors.items():
+    for kind, values in saved.tensors.items():
         for name, parameter in parameters.items():
             if name in values:
                 _set_shard(parameter, values[name], kind)

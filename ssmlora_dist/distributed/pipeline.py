@@ -22,6 +22,7 @@ from deepspeed.runtime.pipe import schedule as ds_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.engine import (
     Batch,
     Check,
@@ -37,8 +38,11 @@ from ssmlora_dist.distributed.engine import (
     unscaled_by,
 )
 from ssmlora_dist.distributed.loss_scale import LossScale
-from ssmlora_dist.distributed.optimizer_state import OptimizerState, gather_moments, restore_moments
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.optimizer_state import (
+    OptimizerState,
+    gather_optimizer_state,
+    restore_optimizer_state,
+)
 
 
 class PipelineParallelEngine:
@@ -51,7 +55,7 @@ class PipelineParallelEngine:
         parameters: what this stage trains, by full name.
         optimizer: over exactly these parameters, their groups with a `RATE_RATIO`.
         config: DeepSpeed's dictionary.
-        group: this run's processes.
+        context: this run's processes.
         max_grad_norm: global norm to clip to; None leaves gradients as they are.
         recompute_ahead: run what `stage.finish` runs without keeping activations, and again while a
             micro-batch's gradient is still awaited.
@@ -66,12 +70,12 @@ class PipelineParallelEngine:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
-        group: DistributedContext,
+        context: DistributedContext,
         max_grad_norm: float | None,
         recompute_ahead: bool,
         loss_scale: LossScale | None = None,
     ) -> None:
-        self.group = group
+        self.context = context
         self.loss_scale = loss_scale
         self.stage = stage
         self.parameters = dict(sorted(parameters.items()))
@@ -111,14 +115,14 @@ class PipelineParallelEngine:
             sum(batch["labels"].numel() for batch in micro_batches),
         ]
         # Every stage counts the same micro-batches.
-        num_targets, num_tokens = (int(count) // self.num_stages for count in self.group.sum(counts))
+        num_targets, num_tokens = (int(count) // self.num_stages for count in self.context.sum(counts))
         self.stage.train()
-        on_device = [to_device(batch, self.group.device) for batch in micro_batches]
+        on_device = [to_device(batch, self.context.device) for batch in micro_batches]
         loss_scale = self.loss_scale.value if self.loss_scale else 1.0
         outcome = self.engine.run_step(
-            on_device, self.group.world_size / self.num_stages / num_targets, loss_scale
+            on_device, self.context.world_size / self.num_stages / num_targets, loss_scale
         )
-        loss_mean = self.group.sum([float(outcome.loss_sum)])[0] / num_targets
+        loss_mean = self.context.sum([float(outcome.loss_sum)])[0] / num_targets
         return step_result(
             loss_mean, outcome.grad_norm, num_tokens, num_targets, outcome.skipped, self.loss_scale
         )
@@ -129,7 +133,7 @@ class PipelineParallelEngine:
         results = []
         with torch.no_grad():
             for batch in batches:
-                tensors = to_device(batch, self.group.device)
+                tensors = to_device(batch, self.context.device)
                 output = self.stage(self.engine.receive_activations(tensors), **tensors)
                 if self.engine.is_last_stage():
                     # Off the device: another rank would find its own in their place.
@@ -148,9 +152,9 @@ class PipelineParallelEngine:
         dist.all_gather_object(stages, mine, group=self.engine.grid.get_pipe_parallel_group())
         return dict(sorted(item for stage in stages for item in stage.items()))
 
-    def moments(self) -> OptimizerState:
+    def optimizer_state(self) -> OptimizerState:
         """The optimiser's moments of all stages; every rank must call it."""
-        mine = gather_moments(self.engine.optimizer, self.parameters, self.zero_stage)
+        mine = gather_optimizer_state(self.engine.optimizer, self.parameters, self.zero_stage)
         stages: list[Any] = [None] * self.num_stages
         dist.all_gather_object(stages, mine, group=self.engine.grid.get_pipe_parallel_group())
         tensors: dict[str, dict[str, Tensor]] = {}
@@ -159,9 +163,9 @@ class PipelineParallelEngine:
                 tensors.setdefault(kind, {}).update(values)
         return OptimizerState(max(stage.num_updates for stage in stages), tensors)
 
-    def restore(self, moments: OptimizerState) -> None:
+    def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with an optimiser's moments, before the first step; every rank must call it."""
-        restore_moments(self.engine.optimizer, self.parameters, self.zero_stage, moments)
+        restore_optimizer_state(self.engine.optimizer, self.parameters, self.zero_stage, optimizer_state)
 
 
 class _StageEngine(PipelineEngine):
@@ -181,7 +185,7 @@ class _StageEngine(PipelineEngine):
         self.max_grad_norm = max_grad_norm
         # The last stage's backward pass follows at once: there is nothing to wait for.
         self.ahead = recompute_ahead and not self.is_last_stage()
-        self.begun: dict[int, _Begun] = {}
+        self.partial_forwards: dict[int, _PartialForward] = {}
 
     def run_step(self, batches: Sequence[dict[str, Tensor]], scale: float, loss_scale: float) -> _StageEngine:
         """Forward and backward of all micro-batches and one update; the outcome is in the attributes.
@@ -223,10 +227,10 @@ class _StageEngine(PipelineEngine):
             self.pipe_buffers["outputs"][buffer_id] = self.stage_module(received_BSW, **batch)
             return
         inputs = {name: batch[name] for name in batch if name != "labels"}
-        begun_BSW = self.stage_module.begin(received_BSW, **inputs)
-        self.begun[buffer_id] = _Begun(inputs, begun_BSW, _rng_state(self.device))
+        partial_BSW = self.stage_module.begin(received_BSW, **inputs)
+        self.partial_forwards[buffer_id] = _PartialForward(inputs, partial_BSW, _rng_state(self.device))
         with torch.no_grad():
-            self.pipe_buffers["outputs"][buffer_id] = self.stage_module.finish(begun_BSW, **inputs)
+            self.pipe_buffers["outputs"][buffer_id] = self.stage_module.finish(partial_BSW, **inputs)
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         p2p.send(self.pipe_buffers["outputs"][buffer_id].detach(), self.next_stage)
@@ -234,17 +238,17 @@ class _StageEngine(PipelineEngine):
     def _exec_recv_grads(self, buffer_id: int) -> None:
         if self.ahead:
             # It needs no gradient: it fills the wait for it.
-            self._finish_again(buffer_id)
+            self._recompute(buffer_id)
         self.grad_layer = torch.empty_like(self.pipe_buffers["outputs"][buffer_id])
         p2p.recv(self.grad_layer, self.next_stage)
 
-    def _finish_again(self, buffer_id: int) -> None:
-        begun = self.begun[buffer_id]
-        if begun.tensor_BSW is not None:
-            begun.again_BSW = begun.tensor_BSW.detach().requires_grad_()
-        with _with_rng_state(self.device, begun.rng_state):
+    def _recompute(self, buffer_id: int) -> None:
+        partial = self.partial_forwards[buffer_id]
+        if partial.tensor_BSW is not None:
+            partial.detached_BSW = partial.tensor_BSW.detach().requires_grad_()
+        with _with_rng_state(self.device, partial.rng_state):
             self.pipe_buffers["outputs"][buffer_id] = self.stage_module.finish(
-                begun.again_BSW, **begun.inputs
+                partial.detached_BSW, **partial.inputs
             )
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
@@ -256,10 +260,10 @@ class _StageEngine(PipelineEngine):
         else:
             output.backward(self.grad_layer)
         self.pipe_buffers["outputs"][buffer_id] = None
-        begun = self.begun.pop(buffer_id, None)
-        if begun is not None and begun.tensor_BSW is not None and begun.tensor_BSW.requires_grad:
-            assert begun.again_BSW is not None
-            begun.tensor_BSW.backward(begun.again_BSW.grad)
+        partial = self.partial_forwards.pop(buffer_id, None)
+        if partial is not None and partial.tensor_BSW is not None and partial.tensor_BSW.requires_grad:
+            assert partial.detached_BSW is not None
+            partial.tensor_BSW.backward(partial.detached_BSW.grad)
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         if self.zero_optimization():
@@ -299,16 +303,16 @@ class _StageEngine(PipelineEngine):
 
 
 @dataclass
-class _Begun:
+class _PartialForward:
     """A micro-batch between `PipelineStage.begin` and `finish`: what `finish` is run with a second time.
 
-    `again_BSW` is `tensor_BSW` cut from its graph, so that it collects the gradient for it.
+    `detached_BSW` is `tensor_BSW` cut from its graph, so that it collects the gradient for it.
     """
 
     inputs: dict[str, Tensor]
     tensor_BSW: Tensor | None
     rng_state: tuple[Tensor, Tensor | None]
-    again_BSW: Tensor | None = None
+    detached_BSW: Tensor | None = None
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

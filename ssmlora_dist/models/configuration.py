@@ -134,8 +134,8 @@ def _bare_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     return _build(values, "model.config")
 
 
-def _build(values: Mapping[str, Any], place: str) -> PreTrainedConfig:
-    _check_model_type(values["model_type"], place)
+def _build(values: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    _check_model_type(values["model_type"], where)
     from transformers import AutoConfig
 
     # What is null is none, and would make transformers take the model for a quantised one.
@@ -145,25 +145,25 @@ def _build(values: Mapping[str, Any], place: str) -> PreTrainedConfig:
     # transformers raises whatever its validators raise: type and value errors, and strict dataclass errors.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{place}: not a valid {values['model_type']} configuration: {reason}") from error
+        raise ModelError(f"{where}: not a valid {values['model_type']} configuration: {reason}") from error
     model_class(config)
     text_config = config.get_text_config()
     padding = getattr(text_config, "pad_token_id", None)
     if padding is not None and padding >= text_config.vocab_size:
         raise ModelError(
-            f"{place}: `pad_token_id` is {padding}, which a model of `vocab_size` "
+            f"{where}: `pad_token_id` is {padding}, which a model of `vocab_size` "
             f"{text_config.vocab_size} does not have; set it to null or to a smaller id"
         )
     return config
 
 
-def _check_model_type(model_type: object, place: str) -> None:
+def _check_model_type(model_type: object, where: str) -> None:
     from transformers import CONFIG_MAPPING, __version__
 
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         nearest = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
         hint = f"did you mean {nearest[0]!r}? Else " if nearest else ""
         raise ModelError(
-            f"{place}: transformers {__version__} knows no model type {model_type!r}; {hint}install a "
+            f"{where}: transformers {__version__} knows no model type {model_type!r}; {hint}install a "
             "release that knows it"
         )

@@ -167,7 +167,7 @@ def build_skeleton(
         model._init_weights(module)
     for name, _ in computed:
         if model.get_buffer(name).isnan().any():
-            raise not_started(config, name)
+            raise uninitialized(config, name)
     _keep_precision(model, dtype)
     return model
 
@@ -331,15 +331,18 @@ def _random_weights(model: PreTrainedModel, structure: Structure, seed: int) -> 
     if (padding := getattr(table, "padding_idx", None)) is not None:
         padding_rows[f"{structure.embedding}.weight"] = padding
     return RandomWeights(
-        seed, std=initializer_std(model.config), started=partial(_started, model), padding_rows=padding_rows
+        seed,
+        std=initializer_std(model.config),
+        initial_value=partial(_initial_value, model),
+        padding_rows=padding_rows,
     )
 
 
-def _started(model: PreTrainedModel, name: str) -> Tensor:
+def _initial_value(model: PreTrainedModel, name: str) -> Tensor:
     """What the model's own start makes of a vector, in float32 on the CPU; nothing else is touched."""
     owner, _, key = name.rpartition(".")
     # What stands beside it may have its weights already.
-    module = _hollow(model.get_submodule(owner))
+    module = _meta_copy(model.get_submodule(owner))
     shape = getattr(module, key).shape
     _set(module, key, _unset(shape, torch.float32, torch.device("cpu")))
     # Vectors that a model draws come from torch's generator, which others use: it is left as it was.
@@ -351,27 +354,27 @@ def _started(model: PreTrainedModel, name: str) -> Tensor:
             reset()
     value: Tensor = getattr(module, key).detach()
     if value.isnan().any():
-        raise not_started(model.config, name)
+        raise uninitialized(model.config, name)
     return value
 
 
-def _hollow(module: nn.Module) -> nn.Module:
+def _meta_copy(module: nn.Module) -> nn.Module:
     """A copy whose tensors have no storage."""
-    hollow: nn.Module = copy.copy(module)
-    hollow._modules = {
-        name: None if child is None else _hollow(child) for name, child in module._modules.items()
+    meta: nn.Module = copy.copy(module)
+    meta._modules = {
+        name: None if child is None else _meta_copy(child) for name, child in module._modules.items()
     }
-    hollow._parameters = {
+    meta._parameters = {
         name: value if value is None else nn.Parameter(value.detach().to("meta"), requires_grad=False)
         for name, value in module._parameters.items()
     }
-    hollow._buffers = {
+    meta._buffers = {
         name: value if value is None else value.to("meta") for name, value in module._buffers.items()
     }
-    return hollow
+    return meta
 
 
-def not_started(config: PreTrainedConfig, name: str) -> ModelError:
+def uninitialized(config: PreTrainedConfig, name: str) -> ModelError:
     """Of a tensor that no file holds, and that the model's `_init_weights` does not set."""
     return ModelError(
         f"model: {config.model_type} models do not say how {name} starts (`_init_weights`); "

@@ -180,7 +180,7 @@ class CausalLMLoss(nn.Module):
         return hidden_BSD[:, :-1][mask_BS], targets_N, rows_N
 
 
-class _HandedOn(nn.Module):
+class _PassThrough(nn.Module):
     """In the place of a decoder: gives back what it is given."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
@@ -213,7 +213,7 @@ def _is_the_models_own(model: PreTrainedModel, logit_cap: float | None) -> bool:
         reduced = copy.copy(model)
         reduced._modules = {
             **model._modules,
-            model.base_model_prefix: _HandedOn(),
+            model.base_model_prefix: _PassThrough(),
             **dict.fromkeys(names, head),
         }
         try:

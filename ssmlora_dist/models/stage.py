@@ -58,17 +58,17 @@ class StageLayers:
         return [*embedding, *before, *structure.everywhere, *layers, *after, *head]
 
 
-class _Boundary(threading.local):
+class _BoundaryTensors(threading.local):
     """The tensors [B,S,W] at the ends of the layers that run in this thread."""
 
     received: Tensor | None = None
     sent: Tensor | None = None
 
 
-_boundary = _Boundary()
+_boundary = _BoundaryTensors()
 
 
-class _End:
+class _BoundaryLayer:
     """In the place of the first or last layer in the loop of a decoder, which sees the layer's attributes.
 
     Args:
@@ -118,7 +118,7 @@ class LayerRange(nn.Module):
         last = len(self) - 1
         for index, layer in enumerate(self.children()):
             receives, sends = self._receives and index == 0, self._sends and index == last
-            yield _End(layer, receives, sends, self._hidden_size) if receives or sends else layer
+            yield _BoundaryLayer(layer, receives, sends, self._hidden_size) if receives or sends else layer
 
     def __getitem__(self, chosen: Any) -> Any:
         return list(self)[chosen]

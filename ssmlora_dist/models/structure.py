@@ -202,8 +202,8 @@ def _discover(model: PreTrainedModel) -> Structure:
     owned = (layers, embedding_path, head_path)
     rest = list(_other_parts(model, owned))
     plan = list(decoder.config.base_model_pp_plan or ())
-    place = {name: plan.index(name) - plan.index(list_name) for name in plan} if list_name in plan else {}
-    where = {path: place.get(path.removeprefix(f"{decoder_path}."), 0) for path in rest}
+    order = {name: plan.index(name) - plan.index(list_name) for name in plan} if list_name in plan else {}
+    where = {path: order.get(path.removeprefix(f"{decoder_path}."), 0) for path in rest}
     children = list(model.get_submodule(layers).children())
     linears = tuple(tuple(linear_layers(layer)) for layer in children)
     if not any(linears):

@@ -29,7 +29,7 @@ def load_tokenizer(
     revision: str | None = None,
     *,
     num_embeddings: int | None = None,
-    place: str = "model.tokenizer",
+    where: str = "model.tokenizer",
     warn: Callable[[str], object] = warnings.warn,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, set up for training: it has a padding token and pads on the right.
@@ -41,21 +41,21 @@ def load_tokenizer(
         path: a directory, a hub name, or `bytes` for the built-in tokenizer.
         revision: on the hub.
         num_embeddings: rows of the model's embedding, which every id must be one of; None compares nothing.
-        place: dotted path of the setting that named it, for messages.
+        where: dotted path of the setting that named it, for messages.
         warn: told what was replaced.
 
     Raises:
         ModelError: there is none, it cannot be read, it has no token to pad with, or tokens that the model
             lacks.
     """
-    tokenizer = _bytes_tokenizer() if path == BYTES else _read(path, revision, place)
+    tokenizer = _bytes_tokenizer() if path == BYTES else _read(path, revision, where)
     if num_embeddings is not None:
-        _fit(tokenizer, path, num_embeddings, place, warn)
+        _fit(tokenizer, path, num_embeddings, where, warn)
     return tokenizer
 
 
-def _read(path: str, revision: str | None, place: str) -> PreTrainedTokenizerBase:
-    directory = locate(path, revision, weights=False, place=place)
+def _read(path: str, revision: str | None, where: str) -> PreTrainedTokenizerBase:
+    directory = locate(path, revision, weights=False, where=where)
     try:
         with progress("loading the tokenizer"):
             from transformers import AutoTokenizer
@@ -67,13 +67,13 @@ def _read(path: str, revision: str | None, place: str) -> PreTrainedTokenizerBas
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"{place}: no tokenizer can be read from {path} ({type(error).__name__}: {reason}); "
+            f"{where}: no tokenizer can be read from {path} ({type(error).__name__}: {reason}); "
             f'name a directory or hub model that has one, or "{BYTES}"'
         ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(
-                f"{place}: the tokenizer of {path} has no padding and no end-of-sequence token; "
+                f"{where}: the tokenizer of {path} has no padding and no end-of-sequence token; "
                 "set `eos_token` in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
@@ -85,7 +85,7 @@ def _fit(
     tokenizer: PreTrainedTokenizerBase,
     path: str,
     num_embeddings: int,
-    place: str,
+    where: str,
     warn: Callable[[str], object],
 ) -> None:
     """Sees to it that every id is a row of the embedding; only padding, which nobody reads, is replaced."""
@@ -98,13 +98,13 @@ def _fit(
         shown = [f"{token!r} ({beyond[token]})" for token in sorted(beyond, key=lambda token: beyond[token])]
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
         raise ModelError(
-            f"{place}: the tokenizer of {path} has ids up to {max(beyond.values())}, and the embedding "
+            f"{where}: the tokenizer of {path} has ids up to {max(beyond.values())}, and the embedding "
             f"{num_embeddings} rows (`vocab_size`): it lacks {', '.join(shown[:3])}{more}; name the model's "
             "own tokenizer, take the tokens out of it, or name a model whose embedding was extended"
         )
     if tokenizer.pad_token != pad_token:
         warn(
-            f"{place}: the padding token {pad_token!r} of {path} has the id {pad_token_id}, and the model's "
+            f"{where}: the padding token {pad_token!r} of {path} has the id {pad_token_id}, and the model's "
             f"embedding {num_embeddings} rows; padded with {eos_token!r} instead"
         )
 

@@ -133,8 +133,8 @@ class SafetensorsWeights:
         Raises:
             ModelError: it cannot be read, or is not finite throughout.
         """
-        place = self.stored(name, shape)
-        stored = place.read(rows)
+        entry = self.stored(name, shape)
+        stored = entry.read(rows)
         tensor = stored.to(device=device, dtype=dtype)
         if not is_finite(tensor):
             if is_finite(stored):
@@ -144,7 +144,7 @@ class SafetensorsWeights:
                     "numbers that are not finite",
                     "the model is damaged: fetch it again",
                 )
-            raise ModelError(f"{place.file}: {place.name} holds {problem}; {remedy}")
+            raise ModelError(f"{entry.file}: {entry.name} holds {problem}; {remedy}")
         return tensor
 
     def equal(self, first: str, second: str, rows: Callable[[int], range] = range) -> bool:
@@ -294,8 +294,8 @@ class RandomWeights:
     Args:
         seed: of the model.
         std: standard deviation of matrices.
-        started: gives the vector or number of a name, such as the weight of a norm, or the biases of experts,
-            as the model starts it.
+        initial_value: gives the vector or number of a name, such as the weight of a norm, or the biases of
+            experts, as the model starts it.
         padding_rows: rows set to zero, by tensor name: an embedding's padding token.
     """
 
@@ -304,10 +304,10 @@ class RandomWeights:
         seed: int,
         *,
         std: float,
-        started: Callable[[str], Tensor],
+        initial_value: Callable[[str], Tensor],
         padding_rows: Mapping[str, int] | None = None,
     ) -> None:
-        self._seed, self._std, self._started = seed, std, started
+        self._seed, self._std, self._initial_value = seed, std, initial_value
         self._padding_rows = dict(padding_rows or {})
 
     def check(
@@ -318,7 +318,7 @@ class RandomWeights:
     def read(self, name: str, *, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The tensor `name`, drawn in float32 on the CPU, on `device` in `dtype`."""
         if len(shape) <= 1 or name.endswith("bias"):
-            return self._started(name).to(device=device, dtype=dtype)
+            return self._initial_value(name).to(device=device, dtype=dtype)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         drawn = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(

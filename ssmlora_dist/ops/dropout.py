@@ -1,8 +1,8 @@
-"""Dropout without memory: whether an element is kept is a pure function of its place.
+"""Dropout without memory: whether an element is kept is a pure function of its position.
 
-The place is (seed of the row, stream, token in the row, component); a stream is one adapter of one decoder
-layer. So a backward pass, a recompute and any split of batch or layers over processes find the mask that the
-forward pass had, and nothing is stored. CPU and CUDA, here and in Triton, compute the same bits.
+The position is (seed of the row, `dropout_id`, token in the row, component); an id is that of one adapter of
+one decoder layer. So a backward pass, a recompute and any split of batch or layers over processes find the
+mask that the forward pass had, and nothing is stored. CPU and CUDA, here and in Triton, give the same bits.
 
 Shapes: B batch, S tokens, C components; int32 arithmetic wraps around.
 """
@@ -26,12 +26,12 @@ class Dropout(NamedTuple):
     """How an adapter drops, seeds aside.
 
     Attributes:
-        stream: which adapter of the model it is.
+        dropout_id: which adapter of the model it is.
         probability: of dropping.
         first_token: where the first of the tokens stands in its row, if the rows are split among processes.
     """
 
-    stream: int = 0
+    dropout_id: int = 0
     probability: float = 0.0
     first_token: int = 0
 
@@ -47,37 +47,39 @@ def threshold(probability: float) -> int:
 
 
 def keep_mask(
-    seeds_B: Tensor, stream: int, shape: tuple[int, ...], probability: float, first_token: int = 0
+    seeds_B: Tensor, dropout_id: int, shape: tuple[int, ...], probability: float, first_token: int = 0
 ) -> Tensor:
     """Which elements are kept, bool of `shape` [...,S,C]; each is dropped with `probability`.
 
     Args:
         seeds_B: int64, one for each row of the batch, on the device of the mask.
-        stream: which adapter.
+        dropout_id: which adapter.
         shape: tokens and components last; what is before them counts as rows of the batch.
         probability: of dropping.
         first_token: where the first of the tokens stands in its row, if the rows are split among processes.
     """
     *rows, num_tokens, num_components = shape
     assert seeds_B.shape == (math.prod(rows),), "one seed for each row"
-    keys = [_key(seed, stream) for seed in seeds_B.tolist()]
+    keys = [_key(seed, dropout_id) for seed in seeds_B.tolist()]
     hash_ = torch.tensor(keys, dtype=torch.int32, device=seeds_B.device)
     for first, number in ((first_token, num_tokens), (0, num_components)):
-        places = torch.arange(first, first + number, dtype=torch.int32, device=seeds_B.device)
-        hash_ = _mixed(hash_.unsqueeze(-1) ^ places)
+        positions = torch.arange(first, first + number, dtype=torch.int32, device=seeds_B.device)
+        hash_ = _mixed(hash_.unsqueeze(-1) ^ positions)
     return (hash_ >= threshold(probability)).view(shape)
 
 
-def dropout(x_BSC: Tensor, seeds_B: Tensor, stream: int, probability: float, first_token: int = 0) -> Tensor:
+def dropout(
+    x_BSC: Tensor, seeds_B: Tensor, dropout_id: int, probability: float, first_token: int = 0
+) -> Tensor:
     """x [...,S,C]: what `keep_mask` drops is 0, the rest divided by 1 - probability; its own gradient."""
-    kept = keep_mask(seeds_B, stream, tuple(x_BSC.shape), probability, first_token)
+    kept = keep_mask(seeds_B, dropout_id, tuple(x_BSC.shape), probability, first_token)
     return (x_BSC * kept).mul_(1 / (1 - probability))
 
 
-def _key(seed: int, stream: int) -> int:
-    """The hash of an adapter's stream and of both halves of a row's seed, as an int32."""
+def _key(seed: int, dropout_id: int) -> int:
+    """The hash of an adapter's `dropout_id` and of both halves of a row's seed, as an int32."""
     hash_ = START
-    for value in (stream, seed, seed >> 32):
+    for value in (dropout_id, seed, seed >> 32):
         hash_ = (hash_ ^ value) % 2**32
         for shift, factor in zip(SHIFTS, (*FACTORS, 1), strict=True):
             hash_ = (hash_ ^ hash_ >> shift) * factor % 2**32

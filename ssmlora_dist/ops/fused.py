@@ -37,7 +37,7 @@ def down_project(
     x_BSD: Tensor,
     weights: Sequence[Tensor],
     seeds: Tensor | None = None,
-    stream: int = 0,
+    dropout_id: int = 0,
     dropout: float = 0.0,
     first_token: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -47,14 +47,14 @@ def down_project(
         x_BSD: input of the frozen layers.
         weights: `lora_A` [R,D] of each adapter that reads x.
         seeds: of the dropout on what `weights` read, int64, one for each row [B]; None keeps everything.
-        stream: which adapter draws.
+        dropout_id: which adapter draws.
         dropout: its probability.
         first_token: where the first of the tokens stands in its row, for the dropout.
     """
-    drawing = (stream, dropout, first_token)
+    rng_args = (dropout_id, dropout, first_token)
     if not torch.is_grad_enabled():
-        return x_BSD, list(_projections(x_BSD, seeds, drawing, weights))
-    through_BSD, *z = _DownProjection.apply(x_BSD, seeds, drawing, *weights)  # type: ignore[no-untyped-call]
+        return x_BSD, list(_projections(x_BSD, seeds, rng_args, weights))
+    through_BSD, *z = _DownProjection.apply(x_BSD, seeds, rng_args, *weights)  # type: ignore[no-untyped-call]
     # Otherwise the frozen layers would work out a gradient that nobody takes.
     return through_BSD if x_BSD.requires_grad else x_BSD, z
 
@@ -130,12 +130,12 @@ def add_delta(
 class _DownProjection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, seeds: Tensor | None, drawing: tuple[int, float, int], *weights: Tensor
+        ctx: Any, x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float, int], *weights: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.drawing = drawing
+        ctx.rng_args = rng_args
         ctx.save_for_backward(x, seeds, *weights)
-        return x, *_projections(x, seeds, drawing, weights)
+        return x, *_projections(x, seeds, rng_args, weights)
 
     @staticmethod
     @once_differentiable
@@ -147,14 +147,14 @@ class _DownProjection(torch.autograd.Function):
         d_zs = [x.new_zeros((*x.shape[:-1], rank)) if d is None else d for d in d_z]
         # Under autocast x may be wider than z.
         d_z_TR = _rows(_stacked(d_zs, -1)).to(x.dtype)
-        read = _rows(_dropped(x, seeds, ctx.drawing))
+        read = _rows(_dropped(x, seeds, ctx.rng_args))
         d_weights = _product(d_z_TR.t(), read, weights[0].dtype).split(rank)
         if ctx.needs_input_grad[0]:
             weight = _stacked(weights).to(x.dtype)
             if d_x is not None and seeds is None:
                 d_x = _add_product(d_x.contiguous(), d_z_TR, weight, in_place=in_place)
             else:
-                own = _dropped(torch.mm(d_z_TR, weight).view(x.shape), seeds, ctx.drawing)
+                own = _dropped(torch.mm(d_z_TR, weight).view(x.shape), seeds, ctx.rng_args)
                 d_x = own if d_x is None else d_x + own
         return d_x, None, None, *d_weights
 
@@ -194,9 +194,9 @@ class _Delta(torch.autograd.Function):
 
 
 def _projections(
-    x: Tensor, seeds: Tensor | None, drawing: tuple[int, float, int], weights: Sequence[Tensor]
+    x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float, int], weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    z = F.linear(_dropped(x, seeds, drawing), _stacked(weights).to(x.dtype))
+    z = F.linear(_dropped(x, seeds, rng_args), _stacked(weights).to(x.dtype))
     return z.split(weights[0].shape[0], -1)
 
 
@@ -218,8 +218,8 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right).to(dtype)
 
 
-def _dropped(x: Tensor, seeds: Tensor | None, drawing: tuple[int, float, int]) -> Tensor:
-    return x if seeds is None else torch.ops.ssmlora.dropout(x, seeds, *drawing)
+def _dropped(x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float, int]) -> Tensor:
+    return x if seeds is None else torch.ops.ssmlora.dropout(x, seeds, *rng_args)
 
 
 def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -301,8 +301,8 @@ class ExpertWeights:
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, Tensor) or index.dim() == 0:
             return ExpertWeights(self.owner, self.name, self.packed, int(index), self.transposed)
-        hit, places = index.unique(return_inverse=True)
-        return torch.stack([self[expert].tensor() for expert in hit.tolist()])[places]
+        hit, inverse = index.unique(return_inverse=True)
+        return torch.stack([self[expert].tensor() for expert in hit.tolist()])[inverse]
 
     def tensor(self, packed: Tensor | None = None) -> Tensor:
         """The dequantised weight."""

@@ -214,11 +214,11 @@ def ordered_sweep(
     known = list(points)
     keys = _distinguishing_keys(known)
 
-    def place(point: PointResult) -> Any:
+    def order(point: PointResult) -> Any:
         setting = [natural(value) for _, value in setting_of(point, keys)]
         return point.group != baseline, natural(point.group), setting, point.seed, natural(point.name)
 
-    return Sweep(name, tuple(sorted(known, key=place)), tuple(broken), baseline)
+    return Sweep(name, tuple(sorted(known, key=order)), tuple(broken), baseline)
 
 
 def is_countable(value: float) -> bool:

@@ -16,9 +16,10 @@ from typing import Any
 
 from ssmlora_dist.errors import SSMLoRAError
 from ssmlora_dist.progress import progress
+from ssmlora_dist.sweep.directory import Outcome, Row, StartedRuns, SweepDirectory
 from ssmlora_dist.sweep.measures import SUMMARY_FILE, measures, run_seconds
 from ssmlora_dist.sweep.outcome import outcome_of, stopped_reason
-from ssmlora_dist.sweep.plan import Plan, PlannedPoint, Standing, estimate_seconds, standing
+from ssmlora_dist.sweep.plan import Plan, PlannedPoint, SweepState, estimate_seconds, sweep_state_of
 from ssmlora_dist.sweep.process import (
     EXTRA_GRACE_SECONDS,
     PointProcess,
@@ -30,7 +31,6 @@ from ssmlora_dist.sweep.process import (
 from ssmlora_dist.sweep.recording import Recorder
 from ssmlora_dist.sweep.report import write_report
 from ssmlora_dist.sweep.signals import StopSignals
-from ssmlora_dist.sweep.state import Begun, Outcome, Row, SweepDirectory
 from ssmlora_dist.sweep.table import LiveTable, RunningPoint, ended_line
 from ssmlora_dist.tracking import RunStatus
 
@@ -38,8 +38,8 @@ POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where points run.
+class Resources:
+    """What points run on.
 
     Attributes:
         devices: what CUDA_VISIBLE_DEVICES calls the devices there are; empty on a CPU.
@@ -78,34 +78,34 @@ class Execution:
 
     Args:
         plan: of the sweep.
-        place: where points run.
+        resources: what points run on.
         table: what a person sees.
         signals: that stop it.
     """
 
-    def __init__(self, plan: Plan, place: Place, table: LiveTable, signals: StopSignals) -> None:
-        self._plan, self._place, self._table, self._signals = plan, place, table, signals
+    def __init__(self, plan: Plan, resources: Resources, table: LiveTable, signals: StopSignals) -> None:
+        self._plan, self._resources, self._table, self._signals = plan, resources, table, signals
         self._directory = plan.directory
-        self._at_once = place.points_at_once(plan)
+        self._at_once = resources.points_at_once(plan)
         self._running: list[_Running] = []
-        self._free = list(place.devices)
+        self._free = list(resources.devices)
 
-    def run(self, begun: Begun, recorder: Recorder, todo: Standing) -> dict[str, Row]:
+    def run(self, started_runs: StartedRuns, recorder: Recorder, state: SweepState) -> dict[str, Row]:
         """Runs what is to be run until all of it has an outcome, or a signal stops it.
 
         Every outcome is on the disk as soon as there is one.
 
         Args:
-            begun: what was started before.
+            started_runs: what was started before.
             recorder: the tracker's side.
-            todo: points to run, and the rows there are.
+            state: points to run, and the rows there are.
 
         Returns:
             The rows of all points, in the plan's order.
         """
-        self._begun, self._recorder = begun, recorder
-        self._rows = dict(todo.rows)
-        self._waiting = deque(todo.pending)
+        self._started_runs, self._recorder = started_runs, recorder
+        self._rows = dict(state.rows)
+        self._waiting = deque(state.pending)
         try:
             while self._running or (self._waiting and self._signals.stopped_by is None):
                 if self._signals.stopped_by is None:
@@ -123,22 +123,22 @@ class Execution:
     def _start_what_fits(self) -> None:
         while self._waiting and len(self._running) < self._at_once:
             ranks = self._waiting[0].point.ranks
-            if self._place.devices and ranks > len(self._free):
+            if self._resources.devices and ranks > len(self._free):
                 return
-            devices = [self._free.pop(0) for _ in range(ranks if self._place.devices else 0)]
+            devices = [self._free.pop(0) for _ in range(ranks if self._resources.devices else 0)]
             self._begin(self._waiting.popleft(), devices)
 
     def _begin(self, planned: PlannedPoint, devices: list[str]) -> None:
         name, directory, row = planned.name, self._directory, self._rows[planned.name]
         run = directory.runs / name
-        same = self._begun.training_digest(name) == planned.training_digest
+        same = self._started_runs.training_digest(name) == planned.training_digest
         if not same:
             if (kept := directory.set_aside(name)) is not None:
                 self._table.say(f"{name}: has changed; what it had before is in {kept}")
-            if (open_run := self._begun.open_runs().get(name)) is not None:
+            if (open_run := self._started_runs.open_runs().get(name)) is not None:
                 self._recorder.abandon(name, open_run)
-        run_id = self._recorder.begin(planned, self._begun.run_id(name) if same else None)
-        self._begun.note(name, planned.training_digest, run_id)
+        run_id = self._recorder.begin(planned, self._started_runs.run_id(name) if same else None)
+        self._started_runs.note(name, planned.training_digest, run_id)
         tracking = planned.config.tracking.model_copy(update={"tags": self._recorder.tags(planned)})
         config = planned.config.model_copy(update={"tracking": tracking})
         directory.write_json(
@@ -170,15 +170,15 @@ class Execution:
             # Its results are recorded with the training's.
             arguments += ["--set", "tracking.tracker=none"]
         variables: dict[str, str | None] = {"MLFLOW_RUN_ID": run_id}
-        if self._place.devices:
+        if self._resources.devices:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         elif "OMP_NUM_THREADS" not in os.environ:
-            share = self._place.num_cpus // (self._at_once * planned.point.ranks)
+            share = self._resources.num_cpus // (self._at_once * planned.point.ranks)
             variables["OMP_NUM_THREADS"] = str(max(1, share))
         ranks = planned.point.ranks
-        script = self._place.scripts / f"{stage}.py"
+        script = self._resources.scripts / f"{stage}.py"
         return PointProcess(
-            command(script, arguments, ranks=ranks, port=port, on_cuda=bool(self._place.devices)),
+            command(script, arguments, ranks=ranks, port=port, on_cuda=bool(self._resources.devices)),
             environment(directory.path, variables),
             directory.log(name),
             planned.config.checkpoint.grace_seconds + EXTRA_GRACE_SECONDS,
@@ -301,7 +301,7 @@ class Result:
         return sum(row.outcome == "finished" for row in self.rows.values())
 
 
-def run_sweep(plan: Plan, place: Place, *, retry_failed: bool = False) -> Result:
+def run_sweep(plan: Plan, resources: Resources, *, retry_failed: bool = False) -> Result:
     """Runs what a plan has left, in its directory.
 
     Started again after whatever end it does what is missing: points that have an outcome stay as they are,
@@ -309,7 +309,7 @@ def run_sweep(plan: Plan, place: Place, *, retry_failed: bool = False) -> Result
 
     Args:
         plan: of the sweep.
-        place: where points run.
+        resources: what points run on.
         retry_failed: whether points that failed or ran out of memory are run again.
 
     Raises:
@@ -317,23 +317,23 @@ def run_sweep(plan: Plan, place: Place, *, retry_failed: bool = False) -> Result
     """
     directory, table = plan.directory, LiveTable(plan.sweep.name, sys.stderr)
     with directory.claimed(), StopSignals() as signals:
-        todo = standing(plan, directory.read_rows(), retry_failed=retry_failed)
-        begun = directory.begun()
+        state = sweep_state_of(plan, directory.read_rows(), retry_failed=retry_failed)
+        started_runs = directory.started_runs()
         grace = max(planned.config.checkpoint.grace_seconds for planned in plan.points) + EXTRA_GRACE_SECONDS
         with progress("ending what a killed sweep has left running"):
             number = end_leftovers(directory.path, grace)
         if number:
             table.say(f"{number} processes of a sweep that was killed were ended")
-        directory.keep_rows(todo.replaced)
-        directory.write_rows(todo.rows.values())
+        directory.keep_rows(state.replaced)
+        directory.write_rows(state.rows.values())
         directory.write_json(directory.sweep_file, plan.sweep.model_dump(mode="json", by_alias=True))
-        recorder = Recorder(plan, begun, lambda text: table.say(f"warning: {text}"))
+        recorder = Recorder(plan, started_runs, lambda text: table.say(f"warning: {text}"))
         status: RunStatus = "FAILED"
-        result = Result(dict(todo.rows), None)
+        result = Result(dict(state.rows), None)
         try:
             with progress("beginning the record of the sweep"):
                 recorder.start()
-            rows = Execution(plan, place, table, signals).run(begun, recorder, todo)
+            rows = Execution(plan, resources, table, signals).run(started_runs, recorder, state)
             result = Result(rows, signals.stopped_by)
             status = "KILLED" if result.stopped_by else "FINISHED" if result.num_finished else "FAILED"
             if not result.stopped_by:

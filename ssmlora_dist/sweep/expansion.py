@@ -171,20 +171,20 @@ def _sets_of_overrides(sweep: SweepConfig) -> Iterator[tuple[str, Mapping[str, A
 
 
 def _reserved(sweep: SweepConfig) -> Iterator[str]:
-    for place, overrides in _sets_of_overrides(sweep):
+    for where, overrides in _sets_of_overrides(sweep):
         for key, value in overrides.items():
             section = key.partition(".")[0]
             if "=" in key or key != key.strip() or not all(key.split(".")):
-                yield f"{place}: {shown(key)} given; allowed: a dotted key such as adapter.rank; write one"
+                yield f"{where}: {shown(key)} given; allowed: a dotted key such as adapter.rank; write one"
             elif section == "run":
                 yield (
-                    f"{place}.{key}: {shown(value)} given; the sweep names, places and seeds its runs; "
+                    f"{where}.{key}: {shown(value)} given; the sweep names, places and seeds its runs; "
                     "remove it, and list seeds in `seeds`"
                 )
             elif section == "launcher" and key != RANKS_KEY:
-                yield f"{place}.{key}: unknown key; allowed of launcher: {RANKS_KEY}; remove it"
+                yield f"{where}.{key}: unknown key; allowed of launcher: {RANKS_KEY}; remove it"
             elif key == RANKS_KEY and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                yield f"{place}.{key}: {shown(value)} given; allowed: a whole number >= 1; write one"
+                yield f"{where}.{key}: {shown(value)} given; allowed: a whole number >= 1; write one"
 
 
 def _axes_problems(sweep: SweepConfig) -> Iterator[str]:

@@ -83,7 +83,7 @@ class Plots:
             at_once = max(1, min(PANELS, int(PANELS_INCHES / width)))
             for start in range(0, len(rows), at_once):
                 panels = {
-                    self._label(row): {place: found.mean for place, found in row.cells.items()}
+                    self._label(row): {cell: found.mean for cell, found in row.cells.items()}
                     for row in rows[start : start + at_once]
                 }
                 path = self._path(f"{name}_heat_map")
@@ -96,15 +96,15 @@ class Plots:
         """Every score over the number of trainable parameters, a colour for each group."""
         plots = []
         for metric in self._sweep.scores:
-            places: dict[str, list[tuple[Measured, Measured]]] = {}
+            marks: dict[str, list[tuple[Measured, Measured]]] = {}
             for case in self._sweep.cases:
                 parameters, score = case.measure("num_trainable_parameters"), case.measure(metric)
                 if parameters is not None and score is not None:
-                    places.setdefault(case.group, []).append((parameters, score))
-            if places:
+                    marks.setdefault(case.group, []).append((parameters, score))
+            if marks:
                 path = self._path(f"{metric}_by_parameters")
                 title = f"{metric} by trainable parameters"
-                _plot_by_parameters(places, title, path)
+                _plot_by_parameters(marks, title, path)
                 caption = (
                     f"{title}, a mark for every setting of a group; those of one number stand side by side"
                 )
@@ -161,23 +161,23 @@ class Plots:
 
 
 def _plot_by_parameters(
-    places: Mapping[str, Sequence[tuple[Measured, Measured]]], title: str, path: Path
+    marks: Mapping[str, Sequence[tuple[Measured, Measured]]], title: str, path: Path
 ) -> None:
     from matplotlib.transforms import offset_copy
 
     figure, canvas = new_figure((7, 4))
     axes = figure.subplots()
-    numbers = Counter(parameters.mean for found in places.values() for parameters, _ in found)
+    numbers = Counter(parameters.mean for found in marks.values() for parameters, _ in found)
     drawn: Counter[float] = Counter()
-    for index, (group, found) in enumerate(places.items()):
+    for index, (group, found) in enumerate(marks.items()):
         label: str | None = drawable(group)
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
         for parameters, score in found:
             x = parameters.mean
             aside = APART * (drawn[x] - (numbers[x] - 1) / 2)
             drawn[x] += 1
-            place = offset_copy(axes.transData, figure, x=aside, units="points")
-            style = {"fmt": marker, "color": color, "markersize": 5, "capsize": 2, "transform": place}
+            transform = offset_copy(axes.transData, figure, x=aside, units="points")
+            style = {"fmt": marker, "color": color, "markersize": 5, "capsize": 2, "transform": transform}
             axes.errorbar([x], [score.mean], _errors([score]), label=label, **style)
             label = None
     axes.set_ylim(-0.02, 1.02)

@@ -16,8 +16,8 @@ def markdown_text(report: Report, directory: Path) -> str:
     for section in report.sections:
         blocks.append(f"## {_escaped(section.title)}")
         for plot in section.plots:
-            place = plot.path.relative_to(directory).as_posix()
-            blocks.append(f"![{_escaped(plot.caption)}]({place})")
+            link = plot.path.relative_to(directory).as_posix()
+            blocks.append(f"![{_escaped(plot.caption)}]({link})")
         blocks += [_table(table) for table in section.tables]
     return "\n\n".join(blocks) + "\n"
 

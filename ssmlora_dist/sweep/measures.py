@@ -96,13 +96,13 @@ def _of_run(summary: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _of_tasks(summary: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for task in summary["tasks"]:
         for found in task["models"].get(EVALUATED_MODEL, []):
-            place = _place(found["group"])
+            suffix = _suffix(found["group"])
             score = found["metrics"].get(task["metric"])
-            if place is not None and score is not None:
-                yield f"task/{task['task']}{place}", score["mean"]
+            if suffix is not None and score is not None:
+                yield f"task/{task['task']}{suffix}", score["mean"]
 
 
-def _place(group: dict[str, Any]) -> str | None:
+def _suffix(group: dict[str, Any]) -> str | None:
     """The end of a metric's name; None for groups by depth alone."""
     if set(group) == {"length", "depth"}:
         return f"/{group['length']}/{group['depth']:g}"

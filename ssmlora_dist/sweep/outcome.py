@@ -7,7 +7,7 @@ import signal
 
 from ssmlora_dist.errors import EXIT_DONE, EXIT_TRAINING_FAILED
 from ssmlora_dist.signals import STOPPING
-from ssmlora_dist.sweep.state import Outcome
+from ssmlora_dist.sweep.directory import Outcome
 
 LONGEST_REASON = 300
 # DeepSpeed's launcher hands on the code of a killed rank modulo 256.

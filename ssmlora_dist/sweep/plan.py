@@ -16,9 +16,9 @@ from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.progress import counted
 from ssmlora_dist.sweep.digest import digest_of
+from ssmlora_dist.sweep.directory import FINAL, Row, SweepDirectory
 from ssmlora_dist.sweep.expansion import RANKS_KEY, Point, expand
 from ssmlora_dist.sweep.schema import SweepConfig, load_sweep
-from ssmlora_dist.sweep.state import FINAL, Row, SweepDirectory
 from ssmlora_dist.tracking import choose_store
 
 SHOWN_POINTS = 3
@@ -173,8 +173,8 @@ def estimate_seconds(points: Sequence[PlannedPoint], rows: Mapping[str, Row]) ->
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a plan meets what was recorded before.
+class SweepState:
+    """How far a plan is by what was recorded before.
 
     Attributes:
         rows: of every point of the plan, in its order.
@@ -187,7 +187,7 @@ class Standing:
     replaced: Sequence[Row]
 
 
-def standing(plan: Plan, recorded: Mapping[str, Row], *, retry_failed: bool = False) -> Standing:
+def sweep_state_of(plan: Plan, recorded: Mapping[str, Row], *, retry_failed: bool = False) -> SweepState:
     """Which points are to be run: those without an outcome of the same digest.
 
     Args:
@@ -213,4 +213,4 @@ def standing(plan: Plan, recorded: Mapping[str, Row], *, retry_failed: bool = Fa
             row = planned.row()
             pending.append(planned)
         rows[planned.name] = row
-    return Standing(rows, pending, replaced)
+    return SweepState(rows, pending, replaced)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ssmlora_dist.config.build import build_store
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.sweep.directory import Outcome, Row, StartedRuns
 from ssmlora_dist.sweep.plan import Plan, PlannedPoint
-from ssmlora_dist.sweep.state import Begun, Outcome, Row
 from ssmlora_dist.tracking import (
     NullTracker,
     RunStatus,
@@ -50,19 +50,19 @@ class Recorder:
 
     Args:
         plan: of the sweep.
-        begun: ids of runs that were begun before, which are gone on with.
+        started_runs: ids of runs that were started before, which are gone on with.
         warn: shows one line to the user.
     """
 
-    def __init__(self, plan: Plan, begun: Begun, warn: Callable[[str], object]) -> None:
-        self._plan, self._begun, self._warn = plan, begun, warn
+    def __init__(self, plan: Plan, started_runs: StartedRuns, warn: Callable[[str], object]) -> None:
+        self._plan, self._started_runs, self._warn = plan, started_runs, warn
         self._parent: Tracker = NullTracker()
         self._points: dict[str, Tracker] = {}
 
     def start(self) -> None:
         """Begins the parent run, or goes on with it."""
         sweep = self._plan.sweep
-        self._parent = self._tracker(sweep.name, self._plan.points[0].config, self._begun.parent)
+        self._parent = self._tracker(sweep.name, self._plan.points[0].config, self._started_runs.parent)
         parameters = flat_parameters(sweep.model_dump(mode="json", by_alias=True))
         tags = environment_tags(environment_record()) | {"sweep": sweep.name}
         self._parent.start(sweep.name, parameters, tags)
@@ -98,14 +98,14 @@ class Recorder:
         if row.outcome == "finished" and evaluation.is_dir():
             tracker.log_directory(evaluation, "evaluation")
         if tracker.finish(_STATUS[row.outcome]):
-            self._begun.note_end(row.point)
+            self._started_runs.note_end(row.point)
 
     def end_open_runs(self, rows: Mapping[str, Row]) -> None:
         """Ends runs that are open still, with what became of them.
 
         A sweep that was killed has left them, or the tracker was away when they should have been ended.
         """
-        for name, run_id in self._begun.open_runs().items():
+        for name, run_id in self._started_runs.open_runs().items():
             row = rows.get(name)
             ended = row is not None and row.mlflow_run_id == run_id
             self.abandon(name, run_id, row if ended else None)
@@ -139,14 +139,14 @@ class Recorder:
         return tracker
 
     def _parent_tag(self) -> dict[str, str]:
-        parent = self._parent.run_id or self._begun.parent
+        parent = self._parent.run_id or self._started_runs.parent
         return {PARENT_TAG: parent} if parent else {}
 
     def _note_parent(self) -> None:
         """Writes the parent's id down, as soon as it has one."""
-        if self._parent.run_id not in (None, self._begun.parent):
-            self._begun.parent = self._parent.run_id
-            self._begun.write()
+        if self._parent.run_id not in (None, self._started_runs.parent):
+            self._started_runs.parent = self._parent.run_id
+            self._started_runs.write()
 
     def _tracker(self, name: str, config: RunConfig, run_id: str | None) -> Tracker:
         store = build_store(config)

@@ -116,7 +116,7 @@ def _plots_in(text: Path) -> set[Path]:
     if not text.exists():
         return set()
     content = text.read_text(encoding="utf-8", errors="replace")
-    return {text.parent / place for place in re.findall(r"\]\((plots/[A-Za-z0-9_-]+\.png)\)", content)}
+    return {text.parent / link for link in re.findall(r"\]\((plots/[A-Za-z0-9_-]+\.png)\)", content)}
 
 
 def _notes(sweep: Sweep) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.records import nearest_name
-from ssmlora_dist.sweep.state import Outcome
+from ssmlora_dist.sweep.directory import Outcome
 
 FINISHED = "finished"
 OUTCOMES = get_args(Outcome)
@@ -78,21 +78,21 @@ def read_rows(path: Path) -> tuple[list[PointResult], list[BrokenRow]]:
             "or a file of such rows"
         ) from None
     points: dict[str, PointResult] = {}
-    places: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     broken = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             point = _point(line)
-            if point.name in places:
+            if point.name in line_of:
                 raise ValueError(
-                    f"point {point.name!r} is in line {places[point.name]} already; names are unique"
+                    f"point {point.name!r} is in line {line_of[point.name]} already; names are unique"
                 )
         except ValueError as error:
             broken.append(BrokenRow(number, printable(str(error))))
             continue
-        points[point.name], places[point.name] = point, number
+        points[point.name], line_of[point.name] = point, number
     return list(points.values()), broken
 
 

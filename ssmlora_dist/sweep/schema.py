@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from ssmlora_dist.config.loading import read_json
-from ssmlora_dist.config.problems import dotted, nearest, place_of
+from ssmlora_dist.config.problems import dotted, key_path_of, nearest
 from ssmlora_dist.config.schema import LARGEST_SEED, LONGEST_NAME, NonEmpty, Section, UserDirectory, UserPath
 from ssmlora_dist.config.shown import shown
 from ssmlora_dist.durable import write_text
@@ -93,30 +93,30 @@ def load_sweep(path: str | Path) -> SweepConfig:
     except ValidationError as error:
         found: dict[str, str] = {}
         for detail in error.errors(include_url=False):
-            place = dotted(place_of(detail, data))
-            found.setdefault(place, _line(place, detail))
+            where = dotted(key_path_of(detail, data))
+            found.setdefault(where, _line(where, detail))
         lines += found.values()
     if lines:
         raise ConfigError(lines, source=str(path))
     return sweep
 
 
-def _line(place: str, error: ErrorDetails) -> str:
-    """What is wrong at a place, what is allowed and how to mend it."""
-    section, _, key = place.rpartition(".")
+def _line(where: str, error: ErrorDetails) -> str:
+    """What is wrong at a dotted path, what is allowed and how to mend it."""
+    section, _, key = where.rpartition(".")
     if error["type"] == "extra_forbidden":
         allowed = _keys(section)
         guess = nearest(key, allowed)
         remedy = f"did you mean {guess}?" if guess else "remove it"
         return (
-            f"{place}: unknown key ({shown(error['input'])} given); allowed: {', '.join(allowed)}; {remedy}"
+            f"{where}: unknown key ({shown(error['input'])} given); allowed: {', '.join(allowed)}; {remedy}"
         )
     if error["type"] == "missing":
-        return f'{place}: missing; add "{key}" {f"to {section}" if section else "at the top level"}'
+        return f'{where}: missing; add "{key}" {f"to {section}" if section else "at the top level"}'
     if error["type"] == "value_error":
-        return f"{place}: {error['ctx']['error']}"
+        return f"{where}: {error['ctx']['error']}"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
-    return f"{place}: {shown(error['input'])} given; allowed: {wanted}; write a value that is allowed"
+    return f"{where}: {shown(error['input'])} given; allowed: {wanted}; write a value that is allowed"
 
 
 def _keys(section: str) -> list[str]:

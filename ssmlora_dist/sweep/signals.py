@@ -7,7 +7,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from ssmlora_dist.signals import heeded
+from ssmlora_dist.signals import stop_signals
 
 # One request reaches the sweep twice where whoever stops it signals its group and itself.
 TOGETHER_SECONDS = 1.0
@@ -28,7 +28,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for signum in heeded():
+        for signum in stop_signals():
             self._before[signum] = signal.signal(signum, self._note)
         return self
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from ssmlora_dist.sweep.plan import Plan, Standing, estimate_seconds
-from ssmlora_dist.sweep.state import Row
+from ssmlora_dist.sweep.directory import Row
+from ssmlora_dist.sweep.plan import Plan, SweepState, estimate_seconds
 
 REFRESH_SECONDS = 1.0
 SHOWN_CHARACTERS = 80
@@ -21,17 +21,17 @@ _SHOWN = ("final_loss", "validation_loss_after", "tokens_per_second", "peak_memo
 _FORMATS = (".4f", ".4f", ",.0f", ".2f")
 
 
-def plan_text(plan: Plan, standing: Standing, points_at_once: int) -> str:
+def plan_text(plan: Plan, state: SweepState, points_at_once: int) -> str:
     """Every point with what it sets and what becomes of it; their number and the estimated time."""
-    pending = {planned.name for planned in standing.pending}
+    pending = {planned.name for planned in state.pending}
     lines = [("point", "group", "ranks", "plan", "sets")]
     for planned in plan.points:
-        point, row = planned.point, standing.rows[planned.name]
-        state = "run" if row.outcome in ("not_run", "finished") else f"run ({row.outcome} before)"
+        point, row = planned.point, state.rows[planned.name]
+        action = "run" if row.outcome in ("not_run", "finished") else f"run ({row.outcome} before)"
         sets = ", ".join(f"{key}={json.dumps(value)}" for key, value in point.overrides.items())
-        shown = state if planned.name in pending else f"keep: {row.outcome}"
+        shown = action if planned.name in pending else f"keep: {row.outcome}"
         lines.append((point.name, point.group, str(point.ranks), shown, _cut(sets) or "-"))
-    seconds = estimate_seconds(standing.pending, standing.rows)
+    seconds = estimate_seconds(state.pending, state.rows)
     at_once = max(1, min(points_at_once, len(pending)))
     shown_time = "unknown, no point is finished yet" if seconds is None else _duration(seconds / at_once)
     if not pending:

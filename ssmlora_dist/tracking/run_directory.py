@@ -98,7 +98,7 @@ class RunDirectory:
         with explained(path):
             if make_parents:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            there = next(place for place in (path, *path.absolute().parents) if place.exists())
+            there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
             if not there.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             if not os.access(there, os.W_OK | os.X_OK):

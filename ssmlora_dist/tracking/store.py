@@ -126,10 +126,12 @@ class Store:
         if file.parts[0].startswith("~"):
             return f"begins with {file.parts[0]}, but no such user is known here; write the path out"
         if not file.exists():
-            place = next(parent for parent in file.absolute().parents if parent.exists())
-            if not place.is_dir():
-                return f"cannot be made: {place} is a file; name another place"
-            return None if os.access(place, os.W_OK | os.X_OK) else f"cannot be made: {place} is not writable"
+            parent = next(parent for parent in file.absolute().parents if parent.exists())
+            if not parent.is_dir():
+                return f"cannot be made: {parent} is a file; name another place"
+            return (
+                None if os.access(parent, os.W_OK | os.X_OK) else f"cannot be made: {parent} is not writable"
+            )
         if not file.is_file():
             return f"is a directory; name a file in it: {self.uri.rstrip('/')}/mlflow.db"
         if not os.access(file, os.R_OK | os.W_OK):

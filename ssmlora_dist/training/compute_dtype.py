@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import topology_problems
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.precision import DTypeName, common_dtype, machine_dtype
 from ssmlora_dist.tracking import Console
@@ -20,7 +20,7 @@ _BECAUSE = {
 
 def settle_compute_dtype(
     config: RunConfig,
-    group: DistributedContext,
+    context: DistributedContext,
     console: Console,
     *,
     kept: DTypeName | None = None,
@@ -30,7 +30,7 @@ def settle_compute_dtype(
 
     Args:
         config: of the run; a dtype that it names itself stays.
-        group: the run's processes.
+        context: the run's processes.
         console: of rank 0; shows what was chosen, and why.
         kept: what the adapter to go on with has been trained in; None: whatever all ranks do best.
         for_training: as for `config.loading.load_config`.
@@ -40,9 +40,9 @@ def settle_compute_dtype(
     """
     if config.model.compute_dtype != "auto":
         return config
-    choices: list[DTypeName] = group.gather(machine_dtype(group.device.type))
+    choices: list[DTypeName] = context.gather(machine_dtype(context.device.type))
     settled, chosen = choose_compute_dtype(
-        config, choices, group.device.type, group.world_size, kept=kept, for_training=for_training
+        config, choices, context.device.type, context.world_size, kept=kept, for_training=for_training
     )
     console.message(chosen)
     return settled

@@ -20,7 +20,7 @@ from ssmlora_dist.data import (
     StreamedBatches,
     examples_digest,
 )
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.tokenization import TextEncoder
 from ssmlora_dist.training.contents import (
     check_ranks,
@@ -40,8 +40,8 @@ class RunData:
     Args:
         config: of the run.
         tokenizer: of the model.
-        group: its processes.
-        place: of this rank.
+        context: its processes.
+        dims: of this rank.
         resume_point: where the run goes on.
         warn: told what of the data a run should know, and of other validation data.
 
@@ -63,24 +63,24 @@ class RunData:
         self,
         config: RunConfig,
         tokenizer: Any,
-        group: DistributedContext,
-        place: ParallelDims,
+        context: DistributedContext,
+        dims: ParallelDims,
         resume_point: ResumePoint,
         warn: Callable[[str], object],
     ) -> None:
         training = config.training
-        self._seed, self._rank = config.run.seed, group.rank
+        self._seed, self._rank = config.run.seed, context.rank
         self._drops = config.adapter.dropout > 0
         self._shape = BatchShape(
             training.global_batch_size,
             training.micro_batch_size,
-            place.data_parallel_rank,
-            place.data_parallel_size,
+            dims.data_parallel_rank,
+            dims.data_parallel_size,
             tokenizer.pad_token_id,
         )
-        commits = group.on_main(lambda: revisions(config, resume_point))
+        commits = context.on_main(lambda: revisions(config, resume_point))
         train, self.validation = build_data(pinned(config, commits), tokenizer)
-        self.contents = self._compared(config, train, commits, group, resume_point)
+        self.contents = self._compared(config, train, commits, context, resume_point)
         self.compares = same_validation(resume_point, self.contents["validation"], warn)
         self.num_examples = None if isinstance(train, ExampleStream) else len(train)
         self.sample: Dataset
@@ -88,15 +88,15 @@ class RunData:
         if isinstance(train, ExampleStream):
             assert training.max_steps, "refused by config.rules"
             self.num_steps = training.max_steps
-            self.sample = group.on_main(train.sample)
+            self.sample = context.on_main(train.sample)
             checkpoint = resume_point.checkpoint
             start = checkpoint.progress["data_position"] if checkpoint else None
             self._batches = streamed = StreamedBatches(
-                train, self._shape, group.on_main, resume_point.step, start
+                train, self._shape, context.on_main, resume_point.step, start
             )
             if start:
                 # Other data show now, not once the model has been loaded.
-                group.on_main(streamed.open)
+                context.on_main(streamed.open)
         else:
             assert training.num_epochs or training.max_steps, "refused by config.rules"
             self.sample = train
@@ -116,10 +116,10 @@ class RunData:
         config: RunConfig,
         train: Dataset | ExampleStream,
         commits: dict[str, dict[str, str | None]],
-        group: DistributedContext,
+        context: DistributedContext,
         resume_point: ResumePoint,
     ) -> dict[str, Any]:
-        found = group.gather(train_contents(train))
+        found = context.gather(train_contents(train))
         check_ranks(found)
         check_train(resume_point, found[0], config.data.train.format == "retrieval")
         validation = examples_digest(self.validation.examples) if self.validation else None

@@ -218,5 +218,5 @@ def _line(name: str, value: str) -> str:
 def _beginning(resume_point: ResumePoint) -> str:
     if resume_point.path is None:
         return "at step 0"
-    place = "" if resume_point.in_place else ", as a new run"
-    return f"after step {resume_point.step}, from {resume_point.path}{place}"
+    new_run = "" if resume_point.in_place else ", as a new run"
+    return f"after step {resume_point.step}, from {resume_point.path}{new_run}"

@@ -16,9 +16,9 @@ import time
 from types import FrameType
 from typing import Any
 
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.errors import SSMLoRAError
-from ssmlora_dist.signals import STOPPING, StopRequested, heeded
+from ssmlora_dist.signals import STOPPING, StopRequested, stop_signals
 
 # One request reaches a rank twice where it reaches the launcher too, which hands it on, Ctrl-C as SIGTERM.
 TOGETHER_SECONDS = 2.0
@@ -51,16 +51,16 @@ class Interrupts:
     ends.
 
     Args:
-        group: this run's processes.
+        context: this run's processes.
         grace_seconds: from a signal to the end of the process.
 
     Attributes:
         save_requested: whether SIGUSR1 has reached a rank, as of the last `check`; to be reset by the run.
     """
 
-    def __init__(self, group: DistributedContext, grace_seconds: float) -> None:
+    def __init__(self, context: DistributedContext, grace_seconds: float) -> None:
         self.save_requested = False
-        self._group, self._grace_seconds = group, grace_seconds
+        self._context, self._grace_seconds = context, grace_seconds
         self._stop, self._save = 0, False
         self._asked_at = 0.0
         self._stopped = False
@@ -75,7 +75,7 @@ class Interrupts:
         self._thread.start()
         # Written to as the signal comes, whatever the main thread is doing.
         self._descriptor_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
-        for signum in (*heeded(), signal.SIGUSR1):
+        for signum in (*stop_signals(), signal.SIGUSR1):
             self._before[signum] = signal.signal(signum, _go_on)
         return self
 
@@ -98,8 +98,8 @@ class Interrupts:
             StopRequested: one was told to stop.
         """
         asked = [*(self._stop == signum for signum in STOPPING), self._save]
-        if self._group.world_size > 1:
-            asked = [bool(value) for value in self._group.max([float(value) for value in asked])]
+        if self._context.world_size > 1:
+            asked = [bool(value) for value in self._context.max([float(value) for value in asked])]
         *stops, save = asked
         if save:
             self._save, self.save_requested = False, True
@@ -150,7 +150,7 @@ class Interrupts:
             self._stop = signum
 
     def _time_is_over(self) -> None:
-        if self._group.is_main:
+        if self._context.is_main:
             print(
                 f"error: not ready to stop {self._grace_seconds:g} seconds after "
                 f"{signal.Signals(self._stop).name} (checkpoint.grace_seconds); the last complete checkpoint "

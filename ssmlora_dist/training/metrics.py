@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.ranks import read_launch_environment
 
 GIB = 2**30
@@ -24,23 +24,23 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
-def usable_memory_bytes(group: DistributedContext) -> float:
+def usable_memory_bytes(context: DistributedContext) -> float:
     """What is free on this rank's GPU; on a CPU its share of the host's memory."""
-    if group.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(group.device)[0])
+    if context.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(context.device)[0])
     return (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / read_launch_environment().local_world_size
     )
 
 
-def peak_memory_gib(group: DistributedContext) -> list[float]:
+def peak_memory_gib(context: DistributedContext) -> list[float]:
     """Largest memory use so far, by rank: allocated on the GPU, or resident in the host on a CPU."""
-    if group.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(group.device)
+    if context.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(context.device)
     else:
         # Linux counts in KiB, macOS in bytes.
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    mine = [0.0] * group.world_size
-    mine[group.rank] = peak / GIB
-    return group.sum(mine)
+    mine = [0.0] * context.world_size
+    mine[context.rank] = peak / GIB
+    return context.sum(mine)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ssmlora_dist.config.build import build_store
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.evaluation.teacher_forced import OVERALL, Score
 from ssmlora_dist.sizes import DecoderShape
 from ssmlora_dist.tracking import BeforeAfter, Console, NullTracker, Tracker, check_store, mlflow_tracker
@@ -21,10 +21,10 @@ Scores = dict[str, Score]
 
 
 def step_row(
-    record: StepRecord, group: DistributedContext, shape: DecoderShape, global_batch_size: int
+    record: StepRecord, context: DistributedContext, shape: DecoderShape, global_batch_size: int
 ) -> dict[str, float]:
     """The logged row of a step; with the model FLOP utilisation where the device's peak is known."""
-    result, seconds, num_ranks = record.result, record.step_seconds, group.world_size
+    result, seconds, num_ranks = record.result, record.step_seconds, context.world_size
     row = {
         "loss": result.loss,
         "learning_rate": record.learning_rate,
@@ -38,7 +38,7 @@ def step_row(
     }
     if result.loss_scale is not None:
         row["loss_scale"] = result.loss_scale
-    peak = peak_tflops(group.device)
+    peak = peak_tflops(context.device)
     if peak is not None:
         length = result.num_tokens / global_batch_size
         achieved = shape.flops_per_token(length) * row["tokens_per_second_per_device"] / 1e12
@@ -53,6 +53,16 @@ def score_row(scores: Scores) -> dict[str, float]:
         suffix = "" if length == OVERALL else f"_{length}"
         row[f"validation_loss{suffix}"] = score.loss
         row[f"validation_exact_match{suffix}"] = score.exact_match
+    return row
+
+
+def state_row(after: Scores, without_states: Scores) -> dict[str, float]:
+    """The logged row of what the state is worth: by how much the loss is higher without it, in nats."""
+    row = {}
+    for length, score in without_states.items():
+        suffix = "" if length == OVERALL else f"_{length}"
+        row[f"validation_loss_without_states{suffix}"] = score.loss
+        row[f"state_worth{suffix}"] = score.loss - after[length].loss
     return row
 
 
@@ -74,9 +84,17 @@ def scores_from_plain(plain: dict[str, Any] | None) -> Scores | None:
     return {length: Score(**score) for length, score in plain.items()} if plain else None
 
 
-def before_and_after(before: Scores, after: Scores) -> list[BeforeAfter]:
-    """The rows of the table that is shown at the end."""
-    return [
+def before_and_after(
+    before: Scores, after: Scores, without_states: Scores | None = None
+) -> list[BeforeAfter]:
+    """The rows of the table that is shown at the end.
+
+    Args:
+        before: training.
+        after: training.
+        without_states: the same as `after`, with every state replaced by its mean.
+    """
+    rows = [
         BeforeAfter(
             length if length != OVERALL else "all",
             after[length].num_examples,
@@ -87,6 +105,12 @@ def before_and_after(before: Scores, after: Scores) -> list[BeforeAfter]:
         )
         for length, score in before.items()
     ]
+    if without_states is not None:
+        score = without_states[OVERALL]
+        rows.append(
+            BeforeAfter("states averaged", score.num_examples, None, score.loss, None, score.exact_match)
+        )
+    return rows
 
 
 def environment_tags(environment: dict[str, Any]) -> dict[str, str]:
@@ -97,7 +121,7 @@ def environment_tags(environment: dict[str, Any]) -> dict[str, str]:
 
 
 def tracker_of(
-    config: RunConfig, group: DistributedContext, console: Console, resume_point: ResumePoint
+    config: RunConfig, context: DistributedContext, console: Console, resume_point: ResumePoint
 ) -> Tracker:
     """Rank 0's tracker; none on the other ranks. Every rank calls it.
 
@@ -110,8 +134,8 @@ def tracker_of(
     store = build_store(config)
     if store is None:
         return NullTracker()
-    group.on_main(lambda: check_store(store, console.warn))
-    if not group.is_main:
+    context.on_main(lambda: check_store(store, console.warn))
+    if not context.is_main:
         return NullTracker()
     checkpoint = resume_point.checkpoint if resume_point.in_place else None
     continued = checkpoint.progress["tracker_run_id"] if checkpoint else None

@@ -77,11 +77,11 @@ def find_resume_point(
         RunDirectory.check_free(directory.path, make_parents=claim)
         if source is None:
             return ResumePoint()
-    place = directory.checkpoints if source is None else _checkpoints_of(source)
-    if place is None:
+    checkpoints = directory.checkpoints if source is None else _checkpoints_of(source)
+    if checkpoints is None:
         assert source is not None
         return ResumePoint(read_checkpoint(source), source, in_place)
-    found = newest_checkpoint(place, warn)
+    found = newest_checkpoint(checkpoints, warn)
     if found is not None:
         return ResumePoint(found[1], found[0], in_place)
     if source is not None:

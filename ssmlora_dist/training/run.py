@@ -5,21 +5,20 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
+from ssmlora_dist.adapters.state_means import record_states, replaced_states
 from ssmlora_dist.config.build import backbone_settings, build_store, check_model
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.process_group import DistributedContext
-from ssmlora_dist.durable import explained
-from ssmlora_dist.errors import CheckpointError, DataError, TrainingError
+from ssmlora_dist.data import Dataset
+from ssmlora_dist.distributed.context import DistributedContext
+from ssmlora_dist.errors import CheckpointError, DataError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
 from ssmlora_dist.progress import Progress, progress
 from ssmlora_dist.signals import StopRequested
@@ -30,7 +29,6 @@ from ssmlora_dist.tracking import (
     Tracker,
     environment_record,
     flat_parameters,
-    plot_curves,
 )
 from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 from ssmlora_dist.training.contents import first_start, tokenizer_of
@@ -42,14 +40,15 @@ from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import peak_memory_gib, usable_memory_bytes
 from ssmlora_dist.training.report import (
     Scores,
-    before_and_after,
     environment_tags,
     plain_scores,
     score_row,
     scores_from_plain,
+    state_row,
     step_row,
     tracker_of,
 )
+from ssmlora_dist.training.results import ResultWriter
 from ssmlora_dist.training.resume_point import (
     NEVER,
     ResumePoint,
@@ -69,14 +68,18 @@ if TYPE_CHECKING:
 
 # Of the memory that is free before loading, what is planned with: the rest is for allocators and libraries.
 MEMORY_SHARE = 0.85
+# Training examples over which states are averaged, to know what they are worth.
+STATE_EXAMPLES = 8
 
 
-def run_training(config: RunConfig, group: DistributedContext, console: Console, resume: str = NEVER) -> None:
+def run_training(
+    config: RunConfig, context: DistributedContext, console: Console, resume: str = NEVER
+) -> None:
     """Trains an adapter as configured; every rank calls it, rank 0 writes and shows.
 
     Args:
         config: of the run.
-        group: its processes.
+        context: its processes.
         console: of rank 0.
         resume: `never`, `auto` or a directory: see `find_resume_point`.
 
@@ -86,28 +89,28 @@ def run_training(config: RunConfig, group: DistributedContext, console: Console,
         StoppedError: a signal has stopped it.
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
-    resume_point: ResumePoint = group.on_main(lambda: find_resume_point(resume, directory, console.warn))
-    config = settle_compute_dtype(config, group, console, kept=resume_point.compute_dtype)
-    tracker = tracker_of(config, group, console, resume_point)
+    resume_point: ResumePoint = context.on_main(lambda: find_resume_point(resume, directory, console.warn))
+    config = settle_compute_dtype(config, context, console, kept=resume_point.compute_dtype)
+    tracker = tracker_of(config, context, console, resume_point)
     check_settings(resume_point, config)
     check_model(config)
-    began: str = group.share(first_start(resume_point))
+    began: str = context.share(first_start(resume_point))
     tokenizer, contents = tokenizer_of(config, resume_point, began, console.warn)
-    place = parallel_dims_of(config, group)
-    data = RunData(config, tokenizer, group, place, resume_point, console.warn)
+    dims = parallel_dims_of(config, context)
+    data = RunData(config, tokenizer, context, dims, resume_point, console.warn)
     contents |= data.contents
-    tasks = TasksInTraining(config, tokenizer, group, data.endings)
-    parts = (tracker, directory, resume_point, tokenizer, contents, place, data, tasks)
-    run = _Run(config, group, console, *parts)
-    complete: str | None = group.on_main(lambda: completion(resume_point, directory, data.num_steps))
+    tasks = TasksInTraining(config, tokenizer, context, data.endings)
+    parts = (tracker, directory, resume_point, tokenizer, contents, dims, data, tasks)
+    run = _Run(config, context, console, *parts)
+    complete: str | None = context.on_main(lambda: completion(resume_point, directory, data.num_steps))
     if complete is not None:
         console.message(complete)
         return
-    if group.is_main:
+    if context.is_main:
         header = run_header(
             config,
-            group.device,
-            group.world_size,
+            context.device,
+            context.world_size,
             num_steps=data.num_steps,
             num_examples=data.num_examples,
             accounts=[*data.accounts(), *tasks.notes],
@@ -117,9 +120,9 @@ def run_training(config: RunConfig, group: DistributedContext, console: Console,
     run.build()
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
     if not resume_point.in_place:
-        group.on_main(directory.claim)
-    group.when_a_rank_is_lost(lambda: tracker.finish("FAILED"))
-    with Interrupts(group, config.checkpoint.grace_seconds) as interrupts:
+        context.on_main(directory.claim)
+    context.when_a_rank_is_lost(lambda: tracker.finish("FAILED"))
+    with Interrupts(context, config.checkpoint.grace_seconds) as interrupts:
         status: RunStatus = "FAILED"
         try:
             run.begin()
@@ -129,13 +132,13 @@ def run_training(config: RunConfig, group: DistributedContext, console: Console,
             status = "KILLED"
             raise
         finally:
-            group.about_to_stop()
+            context.about_to_stop()
             data.close()
             with progress("completing the record of the run"):
                 tracker.finish(status)
             if status == "KILLED":
                 # A launcher ends the others once one has ended: none does before rank 0 has said all.
-                group.share(None)
+                context.share(None)
 
 
 @dataclass
@@ -143,14 +146,14 @@ class _Run:
     """The parts of one run, and its phases in order."""
 
     config: RunConfig
-    group: DistributedContext
+    context: DistributedContext
     console: Console
     tracker: Tracker
     directory: RunDirectory
     resume_point: ResumePoint
     tokenizer: PreTrainedTokenizerBase
     contents: dict[str, Any]
-    place: ParallelDims
+    dims: ParallelDims
     data: RunData
     tasks: TasksInTraining
 
@@ -159,15 +162,15 @@ class _Run:
         self.num_steps = self.data.num_steps
         self.store = build_store(self.config)
         checkpoint = self.resume_point.checkpoint
-        stood = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
-        self.totals = Totals(**stood["totals"])
-        self.before = scores_from_plain(stood["before"]) if self.data.compares else None
-        self.seconds_before: float = stood["wall_seconds"]
+        saved = checkpoint.progress if checkpoint else {"totals": {}, "wall_seconds": 0.0, "before": None}
+        self.totals = Totals(**saved["totals"])
+        self.before = scores_from_plain(saved["before"]) if self.data.compares else None
+        self.seconds_before: float = saved["wall_seconds"]
         self.warned_of_metrics = False
 
     def begin(self) -> None:
         """Writes down what is going to be run, and whence."""
-        if self.group.is_main:
+        if self.context.is_main:
             self.directory.cut_metrics(self.resume_point.step if self.resume_point.checkpoint else -1)
             resolved = self.config.model_dump(mode="json", by_alias=True)
             self.directory.write_config(resolved)
@@ -175,7 +178,7 @@ class _Run:
             # Without one of its own this run, continued, would begin anew.
             self._save(self.resume_point.step)
             self.saver.finish()
-        if self.group.is_main:
+        if self.context.is_main:
             tags = environment_tags(environment_record()) | self.config.tracking.tags
             with progress("beginning the record of the run"):
                 self.tracker.start(self.config.run.name, flat_parameters(resolved), tags)
@@ -219,21 +222,27 @@ class _Run:
                 last_good=self.saver.finish,
             )
         # Before anything else can go wrong.
-        self._save_adapter()
+        tensors = self.engine.adapter_tensors()
+        self.context.on_main(lambda: self.results.save_adapter(tensors, self.base, self.fingerprint))
         if self.config.checkpoint.every_steps and self.saver.last_step < self.num_steps:
             self._save(self.num_steps)
         before, after = self.before, self._evaluate(step=self.num_steps)
         if after and self.saver.is_best(after[OVERALL].loss):
             self._save(self.num_steps, after[OVERALL].loss)
         self.saver.finish()
+        without_states = self._evaluate_without_states(after)
         summary = {
-            **self.totals.summary(self.group.world_size),
+            **self.totals.summary(self.context.world_size),
             "compute_dtype": self.config.model.compute_dtype,
             "training_seconds": self.totals.step_seconds,
             "wall_seconds": self._wall_seconds(),
-            "peak_memory_gib": peak_memory_gib(self.group),
+            "peak_memory_gib": peak_memory_gib(self.context),
             "num_trainable_parameters": self.num_trainable,
-            "evaluation": {"before": plain_scores(before), "after": plain_scores(after)},
+            "evaluation": {
+                "before": plain_scores(before),
+                "after": plain_scores(after),
+                "without_states": plain_scores(without_states),
+            },
             "data": {
                 "train": asdict(self.data.report),
                 "validation": asdict(self.data.validation.report) if self.data.validation else None,
@@ -242,30 +251,33 @@ class _Run:
             "tracking": self.store.record() if self.store else None,
             "environment": environment_record(),
         }
-        if self.group.is_main:
+        if self.context.is_main:
             self.tracker.log_metrics(self.data.metrics(), self.num_steps)
-            self._finish(summary, before, after)
+            self.results.finish(summary, before, after, without_states)
 
     def build(self) -> None:
         """Loads the backbone, adapts it and hands it to the engine."""
         # By rank 0 alone, as a part of every tensor is read.
-        fingerprint: str = self.group.on_main(partial(base_of, self.config, self.resume_point))
+        fingerprint: str = self.context.on_main(partial(base_of, self.config, self.resume_point))
         plan = None
-        if self.place.num_stages > 1:
-            memory = -self.group.max([-usable_memory_bytes(self.group)])[0]
-            plan = plan_stages(self.config, self.data.sample, self.place, MEMORY_SHARE * memory)
+        if self.dims.num_stages > 1:
+            memory = -self.context.max([-usable_memory_bytes(self.context)])[0]
+            plan = plan_stages(self.config, self.data.sample, self.dims, MEMORY_SHARE * memory)
             self.console.message(plan.table)
         checkpoint, warn = self.resume_point.checkpoint, self.console.warn
-        built = build_engine(self.config, self.group, self.place, plan, checkpoint, warn)
+        built = build_engine(self.config, self.context, self.dims, plan, checkpoint, warn)
         self.engine = built.engine
         self.shape, self.adapter = built.shape, built.adapter
-        self.num_trainable = int(self.group.sum([built.num_trainable])[0]) // self.place.data_parallel_size
+        self.num_trainable = int(self.context.sum([built.num_trainable])[0]) // self.dims.data_parallel_size
         self.base = backbone_settings(self.config) | self.data.endings
         self.base["tokenizer"] = self.config.model.tokenizer
         self.fingerprint = fingerprint
         parts = (self.base, fingerprint, self.contents, self.resume_point, self.console.warn)
-        place, compares = self.directory.checkpoints, self.data.compares
-        self.saver = Saver(self.config, self.group, self.engine, place, *parts, compares=compares)
+        checkpoints, compares = self.directory.checkpoints, self.data.compares
+        self.saver = Saver(self.config, self.context, self.engine, checkpoints, *parts, compares=compares)
+        self.results = ResultWriter(
+            self.config, self.directory, self.tracker, self.store, self.console, self.saver.last_good
+        )
 
     def _learning_rate(self, step: int) -> float:
         training = self.config.training
@@ -280,43 +292,63 @@ class _Run:
     def _evaluate(self, step: int) -> Scores | None:
         if self.data.validation is None:
             return None
-        place = self.place
-        with watch_state(self.engine.module, time_axes(self.adapter), self.group.device) as health:
-            scores = evaluate(
-                lambda batches: self.engine.score(self._checked(batches)),
-                self.data.validation,
-                micro_batch_size=self.config.evaluation.micro_batch_size,
-                pad_token_id=self.tokenizer.pad_token_id,
-                data_parallel_rank=place.data_parallel_rank,
-                data_parallel_size=place.data_parallel_size,
-                # Every stage has the scores of its replica.
-                sum_over_ranks=lambda values: [v / place.num_stages for v in self.group.sum(values)],
-                description=f"evaluation after step {step}" if step else "evaluation before training",
-            )
-        row = health.metrics(self.group.sum(health.sums.tolist()))
-        if self.group.is_main:
+        description = f"evaluation after step {step}" if step else "evaluation before training"
+        with watch_state(self.engine.module, time_axes(self.adapter), self.context.device) as health:
+            scores = self._scores(self.data.validation, description)
+        row = health.metrics(self.context.sum(health.sums.tolist()))
+        if self.context.is_main:
             self._log(row | score_row(scores), step)
         return scores
+
+    def _evaluate_without_states(self, after: Scores | None) -> Scores | None:
+        """The last evaluation again, every state replaced by its mean over training examples."""
+        if self.data.validation is None or after is None or not time_axes(self.adapter):
+            return None
+        module, examples = self.engine.module, self.data.sample.examples[:STATE_EXAMPLES]
+        with record_states(module) as means:
+            # One by one: no padding counts. On every rank the same, so that the means are.
+            self._scores(replace(self.data.sample, examples=examples), "recording states", is_shared=False)
+        with replaced_states(module, means):
+            scores = self._scores(self.data.validation, "evaluation without states")
+        if self.context.is_main:
+            self._log(state_row(after, scores), self.num_steps)
+        return scores
+
+    def _scores(self, dataset: Dataset, description: str, *, is_shared: bool = True) -> Scores:
+        """Of a data set that the replicas share, or that each of them has to itself, row by row."""
+        dims = self.dims
+        rank, size = (dims.data_parallel_rank, dims.data_parallel_size) if is_shared else (0, 1)
+        return evaluate(
+            lambda batches: self.engine.score(self._checked(batches)),
+            dataset,
+            micro_batch_size=self.config.evaluation.micro_batch_size if is_shared else 1,
+            pad_token_id=self.tokenizer.pad_token_id,
+            data_parallel_rank=rank,
+            data_parallel_size=size,
+            # Every stage has the scores of its replica.
+            sum_over_ranks=lambda values: [v / dims.num_stages for v in self.context.sum(values)],
+            description=description,
+        )
 
     def _answer_tasks(self, step: int) -> None:
         if self.tasks.is_due(step, self.num_steps):
             metrics = self.tasks.answer(self.engine.module.model)
-            if self.group.is_main:
+            if self.context.is_main:
                 self._log(metrics, step)
 
     def _checked(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         for batch in batches:
             # Between stages it would hold up the pipeline.
-            if self.place.num_stages == 1:
+            if self.dims.num_stages == 1:
                 self.interrupts.check()
             yield batch
 
     def _on_step(self, shown: Progress, record: StepRecord) -> None:
         self.totals.add(record)
-        row = step_row(record, self.group, self.shape, self.config.training.global_batch_size)
+        row = step_row(record, self.context, self.shape, self.config.training.global_batch_size)
         speed = row["tokens_per_second"]
         shown.update(record.step, f"loss {record.result.loss:.4f}", f"{speed:,.0f} tokens/s")
-        if self.group.is_main and record.step % self.config.tracking.every_steps == 0:
+        if self.context.is_main and record.step % self.config.tracking.every_steps == 0:
             self._log(row, record.step)
         every = self.config.evaluation.every_steps
         loss = None
@@ -334,11 +366,11 @@ class _Run:
             "totals": self.totals.plain(),
             "wall_seconds": self._wall_seconds(),
             "before": plain_scores(self.before),
-            "data_position": self.data.position(step) if self.group.is_main else None,
+            "data_position": self.data.position(step) if self.context.is_main else None,
             "tracker_run_id": self.tracker.run_id,
         }
         self.saver.save(step, train_state, validation_loss)
-        if self.group.is_main:
+        if self.context.is_main:
             self._log({"checkpoint_seconds": time.perf_counter() - started}, step)
 
     def _stopped(self, signum: int) -> StoppedError:
@@ -361,43 +393,3 @@ class _Run:
                 self.console.warn(f"{error}; training goes on, and what is missing is written once it can be")
             self.warned_of_metrics = True
         self.tracker.log_metrics(row, step)
-
-    def _save_adapter(self) -> None:
-        tensors = self.engine.adapter_tensors()
-
-        def write() -> None:
-            with self._writing_results(), progress("saving the adapter"):
-                write_adapter(
-                    self.directory.adapter,
-                    self.config.adapter,
-                    tensors,
-                    base=self.base,
-                    base_fingerprint=self.fingerprint,
-                )
-
-        self.group.on_main(write)
-
-    @contextmanager
-    def _writing_results(self) -> Iterator[None]:
-        """What the disk refuses after training is no bad input, and loses nothing that a checkpoint has."""
-        try:
-            with explained(self.directory.path):
-                yield
-        except CheckpointError as error:
-            raise TrainingError(f"{error}, and go on with --resume; {self.saver.last_good()}") from error
-
-    def _finish(self, summary: dict[str, Any], before: Scores | None, after: Scores | None) -> None:
-        with self._writing_results():
-            self.directory.plots.mkdir(exist_ok=True)
-            with progress("drawing the curves"):
-                plot_curves(self.directory.read_metrics(), self.directory.plots / "curves.png")
-            # Last, as it marks a run that is done.
-            self.directory.write_summary(summary)
-        if self.config.tracking.log_adapter:
-            self.tracker.log_directory(self.directory.adapter, "adapter")
-        self.tracker.log_directory(self.directory.plots, "plots")
-        self.tracker.log_artifact(self.directory.summary_file)
-        if before and after:
-            self.console.print_before_after(before_and_after(before, after))
-        uri = self.store.uri if self.store else None
-        self.console.print_where_to_look(self.directory.path, self.directory.adapter, uri)

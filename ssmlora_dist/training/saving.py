@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.progress import progress
 from ssmlora_dist.training.checkpoint_writer import BackgroundWriter
 from ssmlora_dist.training.checkpoints import Checkpoint
@@ -22,7 +22,7 @@ class Saver:
 
     Args:
         config: of the run.
-        group: its processes.
+        context: its processes.
         engine: holds what is saved.
         directory: of the run's checkpoints.
         base: how to load the base model, kept with the adapter.
@@ -40,7 +40,7 @@ class Saver:
     def __init__(
         self,
         config: RunConfig,
-        group: DistributedContext,
+        context: DistributedContext,
         engine: TopologyEngine,
         directory: Path,
         base: Mapping[str, Any],
@@ -51,7 +51,7 @@ class Saver:
         *,
         compares: bool = True,
     ) -> None:
-        self._config, self._group, self._engine = config, group, engine
+        self._config, self._context, self._engine = config, context, engine
         self._base_fingerprint, self._contents = base_fingerprint, contents
         section = config.checkpoint
         self._every_steps = section.every_steps
@@ -62,11 +62,11 @@ class Saver:
             keep=section.keep,
             keep_best=section.keep_best,
             warn=warn,
-            on_written=lambda path: group.note_checkpoint(str(path)),
+            on_written=lambda path: context.note_checkpoint(str(path)),
             last_good=resume_point.path,
         )
         if resume_point.path is not None:
-            group.note_checkpoint(str(resume_point.path))
+            context.note_checkpoint(str(resume_point.path))
         self.last_step = resume_point.step
         checkpoint = resume_point.checkpoint if compares else None
         self.best_validation_loss: float | None = (
@@ -97,10 +97,10 @@ class Saver:
         if self.is_best(validation_loss):
             self.best_validation_loss = validation_loss
         with progress("collecting what is trained"):
-            parameters, moments = self._engine.adapter_tensors(), self._engine.moments()
+            parameters, optimizer_state = self._engine.adapter_tensors(), self._engine.optimizer_state()
         loss_scale = self._engine.loss_scale
         self.last_step = step
-        if not self._group.is_main:
+        if not self._context.is_main:
             return
         # It waits for the one before.
         with progress("waiting for the checkpoint before"):
@@ -108,10 +108,10 @@ class Saver:
                 Checkpoint(
                     step=step,
                     parameters=parameters,
-                    moments=moments.tensors,
+                    moments=optimizer_state.tensors,
                     progress={
                         **train_state,
-                        "num_updates": moments.num_updates,
+                        "num_updates": optimizer_state.num_updates,
                         "loss_scale": asdict(loss_scale) if loss_scale else None,
                         "samples_consumed": step * self._config.training.global_batch_size,
                         "best_validation_loss": self.best_validation_loss,
@@ -125,7 +125,7 @@ class Saver:
 
     def finish(self) -> str:
         """Waits for what is being written; says on every rank what `last_good` says."""
-        said: str = self._group.on_main(self.last_good)
+        said: str = self._context.on_main(self.last_good)
         return said
 
     def last_good(self) -> str:

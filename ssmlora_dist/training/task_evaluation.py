@@ -29,7 +29,7 @@ from ssmlora_dist.config.build import (
 )
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.tasks import build_tasks, output_directory
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.evaluation.item_rows import RESULTS_FILE, Row
 from ssmlora_dist.evaluation.items import FailedItem, Task
@@ -59,7 +59,7 @@ SUMMARY_FILE, TABLE_FILE, PLOTS = "summary.json", "table.md", "plots"
 
 def run_evaluation(
     config: RunConfig,
-    group: DistributedContext,
+    context: DistributedContext,
     console: Console,
     *,
     adapter: Path | None = None,
@@ -74,7 +74,7 @@ def run_evaluation(
 
     Args:
         config: of a run: its model, quantization and evaluation sections count.
-        group: its processes, each of which holds the whole model and answers a share of the items.
+        context: its processes, each of which holds the whole model and answers a share of the items.
         console: of rank 0.
         adapter: directory of the adapter; None for the base model alone.
         out: where results go; by default `config.tasks.output_directory`.
@@ -85,29 +85,29 @@ def run_evaluation(
     Raises:
         SSMLoRAError: bad input, before the backbone is loaded where that is possible.
     """
-    config = settle_compute_dtype(config, group, console, kept=_dtype_of(adapter), for_training=False)
-    group.on_main(lambda: check_tracking(config, console.warn))
+    config = settle_compute_dtype(config, context, console, kept=_dtype_of(adapter), for_training=False)
+    context.on_main(lambda: check_tracking(config, console.warn))
     check_model(config, for_training=False)
     tokenizer = build_tokenizer(config.model, console.warn)
     tasks = _with_items(build_tasks(config, tokenizer, names, lengths))
     directory = out or output_directory(config, adapter)
     names_of_tasks = [task.name for task in tasks]
     parts = tokenizer_digests(tokenizer)
-    fingerprint: str = group.on_main(lambda: build_fingerprint(config))
+    fingerprint: str = context.on_main(lambda: build_fingerprint(config))
     # What is wrong with it shows before the base model has answered everything.
     adapted = "" if adapter is None else _check_adapter(config, adapter, fingerprint, console.warn)
-    if group.is_main:
+    if context.is_main:
         console.message(
             evaluation_header(
                 config,
-                group.device,
-                group.world_size,
+                context.device,
+                context.world_size,
                 adapter=adapter,
                 tasks=_task_lines(tasks),
                 directory=directory,
             )
         )
-    model = build_backbone(config, group.device)
+    model = build_backbone(config, context.device)
     rows: dict[str, Sequence[Row]] = {}
 
     def answer(name: str, adapted: str) -> None:
@@ -119,9 +119,9 @@ def run_evaluation(
             max_length=max_positions(model.config),
             directory=directory / name,
             digests=dict.fromkeys(names_of_tasks, _digest(config, parts, fingerprint, adapted)),
-            rank=group.rank,
-            size=group.world_size,
-            gather=group.gather,
+            rank=context.rank,
+            size=context.world_size,
+            gather=context.gather,
             label=name,
         )
 
@@ -131,7 +131,7 @@ def run_evaluation(
         load_adapter(model, adapter, base_fingerprint=fingerprint)
         set_endings(model, tokenizer, read_base(adapter))
         answer(ADAPTER, adapted)
-    group.on_main(lambda: _report(config, console, tasks, rows, directory))
+    context.on_main(lambda: _report(config, console, tasks, rows, directory))
 
 
 class TasksInTraining:
@@ -140,7 +140,7 @@ class TasksInTraining:
     Args:
         config: of the run.
         tokenizer: of the model.
-        group: its processes, each of which holds the whole model.
+        context: its processes, each of which holds the whole model.
         endings: what ends the answers that are trained, see `TextEncoder.endings`.
 
     Raises:
@@ -151,13 +151,13 @@ class TasksInTraining:
         self,
         config: RunConfig,
         tokenizer: PreTrainedTokenizerBase,
-        group: DistributedContext,
+        context: DistributedContext,
         endings: Mapping[str, Any],
     ) -> None:
         self._endings = endings
         self._every_steps = config.evaluation.tasks_every_steps
         self._max_batch_tokens = config.evaluation.max_batch_tokens
-        self._tokenizer, self._group = tokenizer, group
+        self._tokenizer, self._context = tokenizer, context
         self._tasks = _with_items(build_tasks(config, tokenizer)) if self._every_steps else []
 
     @property
@@ -178,9 +178,9 @@ class TasksInTraining:
             self._tokenizer,
             max_batch_tokens=self._max_batch_tokens,
             max_length=max_positions(model.config),
-            rank=self._group.rank,
-            size=self._group.world_size,
-            gather=self._group.gather,
+            rank=self._context.rank,
+            size=self._context.world_size,
+            gather=self._context.gather,
         )
         return metrics_of(build_reports(self._tasks, {"task": rows}, with_majority=False))
 

@@ -19,6 +19,7 @@ from ssmlora_dist.config.build import build_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
 from ssmlora_dist.data import Dataset
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.cost_model import (
     AdapterShape,
     ModelCosts,
@@ -38,7 +39,6 @@ from ssmlora_dist.distributed.partition import (
     stage_layers,
     stage_table,
 )
-from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.errors import CheckpointError, ConfigError
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
@@ -67,10 +67,10 @@ class TopologyEngine(Engine, Protocol):
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU."""
 
-    def moments(self) -> OptimizerState:
+    def optimizer_state(self) -> OptimizerState:
         """What the optimiser has learnt of them."""
 
-    def restore(self, moments: OptimizerState) -> None:
+    def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with it, before the first step."""
 
 
@@ -99,10 +99,10 @@ class ParallelDims:
         return (last - self.stage) * self.data_parallel_size + self.data_parallel_rank
 
 
-def parallel_dims_of(config: RunConfig, group: DistributedContext) -> ParallelDims:
+def parallel_dims_of(config: RunConfig, context: DistributedContext) -> ParallelDims:
     """Where DeepSpeed's pipeline topology puts this rank."""
-    size = data_parallel_size(config, group.world_size)
-    return ParallelDims(group.rank % size, size, group.rank // size, config.parallel.pipeline_stages)
+    size = data_parallel_size(config, context.world_size)
+    return ParallelDims(context.rank % size, size, context.rank // size, config.parallel.pipeline_stages)
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,14 @@ class StagePlan:
 
 
 def plan_stages(
-    config: RunConfig, sample: Dataset, place: ParallelDims, memory_limit_bytes: float = math.inf
+    config: RunConfig, sample: Dataset, dims: ParallelDims, memory_limit_bytes: float = math.inf
 ) -> StagePlan:
     """The split, as configured or balanced, and how much is recomputed ahead.
 
     Args:
         config: of the run.
         sample: of the training data; time is counted for an example of mean length, memory for the longest.
-        place: of any rank.
+        dims: of any rank.
         memory_limit_bytes: that a stage may hold, for `parallel.recompute_ahead: "auto"`.
 
     Raises:
@@ -137,9 +137,9 @@ def plan_stages(
     """
     lengths = [example.num_tokens for example in sample.examples]
     num_targets = sum(example.num_targets for example in sample.examples) // len(lengths)
-    costs_of = partial(_costs, config, place, max(1, num_targets))
+    costs_of = partial(_costs, config, dims, max(1, num_targets))
     costs = costs_of(sum(lengths) // len(lengths))
-    num_layers, num_stages = len(costs.layers), place.num_stages
+    num_layers, num_stages = len(costs.layers), dims.num_stages
     given = config.parallel.stage_boundaries
     if given is not None:
         boundaries = check_boundaries(given, num_layers=num_layers, num_stages=num_stages)
@@ -165,7 +165,7 @@ def plan_stages(
     return StagePlan(stage_layers(boundaries, num_layers), ahead, table)
 
 
-def _costs(config: RunConfig, place: ParallelDims, num_targets: int, num_tokens: int) -> ModelCosts:
+def _costs(config: RunConfig, dims: ParallelDims, num_targets: int, num_tokens: int) -> ModelCosts:
     model = meta_model(config)
     shape = structure_of(model).shape
     trained = [0] * shape.num_layers
@@ -180,7 +180,7 @@ def _costs(config: RunConfig, place: ParallelDims, num_targets: int, num_tokens:
             sequence_length=num_tokens,
             micro_batch_size=training.micro_batch_size,
             num_micro_batches=training.global_batch_size
-            // (training.micro_batch_size * place.data_parallel_size),
+            // (training.micro_batch_size * dims.data_parallel_size),
             supervised_tokens=num_targets,
             loss_chunk_size=training.loss_chunk_size,
             recompute="while_waiting" if training.gradient_checkpointing else "none",
@@ -214,8 +214,8 @@ class BuiltEngine:
 
 def build_engine(
     config: RunConfig,
-    group: DistributedContext,
-    place: ParallelDims,
+    context: DistributedContext,
+    dims: ParallelDims,
     plan: StagePlan | None,
     checkpoint: Checkpoint | None = None,
     warn: Callable[[str], object] = warnings.warn,
@@ -232,7 +232,7 @@ def build_engine(
     engine_config = deepspeed_config(
         zero_stage=parallel.zero_stage,
         micro_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps(config, group.world_size),
+        gradient_accumulation_steps=gradient_accumulation_steps(config, context.world_size),
         max_grad_norm=training.max_grad_norm,
         offload_optimizer=parallel.offload_optimizer,
         offload_parameters=parallel.offload_parameters,
@@ -240,14 +240,14 @@ def build_engine(
     )
     stage = None
     if plan is not None:
-        layers = plan.layers[place.stage]
+        layers = plan.layers[dims.stage]
         stage = StageLayers(layers.start, layers.stop, plan.layers[-1].stop)
     model = build_model(
         config,
-        group.device,
+        context.device,
         stage,
         on_part=zero3_partitioner(engine_config) if parallel.zero_stage == 3 else None,
-        swap_rows=None if place.opposite_rank is None else partial(swap_rows, place.opposite_rank),
+        swap_rows=None if dims.opposite_rank is None else partial(swap_rows, dims.opposite_rank),
     )
     num_ahead = 0 if plan is None else plan.layers_ahead
     if training.gradient_checkpointing:
@@ -276,7 +276,7 @@ def build_engine(
             module = CausalLMLoss(model, training.loss_chunk_size)
             uses_own_logits = module.uses_own_logits
             engine = DataParallelEngine(
-                module, parameters, optimizer, engine_config, group, training.max_grad_norm, loss_scale
+                module, parameters, optimizer, engine_config, context, training.max_grad_norm, loss_scale
             )
         else:
             # Imported here, as it imports deepspeed.
@@ -287,18 +287,18 @@ def build_engine(
             engine = PipelineParallelEngine(
                 pipeline_stage,
                 getattr(torch, config.model.compute_dtype),
-                place.num_stages,
+                dims.num_stages,
                 parameters,
                 optimizer,
                 engine_config,
-                group,
+                context,
                 training.max_grad_norm,
                 recompute_ahead=num_ahead > 0,
                 loss_scale=loss_scale,
             )
     if checkpoint is not None:
         engine.restore(OptimizerState(checkpoint.progress["num_updates"], checkpoint.moments))
-    if group.max([float(uses_own_logits)])[0]:
+    if context.max([float(uses_own_logits)])[0]:
         warn(
             f"{model.config.model_type} models do more to their logits than the output head: they are taken "
             "as the model makes them, all of a micro-batch at once, whatever training.loss_chunk_size is"

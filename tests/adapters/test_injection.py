@@ -143,16 +143,18 @@ def test_time_modules_share_what_they_read_whatever_their_dropout() -> None:
 
 
 @pytest.mark.parametrize("config", [QV_AND_MLP, AdapterConfig(method="lora", every_layer=("o_proj",))])
-def test_every_adapter_has_a_stream_of_its_own_whatever_layers_are_here(config: AdapterConfig) -> None:
-    def streams(only: tuple[int, ...]) -> dict[str, int]:
+def test_every_adapter_has_a_dropout_id_of_its_own_whatever_layers_are_here(config: AdapterConfig) -> None:
+    def dropout_ids(only: tuple[int, ...]) -> dict[str, int]:
         model = tiny_model()
         layers = {layer_idx: layers_of(model)[layer_idx] for layer_idx in only}
         insert_adapters(layers, config, num_layers=NUM_LAYERS, prefix=PREFIX)
         return {
-            name: module.stream for name, module in model.named_modules() if isinstance(module, LoRALinear)
+            name: module.dropout_id
+            for name, module in model.named_modules()
+            if isinstance(module, LoRALinear)
         }
 
-    whole, part = streams(tuple(range(NUM_LAYERS))), streams((2, 5))
+    whole, part = dropout_ids(tuple(range(NUM_LAYERS))), dropout_ids((2, 5))
     assert len(set(whole.values())) == len(whole)
     assert part == {name: whole[name] for name in part}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmlora_dist.adapters.layers import LayerCall, LoRALinear
-from ssmlora_dist.adapters.state import bind
+from ssmlora_dist.adapters.state import layer_context
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops.dropout import draw_seeds, keep_mask
 from ssmlora_dist.ops.lora import LoRA
@@ -22,7 +22,7 @@ from ssmlora_dist.ops.ssmlora.reference import time_module
 from ssmlora_dist.quantization import quantize_linear
 
 SEED = 3
-IN_FEATURES, OUT_FEATURES, RANK, ALPHA, STREAM = 64, 32, 4, 6.0, 7
+IN_FEATURES, OUT_FEATURES, RANK, ALPHA, DROPOUT_ID = 64, 32, 4, 6.0, 7
 SCALING = ALPHA / RANK
 STORAGES = ["dense", "nf4", "fp4", "int8"]
 # Products of a few dozen terms of order 1 in float32, in another order than the layer's.
@@ -177,12 +177,14 @@ def test_the_state_starts_small_and_not_at_zero() -> None:
 
 def test_lora_dropout_acts_on_the_input_while_training() -> None:
     dropout = 0.5
-    layer = randomized(plain_lora(base_layer("dense"), RANK, ALPHA, dropout, stream=STREAM))
+    layer = randomized(plain_lora(base_layer("dense"), RANK, ALPHA, dropout, dropout_id=DROPOUT_ID))
     x = tokens()
     torch.manual_seed(SEED)
     trained = layer.train()(x)
     torch.manual_seed(SEED)
-    dropped = x * keep_mask(draw_seeds(x.shape[0], x.device), STREAM, tuple(x.shape), dropout) / (1 - dropout)
+    dropped = (
+        x * keep_mask(draw_seeds(x.shape[0], x.device), DROPOUT_ID, tuple(x.shape), dropout) / (1 - dropout)
+    )
     expected = layer.base_layer(x) + SCALING * (dropped @ layer.lora_A.weight.T) @ layer.lora_B.weight.T
     torch.testing.assert_close(trained, expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
     without = randomized(plain_lora(layer.base_layer, RANK, ALPHA))
@@ -222,7 +224,7 @@ def test_inside_a_layer_it_reads_and_writes_its_own_axis() -> None:
     layer = randomized(time_module_on(base_layer("dense"), RANK, ALPHA, axis=1))
     x, entered = tokens(), torch.randn(2, 3, 3, RANK)
     call = LayerCall(entered.shape[:2], state_BSAR=entered)
-    with bind([layer], call):
+    with layer_context([layer], call):
         y = layer(x)
     expected_y, carried = layer.step(x, entered[:, :, 1])
     left = call.packed()
@@ -235,7 +237,7 @@ def test_the_state_is_let_go_when_a_layer_fails() -> None:
     layer = time_module_on(base_layer("dense"), RANK, ALPHA)
 
     def fail() -> None:
-        with bind([layer], LayerCall((1, 1), state_BSAR=torch.zeros(1, 1, 1, RANK))):
+        with layer_context([layer], LayerCall((1, 1), state_BSAR=torch.zeros(1, 1, 1, RANK))):
             raise RuntimeError("in the layer")
 
     with pytest.raises(RuntimeError, match="in the layer"):
@@ -254,19 +256,21 @@ def test_the_state_leaves_in_the_dtype_it_entered() -> None:
 
 
 def test_adapters_of_one_call_share_its_seeds_and_draw_apart() -> None:
-    layers = [randomized(plain_lora(base_layer("dense"), RANK, ALPHA, 0.5, stream=s)).train() for s in (1, 2)]
+    layers = [
+        randomized(plain_lora(base_layer("dense"), RANK, ALPHA, 0.5, dropout_id=s)).train() for s in (1, 2)
+    ]
     layers[1].load_state_dict(layers[0].state_dict())
     x = tokens()
     dropout_seeds = torch.arange(x.shape[0])
     generator_state = torch.get_rng_state()
-    with bind(layers, LayerCall(x.shape[:2], dropout_seeds)):
+    with layer_context(layers, LayerCall(x.shape[:2], dropout_seeds)):
         first, second = (layer(x) for layer in layers)
-    with bind(layers, LayerCall(x.shape[:2], dropout_seeds)):
+    with layer_context(layers, LayerCall(x.shape[:2], dropout_seeds)):
         again = layers[0](x)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), generator_state), "seeds were drawn although there were some"
-    with bind(layers, LayerCall(x.shape[:2])):
+    with layer_context(layers, LayerCall(x.shape[:2])):
         call = layers[0].call
         drawn = call.dropout_seeds(x.shape[0], x.device)
         assert call.dropout_seeds(x.shape[0], x.device) is drawn
@@ -294,10 +298,10 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run_readers(layers: list[Any], inputs: list[Tensor], bound: bool) -> tuple[list[Tensor], list[Tensor]]:
+def run_readers(layers: list[Any], inputs: list[Tensor], in_layer: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of the layers on their inputs, and all gradients."""
     leaves = [*{id(x): x for x in inputs}.values(), *(m.weight for y in layers for m in (y.lora_A, y.lora_B))]
-    with bind(layers, LayerCall(inputs[0].shape[:2])) if bound else nullcontext():
+    with layer_context(layers, LayerCall(inputs[0].shape[:2])) if in_layer else nullcontext():
         outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
     gradients = torch.autograd.grad(outputs, leaves, [torch.full_like(y, 0.5) for y in outputs])
     return outputs, list(gradients)
@@ -317,15 +321,15 @@ def test_readers_of_one_tensor_share_one_product(requires_grad: bool) -> None:
         for layer in layers:
             layer(x)
     assert alone.sizes.count((IN_FEATURES, RANK)) == 3
-    with torch.no_grad(), bind(layers, LayerCall(x.shape[:2])), Products() as together:
+    with torch.no_grad(), layer_context(layers, LayerCall(x.shape[:2])), Products() as together:
         for layer in layers:
             layer(x)
     assert together.sizes.count((IN_FEATURES, 3 * RANK)) == 1
     assert together.sizes.count((IN_FEATURES, RANK)) == 0
     if requires_grad:
         x.requires_grad_()
-        outputs, gradients = run_readers(layers, [x] * 3, bound=True)
-        expected, expected_gradients = run_readers(layers, [x] * 3, bound=False)
+        outputs, gradients = run_readers(layers, [x] * 3, in_layer=True)
+        expected, expected_gradients = run_readers(layers, [x] * 3, in_layer=False)
         assert_all_close(outputs, expected)
         assert_all_close(gradients, expected_gradients)
 
@@ -336,13 +340,13 @@ def test_readers_of_other_tensors_are_served_with_these(order: tuple[int, ...]) 
     layers = readers()
     different = [tokens().requires_grad_() for _ in range(3)]
     inputs = [different[index] for index in order]
-    got, wanted = run_readers(layers, inputs, bound=True), run_readers(layers, inputs, bound=False)
+    got, wanted = run_readers(layers, inputs, in_layer=True), run_readers(layers, inputs, in_layer=False)
     assert_all_close([*got[0], *got[1]], [*wanted[0], *wanted[1]])
 
 
 def test_a_reader_called_twice_is_served_twice() -> None:
     layers, x = readers(2), tokens()
-    with bind(layers, LayerCall(x.shape[:2])):
+    with layer_context(layers, LayerCall(x.shape[:2])):
         first, second = layers[0](x), layers[0](x)
     assert torch.equal(first, second)
 
@@ -358,7 +362,7 @@ def test_tokens_that_a_layer_has_flattened_are_those_of_its_rows(method: str) ->
     found = []
     for given in (x, x.flatten(0, 1)):
         call = LayerCall(x.shape[:2], seeds, state)
-        with bind([layer], call):
+        with layer_context([layer], call):
             found.append((layer(given), call.packed()))
     (by_row, left), (flat, left_flat) = found
     assert flat.shape == (6, OUT_FEATURES)
@@ -369,7 +373,7 @@ def test_tokens_that_a_layer_has_flattened_are_those_of_its_rows(method: str) ->
 def test_other_tokens_than_those_of_the_layer_are_refused() -> None:
     layer = randomized(time_module_on(base_layer("dense"), RANK, ALPHA))
     with (
-        bind([layer], LayerCall((2, 3), state_BSAR=torch.zeros(2, 3, 1, RANK))),
+        layer_context([layer], LayerCall((2, 3), state_BSAR=torch.zeros(2, 3, 1, RANK))),
         pytest.raises(AdapterError, match=r"called with 5 tokens.* has 2 x 3.*leave this projection out"),
     ):
         layer(tokens().flatten(0, 1)[:5])
@@ -377,7 +381,7 @@ def test_other_tokens_than_those_of_the_layer_are_refused() -> None:
 
 def test_flattened_tokens_are_read_once_by_all_their_readers() -> None:
     layers, x = readers(dropout=0.0), tokens().flatten(0, 1)
-    with torch.no_grad(), bind(layers, LayerCall((2, 3))), Products() as products:
+    with torch.no_grad(), layer_context(layers, LayerCall((2, 3))), Products() as products:
         for layer in layers:
             layer(x)
     assert products.sizes.count((IN_FEATURES, 3 * RANK)) == 1
@@ -387,7 +391,7 @@ def test_a_call_lets_go_of_the_input_when_all_have_read_it() -> None:
     layers, x = readers(2), tokens()
     count = sys.getrefcount(x)
     call = LayerCall(x.shape[:2])
-    with torch.no_grad(), bind(layers, call):
+    with torch.no_grad(), layer_context(layers, call):
         layers[0](x)
         assert sys.getrefcount(x) > count
         layers[1](x)
@@ -399,7 +403,7 @@ def test_sharded_weights_are_not_read_ahead_of_their_module() -> None:
     layers, x = readers(2), tokens()
     for layer in layers:
         layer.lora_A.weight.ds_id = 1
-    with torch.no_grad(), bind(layers, LayerCall(x.shape[:2])), Products() as products:
+    with torch.no_grad(), layer_context(layers, LayerCall(x.shape[:2])), Products() as products:
         layers[0](x)
     assert products.sizes.count((IN_FEATURES, RANK)) == 1
 

@@ -455,8 +455,8 @@ def test_all_kinds_are_shown_at_once(problems: Problems) -> None:
         ("deepspeed.bf16", {"enabled": True}),
         overrides=["training.max_steps", "evaluation.every_steps=x"],
     )
-    places = [line.partition(":")[0] for line in lines]
-    assert places == [
+    paths = [line.partition(":")[0] for line in lines]
+    assert paths == [
         "--set training.max_steps",
         "run.seed",
         "adapter.rank",
@@ -486,12 +486,12 @@ def test_a_misspelt_field_is_not_also_missing(problems: Problems) -> None:
 
 
 def test_checks_over_several_adapter_fields_wait_only_for_those(problems: Problems) -> None:
-    places = [line.partition(":")[0] for line in problems(("adapter", {"rank": 0, "alternate": []}))]
-    assert places == ["adapter.rank", "adapter"]
-    places = [
+    paths = [line.partition(":")[0] for line in problems(("adapter", {"rank": 0, "alternate": []}))]
+    assert paths == ["adapter.rank", "adapter"]
+    paths = [
         line.partition(":")[0] for line in problems(("adapter", {"alternate": 5, "every_layer": ["q_proj"]}))
     ]
-    assert places == ["adapter.alternate"]
+    assert paths == ["adapter.alternate"]
 
 
 def test_a_wrong_value_in_a_task_leaves_the_other_rules_unjudged(problems: Problems) -> None:
@@ -507,8 +507,8 @@ def test_all_problems_of_the_tasks_are_shown_at_once(problems: Problems) -> None
         {"task": "boolq", "labels": {"yes": 1}, "lengths": [512]},
         {"task": "generation"},
     ]
-    places = [line.partition(":")[0] for line in problems(("evaluation.tasks", tasks))]
-    assert sorted(places) == [
+    paths = [line.partition(":")[0] for line in problems(("evaluation.tasks", tasks))]
+    assert sorted(paths) == [
         "evaluation.tasks.0.task",
         "evaluation.tasks.1.labels",
         "evaluation.tasks.1.lengths",

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 from ssmlora_dist.config.deepspeed_keys import DECIDED_BY, PASSED_ON
-from ssmlora_dist.config.problems import field_places
+from ssmlora_dist.config.problems import field_paths
 from ssmlora_dist.config.rules import rule_problems
 
 from .conftest import Load
 
 
 def test_what_decides_a_deepspeed_key_exists() -> None:
-    known = {".".join(map(str, path)) for path in field_places()}
+    known = {".".join(map(str, path)) for path in field_paths()}
     named = {name for fields in DECIDED_BY.values() for name in fields.replace(" and ", ", ").split(", ")}
     assert named <= known
     assert not set(DECIDED_BY) & set(PASSED_ON)

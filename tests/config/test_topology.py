@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ssmlora_dist.config.problems import field_places
+from ssmlora_dist.config.problems import field_paths
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import (
     RULES,
@@ -135,7 +135,7 @@ def test_every_rule_can_be_broken() -> None:
 
 
 def test_rules_read_fields_that_exist() -> None:
-    known = {".".join(map(str, path)) for path in field_places()}
+    known = {".".join(map(str, path)) for path in field_paths()}
     assert {field for rule in RULES for field in rule.fields} <= known
 
 

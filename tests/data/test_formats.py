@@ -95,7 +95,7 @@ def test_long_document_with_nested_questions():
         (f"{document}\n\nQuestion: Who came?\nAnswer:", " A"),
     ]
     rows = make_renderer("long_document_qa", None, fields=MEETING_FIELDS)(Record(MEETING, "rows.jsonl:3"))
-    assert rows[1].place == "rows.jsonl:3, question 2"
+    assert rows[1].where == "rows.jsonl:3, question 2"
 
 
 @pytest.mark.parametrize(

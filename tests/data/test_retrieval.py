@@ -88,13 +88,13 @@ def test_fact_lies_at_its_depth(tokenizer):
 def test_lookalikes_lie_on_both_sides(byte_tokenizer):
     """In the middle of the text a fact must not be recognisable as the first or the last of its form."""
     examples = generate(byte_tokenizer, lengths=(1024,), depths=(0.5,), num_examples=20)
-    places = [
+    positions = [
         [key for key, _ in FACT_PATTERN.findall(byte_tokenizer.decode(example.input_ids))].index(
             example.metadata["key"]
         )
         for example in examples
     ]
-    assert len(set(places)) >= 3
+    assert len(set(positions)) >= 3
 
 
 def test_passages_differ(byte_tokenizer):

@@ -17,7 +17,7 @@ from ssmlora_dist.errors import DataError
 
 
 def read(**arguments):
-    return [(record.values, record.place) for record in read_records(**arguments)]
+    return [(record.values, record.where) for record in read_records(**arguments)]
 
 
 def test_jsonl_with_blank_lines_and_byte_order_mark(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from ssmlora_dist.config.loading import load_config
-from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group
+from ssmlora_dist.distributed.context import start_process_group, stop_process_group
 from ssmlora_dist.tracking import Console, quiet_libraries
 from ssmlora_dist.training.run import run_training
 
@@ -19,13 +19,13 @@ def main() -> None:
     quiet_libraries()
     # As if it were not installed: nobody looks at the plots, which take as long as some of the runs.
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
-    group = start_process_group(TIMEOUT_SECONDS)
+    context = start_process_group(TIMEOUT_SECONDS)
     try:
         for job, (num_ranks, overrides) in JOBS.items():
-            if num_ranks == group.world_size:
+            if num_ranks == context.world_size:
                 own = f"run.name={directory_name(job)}"
                 config = load_config(DEBUG_TINY, [own, *COMMON, *overrides], device_type="cpu")
-                run_training(config, group, Console(enabled=False))
+                run_training(config, context, Console(enabled=False))
     finally:
         stop_process_group()
 

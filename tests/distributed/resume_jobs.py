@@ -1,8 +1,8 @@
-"""What the ranks of `resume_worker.py` train: runs on every topology, each continued on all."""
+"""What the ranks of `resume_worker.py` train: runs on every topology, continued on it and on others."""
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise
 
 from .jobs import ROWS_FILE, Overrides
 
@@ -48,7 +48,6 @@ BITWISE_ONLY: dict[str, tuple[int, Overrides]] = {
     "pp2float16": (2, ("model.compute_dtype=float16", "parallel.pipeline_stages=2")),
     "pp2zero1": (2, ("parallel.pipeline_stages=2", "parallel.zero_stage=1")),
 }
-# Continued on each other.
 STREAMED: dict[str, tuple[int, Overrides]] = {
     f"streamed-{name}": (TOPOLOGIES[name][0], (*TOPOLOGIES[name][1], f"data.train={_STREAM}"))
     for name in ("dp1", "zero3", "pp2")
@@ -82,11 +81,17 @@ RUNS = dict(
         key=lambda run: "pipeline" in str(run[1][1]),
     )
 )
+
+
+def _in_turn(names: list[str]) -> list[tuple[str, str]]:
+    """Each continued on the next, and on the one before: a checkpoint knows nothing of its topology."""
+    return [pair for one, next_ in pairwise([*names, names[0]]) for pair in ((one, next_), (next_, one))]
+
+
 PAIRS = [
-    *product(TOPOLOGIES, TOPOLOGIES),
-    *((name, name) for name in BITWISE_ONLY),
-    *product(STREAMED, STREAMED),
-    *((name, name) for name in OWN_FORMS),
+    *((name, name) for name in RUNS),
+    *_in_turn(list(TOPOLOGIES)),
+    *_in_turn(list(STREAMED)),
     ("own-zero3", "own-pp2"),
     *((name, name) for name in RATES),
     ("rates-zero3", "rates-pp2"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.distributed import loss_scale
-from ssmlora_dist.distributed.process_group import DistributedContext, start_process_group, stop_process_group
+from ssmlora_dist.distributed.context import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.tracking import Console, quiet_libraries
 from ssmlora_dist.training.run import run_training
 
@@ -22,25 +22,27 @@ def main() -> None:
     # As if it were not installed: nobody looks at the plots, which take as long as some of the runs.
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
     loss_scale.STEADY_STEPS = STEADY_STEPS
-    group = start_process_group(TIMEOUT_SECONDS)
+    context = start_process_group(TIMEOUT_SECONDS)
     try:
         for name, (num_ranks, _) in RUNS.items():
-            if num_ranks != group.world_size:
+            if num_ranks != context.world_size:
                 continue
             if sys.argv[1] == "begin":
-                train(group, name, name, "never")
+                train(context, name, name, "never")
                 continue
             for then in (then for then, now in PAIRS if now == name):
                 source = Path("runs") / then / "checkpoints" / f"step-{MIDDLE:08d}"
-                train(group, name, continued(then, name), str(source))
+                train(context, name, continued(then, name), str(source))
     finally:
         stop_process_group()
 
 
-def train(group: DistributedContext, topology: str, run_name: str, resume: str) -> None:
+def train(context: DistributedContext, topology: str, run_name: str, resume: str) -> None:
     """One run, whole or the second half of another."""
     overrides = [f"run.name={run_name}", *COMMON, *RUNS[topology][1]]
-    run_training(load_config(DEBUG_TINY, overrides, device_type="cpu"), group, Console(enabled=False), resume)
+    run_training(
+        load_config(DEBUG_TINY, overrides, device_type="cpu"), context, Console(enabled=False), resume
+    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.engine import DataParallelEngine, clip_gradients, count_targets
 from ssmlora_dist.distributed.loss_scale import INITIAL
-from ssmlora_dist.distributed.process_group import DistributedContext
 
 from .conftest import WORLD_SIZES, Results
 from .jobs import STAGES
@@ -179,10 +179,10 @@ def test_nothing_waits_for_the_device_between_micro_batches(monkeypatch: pytest.
     )
     monkeypatch.setattr("deepspeed.initialize", lambda **_: (deepspeed, None, None, None))
     monkeypatch.setattr("torch.distributed.all_reduce", lambda values, **_: None)
-    group = DistributedContext(0, 1, 0, torch.device("cpu"))
+    context = DistributedContext(0, 1, 0, torch.device("cpu"))
     config = {"zero_optimization": {"stage": 0}}
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    engine = DataParallelEngine(deepspeed.module, {"weight": weight}, optimizer, config, group, 1.0)
+    engine = DataParallelEngine(deepspeed.module, {"weight": weight}, optimizer, config, context, 1.0)
     waits_at_check: list[int] = []
     batches = [{"labels": torch.tensor([[7, value]]).as_subclass(Device)} for value in (1, 2, 3)]
     Device.waits.clear()

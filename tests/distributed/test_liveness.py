@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from ssmlora_dist.distributed import liveness, process_group
+from ssmlora_dist.distributed import liveness
+from ssmlora_dist.distributed.context import DistributedContext, _start_watch
 from ssmlora_dist.distributed.liveness import MAX_REASON_LENGTH, meet
-from ssmlora_dist.distributed.process_group import DistributedContext
 
 from ..launch.processes import run
 from .liveness_worker import CHECKPOINT, ENDED, SHORT_SILENCE
@@ -168,13 +168,13 @@ def test_ranks_that_cannot_reach_rank_0_do_not_watch(
     monkeypatch.setattr(liveness, "MEET_SECONDS", 0.1)
     with pytest.raises(OSError, match="timed out"):
         meet(0, 2, "127.0.0.1", lambda value: value)
-    monkeypatch.setattr(DistributedContext, "share", lambda group, value: value)
-    monkeypatch.setattr(DistributedContext, "max", lambda group, values: values)
+    monkeypatch.setattr(DistributedContext, "share", lambda context, value: value)
+    monkeypatch.setattr(DistributedContext, "max", lambda context, values: values)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    group = DistributedContext(0, 2, 0, torch.device("cpu"))
-    assert process_group._start_watch(group, 60.0) is None
+    context = DistributedContext(0, 2, 0, torch.device("cpu"))
+    assert _start_watch(context, 60.0) is None
     assert capsys.readouterr().err == "warning: rank 0 cannot watch the others: timed out\n"
-    # On a group without a watch all that concerns it does nothing.
-    group.when_a_rank_is_lost(lambda: None)
-    group.note_checkpoint("checkpoints/step-7")
-    group.about_to_stop()
+    # Without a watch all that concerns it does nothing.
+    context.when_a_rank_is_lost(lambda: None)
+    context.note_checkpoint("checkpoints/step-7")
+    context.about_to_stop()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ..launch.processes import finish, free_port
 from ..tiny import tiny_model
 from .jobs import ROWS, ROWS_FILE
-from .pipeline_jobs import JOBS, NEAR, NUM_STEPS, PLAIN, SPLIT, TIED_DIRECTORY, directory_name
+from .pipeline_jobs import JOBS, NEAR, NUM_LAYERS, NUM_STEPS, PLAIN, SPLIT, TIED_DIRECTORY, directory_name
 
 # Float32 sums over a few hundred tokens in another order, carried through twenty steps of AdamW.
 LOSS_TOLERANCE = 1e-4
@@ -49,7 +49,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     directory = tmp_path_factory.mktemp("stages")
     (directory / ROWS_FILE).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     sizes = {"vocab_size": 259, "max_position_embeddings": 512, "pad_token_id": 258}
-    tiny_model(**sizes, tie_word_embeddings=True).save_pretrained(directory / TIED_DIRECTORY)
+    tiny_model(num_layers=NUM_LAYERS, **sizes, tie_word_embeddings=True).save_pretrained(
+        directory / TIED_DIRECTORY
+    )
     for num_ranks in sorted({ranks for ranks, _ in JOBS.values()}):
         shared = {
             "WORLD_SIZE": str(num_ranks),

@@ -94,6 +94,11 @@ def test_every_evaluation_is_logged_and_counts_each_example_once(
         ]
         for row, expected in zip(rows, reference, strict=True):
             assert row["validation_loss"] == pytest.approx(expected["validation_loss"], abs=LOSS_TOLERANCE)
+        without = [row for row in results.all_rows(job, num_ranks) if "state_worth" in row]
+        wanted = [row for row in results.all_rows(f"{REFERENCE}, evaluated", 1) if "state_worth" in row]
+        assert [row["step"] for row in without] == [4]
+        for key in ("validation_loss_without_states", "state_worth"):
+            assert without[0][key] == pytest.approx(wanted[0][key], abs=LOSS_TOLERANCE)
     assert results.summary(job, num_ranks)["evaluation"]["after"]["all"]["num_examples"] == 3
 
 

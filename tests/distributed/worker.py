@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ssmlora_dist.config.loading import load_config
+from ssmlora_dist.distributed.context import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.engine import DataParallelEngine
 from ssmlora_dist.distributed.loading import swap_rows
 from ssmlora_dist.distributed.loss_scale import LossScale
-from ssmlora_dist.distributed.process_group import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.errors import CheckpointError, SSMLoRAError
 from ssmlora_dist.models import loading
 from ssmlora_dist.tracking import Console, quiet_libraries
@@ -38,50 +38,50 @@ def main() -> None:
     quiet_libraries()
     # As if it were not installed: nobody looks at the plots, which take as long as some of the runs.
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
-    group = start_process_group(TIMEOUT_SECONDS)
+    context = start_process_group(TIMEOUT_SECONDS)
     try:
         found = {
-            "collectives": collectives(group),
-            "swapped": swap_halves(group),
-            **train_all(group),
+            "collectives": collectives(context),
+            "swapped": swap_halves(context),
+            **train_all(context),
             "skipping": {
-                f"zero {stage}, {poison}": steps_with_poison(group, stage, poison)
+                f"zero {stage}, {poison}": steps_with_poison(context, stage, poison)
                 for stage in STAGES
                 for poison in POISONS
             },
         }
     finally:
         stop_process_group()
-    Path(result_file(group.rank, group.world_size)).write_text(json.dumps(found))
+    Path(result_file(context.rank, context.world_size)).write_text(json.dumps(found))
 
 
-def train_all(group: DistributedContext) -> dict[str, Any]:
+def train_all(context: DistributedContext) -> dict[str, Any]:
     """Runs all jobs that fit, and one of them again: what this raises, and what was seen of their loading."""
     message = ""
     whole_parts = {}
-    names = [name for name in JOBS if fits(name, group.world_size)]
+    names = [name for name in JOBS if fits(name, context.world_size)]
     counted = mock.Mock(wraps=resume_point.build_fingerprint)
     with mock.patch.object(resume_point, "build_fingerprint", counted):
         for name in [*names, names[0]]:
-            own = f"run.name={run_name(name, group.world_size)}"
+            own = f"run.name={run_name(name, context.world_size)}"
             config = load_config(DEBUG_TINY, [own, *COMMON, *JOBS[name]], device_type="cpu")
             try:
-                with watched_loading(group) as whole_parts[name]:
-                    run.run_training(config, group, Console(enabled=False))
+                with watched_loading(context) as whole_parts[name]:
+                    run.run_training(config, context, Console(enabled=False))
             except SSMLoRAError as error:
                 message = str(error)
     return {"trained twice": message, "whole parts": whole_parts, "fingerprints": counted.call_count}
 
 
 @contextmanager
-def watched_loading(group: DistributedContext) -> Iterator[list[int]]:
+def watched_loading(context: DistributedContext) -> Iterator[list[int]]:
     """As each part of a model is filled, how many of those before it are not shards; in a list that grows."""
     parts: list[nn.Module] = []
     whole_before: list[int] = []
     fill = loading.fill
 
     def watched(part: nn.Module, *arguments: Any, **settings: Any) -> None:
-        whole_before.append(sum(not is_sharded(before, group.world_size) for before in parts))
+        whole_before.append(sum(not is_sharded(before, context.world_size) for before in parts))
         fill(part, *arguments, **settings)
         parts.append(part)
 
@@ -99,35 +99,35 @@ def is_sharded(part: nn.Module, num_ranks: int) -> bool:
     )
 
 
-def swap_halves(group: DistributedContext) -> bool:
+def swap_halves(context: DistributedContext) -> bool:
     """Whether two ranks that each hold one half of a table have the whole table after they swapped."""
-    if group.world_size != 2:
+    if context.world_size != 2:
         return True
     # So large that neither can be sent before the other side receives.
     table = torch.arange(3 * 2**20, dtype=torch.float32).view(-1, 2).to(torch.bfloat16)
     middle = len(table) // 2 - 1
     mine = torch.zeros_like(table)
     halves = (mine[:middle], mine[middle:])
-    halves[group.rank].copy_((table[:middle], table[middle:])[group.rank])
-    swap_rows(1 - group.rank, halves[group.rank], halves[1 - group.rank])
+    halves[context.rank].copy_((table[:middle], table[middle:])[context.rank])
+    swap_rows(1 - context.rank, halves[context.rank], halves[1 - context.rank])
     return torch.equal(mine, table)
 
 
-def collectives(group: DistributedContext) -> dict[str, Any]:
-    """What the group's own collectives give on this rank."""
+def collectives(context: DistributedContext) -> dict[str, Any]:
+    """What the context's own collectives give on this rank."""
 
     def refuse() -> None:
-        raise CheckpointError(f"refused on rank {group.rank}")
+        raise CheckpointError(f"refused on rank {context.rank}")
 
     try:
-        group.on_main(refuse)
+        context.on_main(refuse)
     except CheckpointError as error:
         refused = str(error)
     ran: list[int] = []
-    group.on_main(lambda: ran.append(group.rank))
+    context.on_main(lambda: ran.append(context.rank))
     return {
-        "sum": group.sum([1.0, 0.25 * group.rank]),
-        "max": group.max([1.0, 0.25 * group.rank]),
+        "sum": context.sum([1.0, 0.25 * context.rank]),
+        "max": context.max([1.0, 0.25 * context.rank]),
         "refused": refused,
         "ran": ran,
     }
@@ -147,11 +147,11 @@ class SquaredOutputs(nn.Module):
         return self.linear(inputs).square().sum() + added.sum()
 
 
-def steps_with_poison(group: DistributedContext, zero_stage: int, poison: str) -> dict[str, Any]:
+def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str) -> dict[str, Any]:
     """A good step, a step whose last micro-batch on the last rank is poisoned, and a good step.
 
     Args:
-        group: the ranks.
+        context: the ranks.
         zero_stage: 0 to 3.
         poison: `no poison` leaves the second step out; `gradients` makes them and the loss not-a-number,
             `loss` adds infinity to the loss alone; `overflow`, in which the loss is scaled, makes them
@@ -166,14 +166,14 @@ def steps_with_poison(group: DistributedContext, zero_stage: int, poison: str) -
         deepspeed_config(
             zero_stage=zero_stage, micro_batch_size=1, gradient_accumulation_steps=2, max_grad_norm=1.0
         ),
-        group,
+        context,
         max_grad_norm=1.0,
         loss_scale=LossScale() if poison == "overflow" else None,
     )
     found: dict[str, Any] = {"skipped": [], "grad_norm": [], "weight": [], "loss_scale": [], "halved": []}
     for poisoned in (False, False) if poison == "no poison" else (False, True, False):
-        batches = [_micro_batch(group.rank, index) for index in range(2)]
-        if poisoned and group.rank == group.world_size - 1:
+        batches = [_micro_batch(context.rank, index) for index in range(2)]
+        if poisoned and context.rank == context.world_size - 1:
             key, value = {
                 "gradients": ("inputs", torch.nan),
                 "loss": ("added", torch.inf),

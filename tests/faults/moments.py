@@ -19,7 +19,7 @@ PLACES = {
     "evaluation": ("ssmlora_dist.training.run", "evaluate"),
     "step": ("ssmlora_dist.training.run", "learning_rate"),
     "check": ("ssmlora_dist.training.interrupts", "Interrupts.check"),
-    "group ended": ("ssmlora_dist.distributed.process_group", "stop_process_group"),
+    "group ended": ("ssmlora_dist.distributed.context", "stop_process_group"),
 }
 # A change of the disk below a directory of that name is counted under this and the name.
 DISK = "disk/"

@@ -126,17 +126,20 @@ def test_progress_is_shown_once_and_nobody_chatters(runs: Runs) -> None:
 def test_the_end_shows_a_table_and_where_everything_is(runs: Runs) -> None:
     lines = own_lines(runs.finished["debug_tiny"].stdout)
     assert "ranks        2, ZeRO stage 3" in lines
-    begin = next(number for number, line in enumerate(lines) if line.startswith("length"))
+    begin = next(number for number, line in enumerate(lines) if line.lstrip().startswith("length"))
     heading, rule, *table = lines[begin:]
     assert heading.split()[:2] == ["length", "examples"]
     assert set(rule) == {"-"}
-    rows, where = [line.split() for line in table[:3]], [line.split() for line in table[3:]]
+    rows, where = [line.split() for line in table[:3]], [line.split() for line in table[4:]]
     evaluation = runs.summary("debug_tiny")["evaluation"]
     assert [row[0] for row in rows] == ["224", "288", "all"]
     for row in rows:
         assert row[1] == str(evaluation["after"][row[0]]["num_examples"])
         assert row[2] == f"{evaluation['before'][row[0]]['loss']:.4f}"
         assert row[3] == f"{evaluation['after'][row[0]]['loss']:.4f}"
+    averaged = evaluation["without_states"]["all"]
+    assert table[3].split()[:5] == ["states", "averaged", rows[2][1], "-", f"{averaged['loss']:.4f}"]
+    assert averaged["loss"] != evaluation["after"]["all"]["loss"]
     assert [line[0] for line in where] == ["run", "adapter", "curves", "try"]
     assert where[0][1:] == ["runs/debug_tiny"]
     assert where[1][1:] == ["runs/debug_tiny/adapter"]

@@ -120,10 +120,10 @@ def test_i3_two_stages_are_one(model_type: str) -> None:
     num_layers = structure_of(whole).num_layers
     inputs = batch()
     pieces = []
-    for place in (StageLayers(0, 1, num_layers), StageLayers(1, num_layers, num_layers)):
+    for stage in (StageLayers(0, 1, num_layers), StageLayers(1, num_layers, num_layers)):
         model = adapted(model_type).train()
-        cut_to_stage(model, place)
-        pieces.append((model, PipelineStage(model, place, 5)))
+        cut_to_stage(model, stage)
+        pieces.append((model, PipelineStage(model, stage, 5)))
     (_, first), (_, last) = pieces
     sent = first(None, labels=inputs["input_ids"], **inputs)
     received = sent.detach().requires_grad_()
@@ -142,9 +142,9 @@ def test_i4_company_changes_nothing(model_type: str) -> None:
     for side in ("right", "left"):
         padded, mask, positions = (torch.zeros(2, 9, dtype=torch.long) for _ in range(3))
         for index, row in enumerate(rows):
-            place = slice(0, len(row)) if side == "right" else slice(9 - len(row), 9)
-            padded[index, place], mask[index, place] = row, 1
-            positions[index, place] = torch.arange(len(row))
+            columns = slice(0, len(row)) if side == "right" else slice(9 - len(row), 9)
+            padded[index, columns], mask[index, columns] = row, 1
+            positions[index, columns] = torch.arange(len(row))
         together = logits(model, padded, attention_mask=mask, position_ids=positions)
         for index in range(len(rows)):
             torch.testing.assert_close(
@@ -189,9 +189,9 @@ def test_loaded_as_by_hugging_face(model_type: str, tmp_path: Path) -> None:
     assert_same(found.state_dict(), expected)
     assert {t.dtype for t in found.state_dict().values()} == {t.dtype for t in expected.values()}
     num_layers = structure_of(found).num_layers
-    for place in (StageLayers(0, 1, num_layers), StageLayers(1, num_layers, num_layers)):
+    for stage in (StageLayers(0, 1, num_layers), StageLayers(1, num_layers, num_layers)):
         part = load_model(
-            str(tmp_path), quantization="none", compute_dtype=torch.bfloat16, stage=place
+            str(tmp_path), quantization="none", compute_dtype=torch.bfloat16, stage=stage
         ).state_dict()
         assert_same(part, {name: expected[name] for name in part})
 

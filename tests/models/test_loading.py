@@ -315,7 +315,7 @@ def test_no_more_than_one_dense_projection_is_alive(
 
 
 def test_random_weights_do_not_depend_on_what_was_read_before() -> None:
-    weights = RandomWeights(5, std=0.02, started=lambda name: torch.ones(4))
+    weights = RandomWeights(5, std=0.02, initial_value=lambda name: torch.ones(4))
     where: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
     shape = torch.Size([3, 4])
     alone = weights.read("b.weight", shape=shape, **where)

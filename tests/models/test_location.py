@@ -96,7 +96,7 @@ def test_every_failure_of_the_hub_is_one_clear_line(
 ) -> None:
     hub(hub_error(error))
     with pytest.raises(ModelError, match=message) as caught:
-        locate("someone/some-model", "v2", weights=True, place="model.path")
+        locate("someone/some-model", "v2", weights=True, where="model.path")
     assert "someone/some-model" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -104,4 +104,4 @@ def test_every_failure_of_the_hub_is_one_clear_line(
 def test_the_setting_that_named_the_model_is_named(hub: Callable[..., Any]) -> None:
     hub(hub_error("RepositoryNotFoundError"))
     with pytest.raises(ModelError, match=r"^model\.tokenizer: "):
-        locate("someone/some-model", weights=False, place="model.tokenizer")
+        locate("someone/some-model", weights=False, where="model.tokenizer")

@@ -234,8 +234,8 @@ def test_two_stages_are_one() -> None:
     loss, expected = trained(adapted())
     found: dict[str, Tensor] = {}
     models = [adapted(), adapted()]
-    for model, place in zip(models, (StageLayers(0, 3, 4), StageLayers(3, 4, 4)), strict=True):
-        cut_to_stage(model, place)
+    for model, stage in zip(models, (StageLayers(0, 3, 4), StageLayers(3, 4, 4)), strict=True):
+        cut_to_stage(model, stage)
     first = PipelineStage(models[0], StageLayers(0, 3, 4), 4, num_ahead=1)
     last = PipelineStage(models[1], StageLayers(3, 4, 4), 4)
     sent = first(None, labels=INPUTS["input_ids"], **INPUTS)

@@ -1,4 +1,4 @@
-"""Dropout by counting: its bits, how evenly they fall, and that nothing but an element's place decides."""
+"""Dropout by counting: its bits, how evenly they fall, and that nothing but an element's position decides."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ DEVIATIONS = 5.0
 
 
 def mask(
-    seed: int = 3, stream: int = 2, shape: tuple[int, ...] = (4, 256, 8), probability: float = 0.5
+    seed: int = 3, dropout_id: int = 2, shape: tuple[int, ...] = (4, 256, 8), probability: float = 0.5
 ) -> Tensor:
     """Of rows whose seeds count up from `seed`."""
-    return keep_mask(seed + torch.arange(shape[0]), stream, shape, probability)
+    return keep_mask(seed + torch.arange(shape[0]), dropout_id, shape, probability)
 
 
-def by_hand(seed: int, stream: int, *place: int) -> int:
+def by_hand(seed: int, dropout_id: int, *position: int) -> int:
     """The hash in Python's own integers."""
     value = START
-    for part in (stream, seed, seed >> 32, *place):
+    for part in (dropout_id, seed, seed >> 32, *position):
         value = (value ^ part) & 0xFFFFFFFF
         value = (value ^ (value >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
         value = (value ^ (value >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
@@ -36,19 +36,19 @@ def by_hand(seed: int, stream: int, *place: int) -> int:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_bits_are_those_of_the_hash(seed: int) -> None:
-    shape, stream = (3, 5, 4), 11
-    places = list(itertools.product(*(range(size) for size in shape)))
+    shape, dropout_id = (3, 5, 4), 11
+    positions = list(itertools.product(*(range(size) for size in shape)))
     for probability in (0.5, 0.1):
         border = round(probability * 2**32) - 2**31
         expected = torch.tensor(
-            [by_hand(seed + row, stream, *place) >= border for row, *place in places]
+            [by_hand(seed + row, dropout_id, *position) >= border for row, *position in positions]
         ).view(shape)
-        assert torch.equal(mask(seed, stream, shape, probability), expected)
+        assert torch.equal(mask(seed, dropout_id, shape, probability), expected)
 
 
 def test_the_bits_do_not_change_from_release_to_release() -> None:
     """A resumed run draws what the uninterrupted one would have."""
-    bits = mask(seed=2**40 + 7, stream=9, shape=(1, 4, 8)).flatten().int().tolist()
+    bits = mask(seed=2**40 + 7, dropout_id=9, shape=(1, 4, 8)).flatten().int().tolist()
     assert hex(int("".join(map(str, bits)), 2)) == "0x47ad13c0"
 
 
@@ -66,7 +66,7 @@ def test_the_share_dropped_is_the_probability_along_every_axis(seed: int, probab
 NEIGHBOURS = {
     "seed": (mask(seed=3), mask(seed=30)),
     "upper half of the seed": (mask(seed=3), mask(seed=3 + 2**32)),
-    "stream": (mask(stream=2), mask(stream=3)),
+    "dropout_id": (mask(dropout_id=2), mask(dropout_id=3)),
     "row": (mask()[:-1], mask()[1:]),
     "token": (mask()[:, :-1], mask()[:, 1:]),
     "component": (mask()[:, :, :-1], mask()[:, :, 1:]),

@@ -26,7 +26,7 @@ SEED = 31
 OWN = ("constant", "gated", "lora", "rolled", "ssmlora")
 BATCH, FEATURES, OUT_FEATURES, NUM_AXES, SCALING = 3, 12, 10, 3, 1.25
 SEEDS = torch.tensor([2**40 + 7, -5, 3])
-DROPOUT = Dropout(stream=5, probability=0.3, first_token=2)
+DROPOUT = Dropout(dropout_id=5, probability=0.3, first_token=2)
 
 
 FORMS = [*map(form_named, OWN), Fading, Mixing]

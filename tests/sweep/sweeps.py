@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ssmlora_dist.sweep.execute import Place
+from ssmlora_dist.sweep.execute import Resources
 from ssmlora_dist.sweep.plan import Plan, plan_sweep
 
 FAKES = Path(__file__).with_name("fakes")
@@ -44,6 +44,6 @@ def plan_of(directory: Path, **changes: Any) -> Plan:
     return plan_sweep(str(write_sweep(directory, **changes)))
 
 
-def place(devices: tuple[str, ...] = (), num_cpus: int = 1) -> Place:
+def resources(devices: tuple[str, ...] = (), num_cpus: int = 1) -> Resources:
     """Where the fakes run."""
-    return Place(devices, num_cpus, FAKES)
+    return Resources(devices, num_cpus, FAKES)

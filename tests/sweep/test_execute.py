@@ -23,7 +23,7 @@ from ssmlora_dist.sweep.execute import Result, run_sweep
 from ssmlora_dist.sweep.measures import measures
 from ssmlora_dist.sweep.process import MARK, command
 
-from .sweeps import place, plan_of, write_sweep
+from .sweeps import plan_of, resources, write_sweep
 
 ROOT = Path(__file__).parents[2]
 SEED = 20261123
@@ -46,7 +46,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def run(directory: Path, devices: tuple[str, ...] = (), retry_failed: bool = False, **changes: Any) -> Result:
-    return run_sweep(plan_of(directory, **changes), place(devices), retry_failed=retry_failed)
+    return run_sweep(plan_of(directory, **changes), resources(devices), retry_failed=retry_failed)
 
 
 def sweep_directory(directory: Path) -> Path:
@@ -76,7 +76,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_every_point_is_run_once_and_has_a_row(tmp_path: Path, fakes: Any) -> None:
     plan = plan_of(tmp_path)
-    result = run_sweep(plan, place())
+    result = run_sweep(plan, resources())
     assert list(result.rows) == [FIRST, SECOND, THIRD, FOURTH]
     assert [start["point"] for start in starts(tmp_path)] == list(result.rows)
     assert result.num_finished == 4
@@ -214,7 +214,7 @@ SIDE_BY_SIDE = {FIRST: {"until": f"runs/{FOURTH}/summary.json"}, SECOND: {"until
 def test_points_run_side_by_side_as_configured(tmp_path: Path, fakes: Any, monkeypatch: Any) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     fakes(SIDE_BY_SIDE)
-    run_sweep(plan_of(tmp_path, launcher={"points_at_once": 2}), place(num_cpus=6))
+    run_sweep(plan_of(tmp_path, launcher={"points_at_once": 2}), resources(num_cpus=6))
     assert {FIRST, SECOND} in overlaps(tmp_path)
     assert all(FIRST in pair for pair in overlaps(tmp_path))
     assert {start["threads"] for start in starts(tmp_path)} == {"3"}
@@ -354,5 +354,5 @@ def test_a_broken_row_is_refused_before_anything_runs(tmp_path: Path, fakes: Any
 def test_a_sweep_that_runs_already_is_not_run_beside_itself(tmp_path: Path, fakes: Any) -> None:
     plan = plan_of(tmp_path)
     with plan.directory.claimed(), pytest.raises(CheckpointError, match="another sweep is using it"):
-        run_sweep(plan, place())
+        run_sweep(plan, resources())
     assert starts(tmp_path) == []

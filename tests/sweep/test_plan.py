@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ssmlora_dist.errors import ConfigError
-from ssmlora_dist.sweep.plan import PlannedPoint, estimate_seconds, plan_sweep, standing
+from ssmlora_dist.sweep.plan import PlannedPoint, estimate_seconds, plan_sweep, sweep_state_of
 from ssmlora_dist.sweep.schema import SCHEMA_PATH, schema_text
 from ssmlora_dist.sweep.table import plan_text
 
@@ -252,12 +252,12 @@ def test_points_without_an_outcome_of_their_digest_are_to_be_run(tmp_path: Path)
     changed = PlannedPoint(fourth.point, fourth.config, "another").row(outcome="finished")
     gone = PlannedPoint(fourth.point, fourth.config, "d").row(outcome="failed")
     rows = {row.point: row for row in [*recorded, changed]} | {"gone": gone}
-    found = standing(plan, rows)
+    found = sweep_state_of(plan, rows)
     assert [one.name for one in found.pending] == [third.name, fourth.name]
     assert list(found.rows) == named(plan.points)
     assert [row.outcome for row in found.rows.values()] == ["finished", "out_of_memory", "stopped", "not_run"]
     assert found.replaced == [gone, changed]
-    again = standing(plan, rows, retry_failed=True)
+    again = sweep_state_of(plan, rows, retry_failed=True)
     assert [one.name for one in again.pending] == [second.name, third.name, fourth.name]
 
 
@@ -277,10 +277,10 @@ def test_the_time_is_that_of_points_alike(tmp_path: Path) -> None:
     assert seconds("ssmlora_rank-4_seed-1") == 20.0
     assert seconds("lora_rank-4_seed-1") == 15.0
     assert estimate_seconds(plan.points, {}) is None
-    text = plan_text(plan, standing(plan, recorded), 2)
+    text = plan_text(plan, sweep_state_of(plan, recorded), 2)
     # Of what is left, 10 and 20 of ssmlora and three times their mean of lora, on two places.
     assert text.splitlines()[-1] == "8 points, 5 to run, 2 at once; estimated time: 0:38"
-    assert "estimated time: unknown" in plan_text(plan, standing(plan, {}), 1)
+    assert "estimated time: unknown" in plan_text(plan, sweep_state_of(plan, {}), 1)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

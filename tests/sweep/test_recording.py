@@ -14,7 +14,7 @@ from ssmlora_dist.sweep.execute import Result, run_sweep
 from ssmlora_dist.sweep.plan import Plan
 from ssmlora_dist.sweep.recording import PARENT_TAG, Recorder
 
-from .sweeps import place, plan_of
+from .sweeps import plan_of, resources
 
 GRID = {"adapter.rank": [2, 4]}
 FIRST, SECOND = "rank-2_seed-0", "rank-4_seed-0"
@@ -97,7 +97,7 @@ def plan(directory: Path, **changes: Any) -> Plan:
 
 
 def run(directory: Path, **changes: Any) -> Result:
-    return run_sweep(plan(directory, **changes), place())
+    return run_sweep(plan(directory, **changes), resources())
 
 
 def test_a_parent_and_a_run_for_each_point_have_true_statuses(
@@ -116,24 +116,26 @@ def test_a_parent_and_a_run_for_each_point_have_true_statuses(
 def test_a_point_whose_sweep_was_killed_goes_on_with_its_run(tmp_path: Path, store: Store) -> None:
     plan_ = plan(tmp_path)
     with plan_.directory.claimed():
-        begun = plan_.directory.begun()
-        recorder = Recorder(plan_, begun, print)
+        started = plan_.directory.started_runs()
+        recorder = Recorder(plan_, started, print)
         recorder.start()
         for planned in plan_.points:
-            begun.note(planned.name, planned.training_digest, recorder.begin(planned, None))
+            started.note(planned.name, planned.training_digest, recorder.begin(planned, None))
     assert store.status() == {"sweep": ["RUNNING"], FIRST: ["RUNNING"], SECOND: ["RUNNING"]}
     # One goes on, the other is not in the sweep any more.
     run(tmp_path, grid={"adapter.rank": [2]})
     assert store.status() == {"sweep": ["FINISHED"], FIRST: ["FINISHED"], SECOND: ["KILLED"]}
-    assert plan_.directory.begun().open_runs() == {}
+    assert plan_.directory.started_runs().open_runs() == {}
 
 
 def test_a_run_that_a_changed_point_leaves_behind_is_ended(tmp_path: Path, store: Store) -> None:
     plan_ = plan(tmp_path)
     with plan_.directory.claimed():
-        begun = plan_.directory.begun()
+        started = plan_.directory.started_runs()
         planned = plan_.points[0]
-        begun.note(planned.name, planned.training_digest, Recorder(plan_, begun, print).begin(planned, None))
+        started.note(
+            planned.name, planned.training_digest, Recorder(plan_, started, print).begin(planned, None)
+        )
     run(tmp_path, overrides={"tracking.tracker": "mlflow", "training.max_steps": 9})
     assert store.status()[FIRST] == ["KILLED", "FINISHED"]
 
@@ -141,9 +143,9 @@ def test_a_run_that_a_changed_point_leaves_behind_is_ended(tmp_path: Path, store
 def test_a_status_that_a_kill_kept_back_is_set(tmp_path: Path, store: Store) -> None:
     result = run(tmp_path)
     plan_ = plan(tmp_path)
-    begun = plan_.directory.begun()
+    started = plan_.directory.started_runs()
     row = result.rows[FIRST]
-    begun.note(FIRST, row.digest, row.mlflow_run_id)
+    started.note(FIRST, row.digest, row.mlflow_run_id)
     store.runs[row.mlflow_run_id or ""]["status"] = "RUNNING"
     run(tmp_path)
     assert store.status()[FIRST] == ["FINISHED"]
@@ -180,8 +182,8 @@ def test_a_run_begun_by_the_last_attempt_is_gone_on_with(tmp_path: Path, store: 
 
 def test_with_the_tracker_away_a_known_run_stays_the_point_s(tmp_path: Path, store: Store) -> None:
     plan_ = plan(tmp_path)
-    begun = plan_.directory.begun()
-    recorder = Recorder(plan_, begun, print)
+    started = plan_.directory.started_runs()
+    recorder = Recorder(plan_, started, print)
     store.away = range(0, 9)
     assert recorder.begin(plan_.points[0], "known") == "known"
     assert store.runs == {}

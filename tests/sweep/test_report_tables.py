@@ -16,8 +16,8 @@ from tests.sweep.results import REASON, full_sweep, lost, result, sweep_of
 
 
 def texts(table: Table, *columns: str) -> list[list[str]]:
-    places = [list(table.columns).index(column) for column in columns]
-    return [[row[place].text for place in places] for row in table.rows]
+    indices = [list(table.columns).index(column) for column in columns]
+    return [[row[index].text for index in indices] for row in table.rows]
 
 
 def all_tables(sweep: Sweep) -> Sequence[Table]:

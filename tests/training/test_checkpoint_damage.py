@@ -41,30 +41,30 @@ def corrupt(path: Path, generator: random.Random) -> str:
     """Damages one file of a checkpoint in one way, and says how."""
     file = generator.choice(sorted(path.iterdir()))
     content = bytearray(file.read_bytes())
-    place = generator.randrange(len(content))
+    position = generator.randrange(len(content))
     how = generator.choice(["flip", "bit", "truncate", "delete", "insert", "zero", "swap", "append"])
     if how == "delete":
         file.unlink()
         return f"{file.name} deleted"
     if how == "flip":
-        content[place] ^= generator.randrange(1, 256)
+        content[position] ^= generator.randrange(1, 256)
     elif how == "bit":
-        content[place] ^= 1 << generator.randrange(8)
+        content[position] ^= 1 << generator.randrange(8)
     elif how == "truncate":
-        del content[place:]
+        del content[position:]
     elif how == "insert":
-        content.insert(place, generator.randrange(256))
+        content.insert(position, generator.randrange(256))
     elif how == "append":
         content.append(generator.choice(b"\n \0"))
     elif how == "zero":
         # As a file system leaves blocks that it had not written.
-        content[place:] = bytes(len(content) - place)
+        content[position:] = bytes(len(content) - position)
     else:
         other = generator.randrange(len(content))
-        content[place], content[other] = content[other], content[place]
+        content[position], content[other] = content[other], content[position]
     changed = bytes(content) != file.read_bytes()
     file.write_bytes(content)
-    return f"{file.name} {how} at {place}" if changed else corrupt(path, generator)
+    return f"{file.name} {how} at {position}" if changed else corrupt(path, generator)
 
 
 def test_random_corruptions_are_all_detected(path: Path, tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_random_corruptions_are_all_detected(path: Path, tmp_path: Path) -> None
 def test_every_byte_of_the_manifest_counts(path: Path) -> None:
     manifest = path / MANIFEST_FILE
     whole = manifest.read_bytes()
-    for place in range(len(whole)):
-        manifest.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for position in range(len(whole)):
+        manifest.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         with pytest.raises(CheckpointError):
             read_checkpoint(path)
     manifest.write_bytes(whole)

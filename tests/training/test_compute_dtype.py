@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.tracking import Console
 from ssmlora_dist.training import compute_dtype
@@ -25,9 +25,9 @@ class Ranks(DistributedContext):
 
 
 def ranks(*choices: str) -> Ranks:
-    group = Ranks(0, len(choices), 0, torch.device("cpu"))
-    object.__setattr__(group, "choices", choices)
-    return group
+    context = Ranks(0, len(choices), 0, torch.device("cpu"))
+    object.__setattr__(context, "choices", choices)
+    return context
 
 
 def config(model: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
@@ -88,9 +88,9 @@ def test_what_does_not_go_with_it_is_refused_as_if_it_had_been_named() -> None:
     stages = config(
         parallel={"pipeline_stages": 2}, adapter={"state_dtype": "bfloat16"}, training={"max_steps": 1}
     )
-    group = ranks("bfloat16", "bfloat16")
-    assert settle_compute_dtype(stages, group, Console(enabled=False)).model.compute_dtype == "bfloat16"
+    context = ranks("bfloat16", "bfloat16")
+    assert settle_compute_dtype(stages, context, Console(enabled=False)).model.compute_dtype == "bfloat16"
     with pytest.raises(ConfigError) as refused:
-        settle_compute_dtype(stages, group, Console(enabled=False), kept="float32")
+        settle_compute_dtype(stages, context, Console(enabled=False), kept="float32")
     assert 'adapter.state_dtype: "bfloat16" given with compute_dtype "float32"' in str(refused.value)
     assert "what the adapter was trained in" in str(refused.value)

@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import retrieval
-from ssmlora_dist.distributed.process_group import DistributedContext, start_process_group, stop_process_group
+from ssmlora_dist.distributed.context import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, SSMLoRAError
 from ssmlora_dist.models import load_tokenizer
 from ssmlora_dist.tracking import Console
@@ -41,7 +41,7 @@ COMMON = (
 
 
 @pytest.fixture(scope="module")
-def group() -> Iterator[DistributedContext]:
+def context() -> Iterator[DistributedContext]:
     yield start_process_group(60)
     stop_process_group()
 
@@ -50,9 +50,9 @@ class Runs:
     """Runs of a directory of their own: each call is one start."""
 
     def __init__(
-        self, group: DistributedContext, directory: Path, capsys: pytest.CaptureFixture[str]
+        self, context: DistributedContext, directory: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        self.directory, self._group, self._capsys = directory, group, capsys
+        self.directory, self._context, self._capsys = directory, context, capsys
         self.rows = [{"prompt": "ab"[i % 2], "answer": f"{i:03}"} for i in range(NUM_RECORDS)]
         self.write("here.jsonl", self.rows)
         self.tokenizer = directory / "tokenizer"
@@ -65,7 +65,7 @@ class Runs:
     def train(self, num_steps: int, *overrides: str, **source: Any) -> str:
         """One start, with `--resume auto`; what it said on the standard error stream."""
         run_training(
-            self._config(num_steps, *overrides, **source), self._group, Console(enabled=True), "auto"
+            self._config(num_steps, *overrides, **source), self._context, Console(enabled=True), "auto"
         )
         return self._capsys.readouterr().err
 
@@ -91,8 +91,8 @@ class Runs:
 
 
 @pytest.fixture
-def runs(group: DistributedContext, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Runs:
-    return Runs(group, tmp_path, capsys)
+def runs(context: DistributedContext, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Runs:
+    return Runs(context, tmp_path, capsys)
 
 
 STREAM = {"streaming": True, "shuffle_buffer_size": 3}

@@ -65,8 +65,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def group(rank: int = 0, others: Sequence[float] | None = None) -> Any:
-    """One of a group's processes; `others` is what has reached the other one."""
+def context(rank: int = 0, others: Sequence[float] | None = None) -> Any:
+    """One of a run's processes; `others` is what has reached the other one."""
 
     def largest(values: Sequence[float]) -> list[float]:
         return [max(pair) for pair in zip(values, others or (), strict=True)]
@@ -83,7 +83,7 @@ def send(*signums: int) -> None:
 
 @pytest.mark.parametrize("signum", [INT, TERM, HUP, USR2])
 def test_a_signal_is_noted_and_raised_at_the_next_check(exits: Exits, signum: int) -> None:
-    with Interrupts(group(), LONG_SECONDS) as watched:
+    with Interrupts(context(), LONG_SECONDS) as watched:
         watched.check()
         send(signum)
         with pytest.raises(StopRequested) as raised:
@@ -93,7 +93,7 @@ def test_a_signal_is_noted_and_raised_at_the_next_check(exits: Exits, signum: in
 
 
 def test_a_request_to_save_is_heard_once() -> None:
-    with Interrupts(group(), LONG_SECONDS) as watched:
+    with Interrupts(context(), LONG_SECONDS) as watched:
         send(USR1)
         heard = [watched.save_requested]
         for _ in range(2):
@@ -104,10 +104,10 @@ def test_a_request_to_save_is_heard_once() -> None:
 
 
 def test_what_has_reached_another_rank_counts(exits: Exits) -> None:
-    with Interrupts(group(1, others=[0.0, 0.0, 0.0, 0.0, 1.0]), LONG_SECONDS) as watched:
+    with Interrupts(context(1, others=[0.0, 0.0, 0.0, 0.0, 1.0]), LONG_SECONDS) as watched:
         watched.check()
         assert watched.save_requested
-    with Interrupts(group(1, others=[1.0, 0.0, 0.0, 0.0, 0.0]), LONG_SECONDS) as watched:
+    with Interrupts(context(1, others=[1.0, 0.0, 0.0, 0.0, 0.0]), LONG_SECONDS) as watched:
         with pytest.raises(StopRequested) as raised:
             watched.check()
         assert raised.value.signum == INT
@@ -125,7 +125,7 @@ def test_the_launchers_word_beside_the_signal_is_no_second_one(
     exits: Exits, monkeypatch: pytest.MonkeyPatch, signums: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(interrupts, "TOGETHER_SECONDS", LONG_SECONDS)
-    with Interrupts(group(), LONG_SECONDS) as watched:
+    with Interrupts(context(), LONG_SECONDS) as watched:
         send(*signums)
         with pytest.raises(StopRequested) as raised:
             watched.check()
@@ -135,7 +135,7 @@ def test_the_launchers_word_beside_the_signal_is_no_second_one(
 
 
 def test_ctrl_c_that_has_reached_one_rank_is_what_all_stop_by() -> None:
-    with Interrupts(group(1, others=[1.0, 0.0, 0.0, 0.0, 0.0]), LONG_SECONDS) as watched:
+    with Interrupts(context(1, others=[1.0, 0.0, 0.0, 0.0, 0.0]), LONG_SECONDS) as watched:
         send(TERM)
         with pytest.raises(StopRequested) as raised:
             watched.check()
@@ -144,13 +144,13 @@ def test_ctrl_c_that_has_reached_one_rank_is_what_all_stop_by() -> None:
 
 def test_what_is_to_outlive_its_terminal_does() -> None:
     signal.signal(HUP, signal.SIG_IGN)
-    with Interrupts(group(), LONG_SECONDS) as watched:
+    with Interrupts(context(), LONG_SECONDS) as watched:
         send(HUP)
         watched.check()
 
 
 def test_ctrl_c_twice_ends_at_once(exits: Exits) -> None:
-    with Interrupts(group(), LONG_SECONDS):
+    with Interrupts(context(), LONG_SECONDS):
         send(INT, INT)
     assert exits == [128 + INT]
 
@@ -160,7 +160,7 @@ def test_a_later_second_signal_ends_at_once(
     exits: Exits, monkeypatch: pytest.MonkeyPatch, signums: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(interrupts, "TOGETHER_SECONDS", 0.0)
-    with Interrupts(group(), LONG_SECONDS):
+    with Interrupts(context(), LONG_SECONDS):
         send(*signums)
     assert exits == [128 + signums[1]]
 
@@ -170,7 +170,7 @@ def test_when_the_time_is_over_the_process_ends(
     exits: Exits, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
     began = time.monotonic()
-    with Interrupts(group(rank), 0.5):
+    with Interrupts(context(rank), 0.5):
         send(TERM)
         assert exits == []
         assert exits.wait() == 128 + TERM
@@ -186,7 +186,7 @@ def test_when_the_time_is_over_the_process_ends(
 
 
 def test_the_time_of_a_rank_that_got_no_signal_runs_too(exits: Exits) -> None:
-    with Interrupts(group(1, others=[0.0, 0.0, 0.0, 1.0, 0.0]), 0.1) as watched:
+    with Interrupts(context(1, others=[0.0, 0.0, 0.0, 1.0, 0.0]), 0.1) as watched:
         with pytest.raises(StopRequested):
             watched.check()
         assert exits.wait() == 128 + TERM
@@ -198,7 +198,7 @@ def test_the_time_runs_while_the_main_thread_runs_no_python(
     """In native code no handler of Python's is called."""
     ended_at: list[float] = []
     monkeypatch.setattr(os, "_exit", lambda code: ended_at.append(time.monotonic()))
-    with Interrupts(group(), 0.1):
+    with Interrupts(context(), 0.1):
         threading.Timer(A_MOMENT, os.kill, (os.getpid(), TERM)).start()
         # A second or more, in one call.
         hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)
@@ -209,7 +209,7 @@ def test_the_time_runs_while_the_main_thread_runs_no_python(
 def test_without_a_signal_all_is_as_before() -> None:
     before = [signal.getsignal(signum) for signum in (INT, TERM, USR1)]
     threads = threading.active_count()
-    with Interrupts(group(), LONG_SECONDS):
+    with Interrupts(context(), LONG_SECONDS):
         assert [signal.getsignal(signum) for signum in (INT, TERM, USR1)] != before
     assert [signal.getsignal(signum) for signum in (INT, TERM, USR1)] == before
     assert signal.set_wakeup_fd(-1) == -1
@@ -220,7 +220,7 @@ def test_once_a_run_has_stopped_no_signal_cuts_its_end_short_but_the_clock_does(
     exits: Exits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interrupts, "TOGETHER_SECONDS", 0.0)
-    with Interrupts(group(), 5 * A_MOMENT):
+    with Interrupts(context(), 5 * A_MOMENT):
         send(TERM)
     send(TERM, INT, USR1)
     assert exits == []

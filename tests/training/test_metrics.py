@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.training.metrics import peak_memory_gib, peak_tflops
 
 

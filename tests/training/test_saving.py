@@ -1,4 +1,4 @@
-"""When a run saves, and what it puts into a checkpoint; an engine and a group of one that only report."""
+"""When a run saves, and what it puts into a checkpoint; an engine and a context that only report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .checkpoint_cases import ADAPTER, BASE, checkpoint, same
 STEP = 10
 
 
-class Group:
+class RecordingContext:
     """A process without others, which writes down what it is told to note."""
 
     def __init__(self, rank: int = 0) -> None:
@@ -52,7 +52,7 @@ def run_config(**section: Any) -> RunConfig:
 
 def saver(
     directory: Path,
-    group: Group | None = None,
+    context: RecordingContext | None = None,
     resume_point: ResumePoint | None = None,
     warnings: list[str] | None = None,
     **section: Any,
@@ -60,13 +60,13 @@ def saver(
     whole = checkpoint(STEP)
     engine: Any = SimpleNamespace(
         adapter_tensors=lambda: whole.parameters,
-        moments=lambda: OptimizerState(STEP - 1, whole.moments),
+        optimizer_state=lambda: OptimizerState(STEP - 1, whole.moments),
         loss_scale=LossScale(1024.0, 7),
     )
     told: list[str] = [] if warnings is None else warnings
     return Saver(
         run_config(**section),
-        group or Group(),  # type: ignore[arg-type]
+        context or RecordingContext(),  # type: ignore[arg-type]
         engine,
         directory,
         BASE,
@@ -103,13 +103,13 @@ def test_what_is_not_asked_for_is_not_due(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_holds_all_that_a_run_needs(tmp_path: Path) -> None:
-    group = Group()
-    saving = saver(tmp_path / "checkpoints", group)
+    context = RecordingContext()
+    saving = saver(tmp_path / "checkpoints", context)
     assert saving.finish() == "no checkpoint has been saved"
     saving.save(STEP, {"totals": {"num_steps": STEP}, "wall_seconds": 1.5}, validation_loss=2.0)
     [path] = complete_checkpoints(tmp_path / "checkpoints") if saving.finish() else []
     assert saving.finish() == saving.last_good() == f"the last good checkpoint is {path}"
-    assert group.noted == [str(path)]
+    assert context.noted == [str(path)]
     expected = replace(
         checkpoint(STEP),
         progress={
@@ -127,7 +127,7 @@ def test_a_checkpoint_holds_all_that_a_run_needs(tmp_path: Path) -> None:
 
 
 def test_rank_0_alone_writes(tmp_path: Path) -> None:
-    saving = saver(tmp_path / "checkpoints", Group(1))
+    saving = saver(tmp_path / "checkpoints", RecordingContext(1))
     saving.save(4, {}, validation_loss=2.0)
     saving.finish()
     assert (saving.last_step, saving.best_validation_loss) == (4, 2.0)
@@ -136,11 +136,11 @@ def test_rank_0_alone_writes(tmp_path: Path) -> None:
 
 def test_a_continued_run_knows_what_was_best_and_where_it_came_from(tmp_path: Path) -> None:
     before = checkpoint(8, progress={"best_validation_loss": 1.5})
-    group, path = Group(), tmp_path / "step-00000008"
-    saving = saver(tmp_path, group, ResumePoint(before, path, in_place=True))
+    context, path = RecordingContext(), tmp_path / "step-00000008"
+    saving = saver(tmp_path, context, ResumePoint(before, path, in_place=True))
     assert (saving.last_step, saving.best_validation_loss) == (8, 1.5)
     assert not saving.is_best(1.5)
-    assert group.noted == [str(path)]
+    assert context.noted == [str(path)]
     assert saving.finish() == f"the last good checkpoint is {path}"
 
 

@@ -18,7 +18,7 @@ from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config.build import build_fingerprint
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.tasks import DEEP
-from ssmlora_dist.distributed.process_group import DistributedContext
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.errors import AdapterError, DataError
 from ssmlora_dist.models import load_model, load_tokenizer
 from ssmlora_dist.tracking import Console
@@ -129,7 +129,7 @@ ADAPTER = AdapterConfig(rank=2, alpha=4)
 ENDINGS = {"end_token_ids": [ord("!")], "stop_texts": ["?"]}
 
 
-class Group(DistributedContext):
+class SingleProcess(DistributedContext):
     """A process alone."""
 
     def __init__(self) -> None:
@@ -194,7 +194,7 @@ def test_tasks_are_answered_in_the_dtype_that_the_adapter_was_trained_in(
     auto = named.model_copy(update={"model": named.model.model_copy(update={"compute_dtype": "auto"})})
     for asked, trained in ((auto, adapter), (auto, None), (named, adapter)):
         with pytest.raises(InterruptedError):
-            run_evaluation(asked, Group(), Console(enabled=False), adapter=trained)
+            run_evaluation(asked, SingleProcess(), Console(enabled=False), adapter=trained)
     assert [found.model.compute_dtype for found in built] == [recorded, "bfloat16", "float32"]
     told = describe_evaluation(auto, "cpu", 1, adapter=adapter, warn=lambda _: None)
     assert told.startswith(f"compute dtype {recorded} (auto: what the adapter was trained in")
@@ -202,14 +202,14 @@ def test_tasks_are_answered_in_the_dtype_that_the_adapter_was_trained_in(
 
 
 def test_when_tasks_are_due() -> None:
-    tasks = TasksInTraining(config(3), load_tokenizer("bytes"), Group(), ENDINGS)
+    tasks = TasksInTraining(config(3), load_tokenizer("bytes"), SingleProcess(), ENDINGS)
     assert [step for step in range(9) if tasks.is_due(step, 8)] == [0, 3, 6, 8]
-    none = TasksInTraining(config(), load_tokenizer("bytes"), Group(), ENDINGS)
+    none = TasksInTraining(config(), load_tokenizer("bytes"), SingleProcess(), ENDINGS)
     assert not any(none.is_due(step, 8) for step in range(9))
 
 
 def test_items_are_made_once_for_all_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = TasksInTraining(config(3), load_tokenizer("bytes"), Group(), ENDINGS)
+    tasks = TasksInTraining(config(3), load_tokenizer("bytes"), SingleProcess(), ENDINGS)
     monkeypatch.setitem(DEEP, "passkey", lambda *_, **__: pytest.fail("made again"))  # type: ignore[index]
     model = adapted_model(num_layers=2, vocab_size=259, max_position_embeddings=320).train()
     first, second = tasks.answer(model), tasks.answer(model)
@@ -220,9 +220,9 @@ def test_items_are_made_once_for_all_of_the_training(monkeypatch: pytest.MonkeyP
 
 def test_no_tasks_are_looked_for_where_none_are_answered(tmp_path: Path) -> None:
     missing = {"task": "boolq", "path": str(tmp_path / "gone.jsonl")}
-    TasksInTraining(config(None, missing), load_tokenizer("bytes"), Group(), ENDINGS)
+    TasksInTraining(config(None, missing), load_tokenizer("bytes"), SingleProcess(), ENDINGS)
     with pytest.raises(DataError, match=r"gone.jsonl: no such file"):
-        TasksInTraining(config(2, missing), load_tokenizer("bytes"), Group(), ENDINGS)
+        TasksInTraining(config(2, missing), load_tokenizer("bytes"), SingleProcess(), ENDINGS)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_an_adapter_that_does_not_fit_is_found_before_the_weights_are_read(
     monkeypatch.setattr(task_evaluation, "build_backbone", lambda *_: pytest.fail("the weights are read"))
     directory = saved_adapter(tmp_path / "adapter", **adapter)
     for start in (
-        lambda: run_evaluation(config(), Group(), Console(enabled=False), adapter=directory),
+        lambda: run_evaluation(config(), SingleProcess(), Console(enabled=False), adapter=directory),
         lambda: describe_evaluation(config(), "cpu", 1, adapter=directory, warn=print),
     ):
         with pytest.raises(AdapterError, match=message):
@@ -281,9 +281,9 @@ def test_what_tells_evaluations_apart(tmp_path: Path) -> None:
 
 def test_what_is_evaluated_lies_where_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_evaluation(config(), Group(), Console(enabled=False))
+    run_evaluation(config(), SingleProcess(), Console(enabled=False))
     adapter = saved_adapter(tmp_path / "mine" / "adapter", fingerprint=build_fingerprint(config()))
-    run_evaluation(config(), Group(), Console(enabled=False), adapter=adapter, with_base=False)
+    run_evaluation(config(), SingleProcess(), Console(enabled=False), adapter=adapter, with_base=False)
     tables = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("results.jsonl"))
     assert tables == ["mine/evaluation/adapter/results.jsonl", "runs/run-evaluation/base/results.jsonl"]
 
@@ -346,10 +346,10 @@ def test_answers_end_where_the_adapter_was_trained_to_end_them(
     monkeypatch.setattr(task_evaluation, "metrics_of", lambda _: {})
     monkeypatch.setattr(task_evaluation, "build_reports", lambda *_, **__: [])
     model = adapted_model(num_layers=2, vocab_size=259)
-    TasksInTraining(config(3), load_tokenizer("bytes"), Group(), ENDINGS).answer(model)
+    TasksInTraining(config(3), load_tokenizer("bytes"), SingleProcess(), ENDINGS).answer(model)
     adapter = saved_adapter(tmp_path / "adapter")
     settings = json.loads((adapter / "ssmlora.json").read_text())
     (adapter / "ssmlora.json").write_text(json.dumps({**settings, "base": ENDINGS}))
-    run_evaluation(config(), Group(), Console(enabled=False), adapter=adapter, out=tmp_path / "out")
+    run_evaluation(config(), SingleProcess(), Console(enabled=False), adapter=adapter, out=tmp_path / "out")
     trained = ([ord("!"), 257], ["?"])
     assert seen == [trained, (None, None), trained]

@@ -11,8 +11,8 @@ import torch
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset, DatasetReport, Example
+from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.loading import swap_rows
-from ssmlora_dist.distributed.process_group import DistributedContext
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.training import topology
 from ssmlora_dist.training.topology import ParallelDims, build_engine, parallel_dims_of, plan_stages
@@ -30,11 +30,11 @@ def config_with(*overrides: str, ranks: int) -> RunConfig:
 @pytest.mark.parametrize(("stages", "ranks"), [(1, 4), (2, 4), (4, 4), (3, 6)])
 def test_ranks_count_through_a_stage_first(stages: int, ranks: int) -> None:
     config = config_with(f"parallel.pipeline_stages={stages}", ranks=ranks)
-    places = [
+    dims = [
         parallel_dims_of(config, DistributedContext(r, ranks, r, torch.device("cpu"))) for r in range(ranks)
     ]
     size = ranks // stages
-    assert places == [ParallelDims(rank % size, size, rank // size, stages) for rank in range(ranks)]
+    assert dims == [ParallelDims(rank % size, size, rank // size, stages) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def handed_to_the_loader(
         raise Stopped
 
     monkeypatch.setattr(topology, "build_model", build_model)
-    group = DistributedContext(rank, ranks, rank, torch.device("cpu"))
-    place = parallel_dims_of(config, group)
-    plan = plan_stages(config, DATA, place) if place.num_stages > 1 else None
+    context = DistributedContext(rank, ranks, rank, torch.device("cpu"))
+    dims = parallel_dims_of(config, context)
+    plan = plan_stages(config, DATA, dims) if dims.num_stages > 1 else None
     with pytest.raises(Stopped):
-        build_engine(config, group, place, plan)
+        build_engine(config, context, dims, plan)
     return handed_over
 
 

@@ -19,7 +19,7 @@ from ssmlora_dist.tracking import Console
 from ssmlora_dist.training import describe as dry_run
 from ssmlora_dist.training import run, task_evaluation
 
-from .test_task_evaluation import Group
+from .test_task_evaluation import SingleProcess
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "tracked"},
@@ -40,9 +40,11 @@ def sweep(config: RunConfig) -> None:
 
 
 ROADS: dict[str, Callable[[RunConfig], object]] = {
-    "train": lambda config: run.run_training(config, Group(), Console(enabled=False)),
+    "train": lambda config: run.run_training(config, SingleProcess(), Console(enabled=False)),
     "train --dry-run": lambda config: dry_run.describe(config, "cpu", 1, "never", print),
-    "evaluate": lambda config: task_evaluation.run_evaluation(config, Group(), Console(enabled=False)),
+    "evaluate": lambda config: task_evaluation.run_evaluation(
+        config, SingleProcess(), Console(enabled=False)
+    ),
     "evaluate --dry-run": lambda config: task_evaluation.describe_evaluation(config, "cpu", 1, warn=print),
     "sweep": sweep,
 }

@@ -32,13 +32,13 @@ class BabiQuestion:
     """A question of a bAbI file.
 
     Args:
-        place: file and line.
+        where: file and line.
         facts: all that the story has told before the question, in order.
         question: the question.
         answer: a word, or several joined by commas.
     """
 
-    place: str
+    where: str
     facts: tuple[str, ...]
     question: str
     answer: str
@@ -60,38 +60,38 @@ def read_babi(path: str | Path) -> list[BabiQuestion]:
     for row, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        place = f"{path}:{row}"
+        where = f"{path}:{row}"
         match = LINE.fullmatch(line)
         if match is None:
-            raise DataError(f"{place}: {line[:80]!r} is out of form; a line is {FORM}")
+            raise DataError(f"{where}: {line[:80]!r} is out of form; a line is {FORM}")
         number = int(match[1])
         if number == 1:
             facts = {}
         elif number != last + 1 or not last:
             raise DataError(
-                f"{place}: line {number} of a story comes after its line {last}; number them from 1 on"
+                f"{where}: line {number} of a story comes after its line {last}; number them from 1 on"
             )
         last = number
         question, *rest = (part.strip() for part in SEPARATOR.split(match[2]))
         if not rest:
             facts[number] = question
         else:
-            questions.append(_read_question(place, facts, question, rest))
+            questions.append(_read_question(where, facts, question, rest))
     if not questions:
         raise DataError(f"{path}: no question in it; lines with one are {FORM}")
     return questions
 
 
-def _read_question(place: str, facts: dict[int, str], question: str, rest: Sequence[str]) -> BabiQuestion:
+def _read_question(where: str, facts: dict[int, str], question: str, rest: Sequence[str]) -> BabiQuestion:
     answer, *supports = rest
     if not question or not answer or len(supports) > 1:
-        raise DataError(f"{place}: a question must have its text, a tab and its answer; a line is {FORM}")
+        raise DataError(f"{where}: a question must have its text, a tab and its answer; a line is {FORM}")
     for support in " ".join(supports).split():
         if not support.isdecimal() or int(support) not in facts:
-            raise DataError(f"{place}: {support!r} is not the number of a fact told before the question")
+            raise DataError(f"{where}: {support!r} is not the number of a fact told before the question")
     if not facts:
-        raise DataError(f"{place}: a question before any fact; a line is {FORM}")
-    return BabiQuestion(place, tuple(facts.values()), question, answer)
+        raise DataError(f"{where}: a question before any fact; a line is {FORM}")
+    return BabiQuestion(where, tuple(facts.values()), question, answer)
 
 
 def babilong(

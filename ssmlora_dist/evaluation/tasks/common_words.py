@@ -103,8 +103,8 @@ def common_words(
 
     def items() -> Iterator[GenerationItem]:
         for (number, length), words in drawn.items():
-            place = (number, length)
-            build = functools.partial(chosen[length].prompt, length, words, sampling, place)
+            key = (number, length)
+            build = functools.partial(chosen[length].prompt, length, words, sampling, key)
             prompt = fit(counter, length - MAX_NEW_TOKENS, 0, build)
             yield GenerationItem(
                 id=f"{length}/{number}",
@@ -168,7 +168,7 @@ class NumberedLists:
         return self._frame + self._solved_cost(repeats, drawn) + entries + MAX_NEW_TOKENS
 
     def prompt(
-        self, length: int, drawn: Drawn, sampling: Sampling, place: tuple[object, ...], target: int
+        self, length: int, drawn: Drawn, sampling: Sampling, key: tuple[object, ...], target: int
     ) -> str:
         """A prompt of nearly so many tokens.
 
@@ -176,10 +176,10 @@ class NumberedLists:
             length: decides how often words are repeated.
             drawn: the words.
             sampling: of the uncommon words and of the order.
-            place: of its random numbers.
+            key: of its random numbers.
             target: tokens.
         """
-        repeats, rng = repeats_of(length), sampling.random(*place)
+        repeats, rng = repeats_of(length), sampling.random(*key)
         room = target - self._frame - self._solved_cost(repeats, drawn)
         uncommon = self._choose_uncommon(repeats, drawn, room, rng)
         solved = []

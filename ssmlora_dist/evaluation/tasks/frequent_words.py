@@ -73,7 +73,7 @@ def frequent_words(
     least = frame + dots * dots_cost + int((asked_costs @ seldom).max()) + MAX_NEW_TOKENS
     sampling.require(least, "the three words and as many dots as go with them")
 
-    def build(words: Sequence[str], place: tuple[object, ...], target: int) -> str:
+    def build(words: Sequence[str], key: tuple[object, ...], target: int) -> str:
         costs = np.asarray([dots_cost, *counter.costs([f" {word}" for word in words]).tolist()])
         room = target - frame
         # The first number of dots that is too many, in a sorted row of them.
@@ -87,7 +87,7 @@ def frequent_words(
             for word, count in zip([DOTS, *words], occurrences.tolist(), strict=True)
             for _ in range(count)
         ]
-        sampling.random(*place).shuffle(text)
+        sampling.random(*key).shuffle(text)
         return OPENING + "".join(text) + QUESTION
 
     def items() -> Iterator[GenerationItem]:
@@ -95,10 +95,10 @@ def frequent_words(
             # A word of rank k occurs from k squared words on.
             num_words = min(max(length - MAX_NEW_TOKENS, 0) // TOKENS_PER_WORD - 1, math.isqrt(length))
             words = _draw_words(max(num_words, NUM_ASKED), sampling, number)
-            place = (number, length)
+            key = (number, length)
             yield GenerationItem(
                 id=f"{length}/{number}",
-                prompt=fit(counter, length - MAX_NEW_TOKENS, 0, functools.partial(build, words, place)),
+                prompt=fit(counter, length - MAX_NEW_TOKENS, 0, functools.partial(build, words, key)),
                 references=tuple(words[:NUM_ASKED]),
                 max_new_tokens=MAX_NEW_TOKENS,
                 metadata={"length": length},

@@ -164,9 +164,9 @@ class Background:
         wished = self._piece_at(np.asarray(sorted(rng.randint(first, last) for _ in facts)), "right")
         text, done = [], start
         for fact, piece in zip(facts, wished.tolist(), strict=True):
-            place = max(self._sentence_before(piece), start)
-            text += [self._slice(done, place), fact]
-            done = place
+            position = max(self._sentence_before(piece), start)
+            text += [self._slice(done, position), fact]
+            done = position
         return "".join([*text, self._slice(done, end)])
 
     def _sentence_before(self, piece: int) -> int:

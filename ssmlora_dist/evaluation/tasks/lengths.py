@@ -71,9 +71,9 @@ class Sampling:
         if self.num_examples < 1:
             raise DataError(f"{self.task}: num_examples {self.num_examples}: ask for one or more")
 
-    def random(self, *place: object) -> Random:
+    def random(self, *key: object) -> Random:
         """Random numbers of their own for one thing of one example."""
-        return Random("/".join(map(str, (self.seed, self.task, self.split, *place))))
+        return Random("/".join(map(str, (self.seed, self.task, self.split, *key))))
 
     def examples(self) -> Iterator[tuple[int, int]]:
         """Number and length of every example: all lengths of the first, then of the second."""

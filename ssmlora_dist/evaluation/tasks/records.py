@@ -67,7 +67,7 @@ class GenerationFormat:
         if not references or not all(map(str.strip, references)):
             fault = "an empty reference" if references else "no reference"
             raise DataError(
-                f"{view.place}: field {self._fields.get('references', 'references')!r} holds {fault}; give "
+                f"{view.where}: field {self._fields.get('references', 'references')!r} holds {fault}; give "
                 "the question an answer, or remove it"
             )
         return GenerationItem(id, prompt, references, self._max_new_tokens, self._stop)

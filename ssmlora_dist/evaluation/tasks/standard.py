@@ -103,7 +103,7 @@ def _copa(record: Record) -> Iterator[Record]:
     asked = view.text("question")
     if asked not in COPA_CONNECTORS:
         raise DataError(
-            f"{view.place}: field 'question' holds {asked!r}; allowed: {' or '.join(COPA_CONNECTORS)}; mend "
+            f"{view.where}: field 'question' holds {asked!r}; allowed: {' or '.join(COPA_CONNECTORS)}; mend "
             "the record"
         )
     choices = {name: view.text(name) for name in ("choice1", "choice2")}
@@ -133,7 +133,7 @@ def _wsc(record: Record) -> Iterator[Record]:
             "noun": view.text("span1_text"),
             "label": view.value("label"),
         },
-        record.place,
+        record.where,
     )
 
 
@@ -150,7 +150,7 @@ def _race_harness(record: Record) -> Iterator[Record]:
         try:
             record = record.derived({**record.values, "problems": ast.literal_eval(problems)})
         except (ValueError, SyntaxError):
-            raise DataError(f"{record.place}: field 'problems' is not the text of a list; mend it") from None
+            raise DataError(f"{record.where}: field 'problems' is not the text of a list; mend it") from None
     *answered, asked = _objects(RecordView(record, {}), "problems", "question")
     text = f"Article: {RecordView(record, {}).text('article')}\n\n"
     for problem in answered:
@@ -160,7 +160,7 @@ def _race_harness(record: Record) -> Iterator[Record]:
         else:
             text += f"Question: {question}\nAnswer: {answer}\n"
     text += RecordView(asked, {}).text("question")
-    yield Record({**asked.values, "text": text}, asked.place)
+    yield Record({**asked.values, "text": text}, asked.where)
 
 
 def _race_answer(problem: RecordView) -> str:
@@ -178,7 +178,7 @@ def _narrativeqa(document: str) -> Preparation:
     def prepare(record: Record) -> Iterator[Record]:
         fields = hub if isinstance(record.values.get("document"), Mapping) else flat
         view = RecordView(record, fields)
-        yield Record({name: view.value(name) for name in fields}, record.place)
+        yield Record({name: view.value(name) for name in fields}, record.where)
 
     return prepare
 
@@ -188,13 +188,13 @@ def _qmsum(record: Record) -> Iterator[Record]:
     if "meeting_transcripts" not in record.values:
         fields = {"document": "context", "query": "question", "answer": "answers"}
         view = RecordView(record, fields)
-        yield Record({name: view.value(name) for name in fields}, record.place)
+        yield Record({name: view.value(name) for name in fields}, record.where)
         return
     view = RecordView(record, {"queries": ("general_query_list", "specific_query_list")})
     turns = [RecordView(turn, {}) for turn in _objects(view, "meeting_transcripts", "turn")]
     document = "\n".join(f"{turn.text('speaker')}: {turn.text('content')}" for turn in turns)
     for query in _objects(view, "queries", "query"):
-        yield Record({**query.values, "document": document}, query.place)
+        yield Record({**query.values, "document": document}, query.where)
 
 
 def _quality(record: Record) -> Iterator[Record]:
@@ -207,7 +207,7 @@ def _quality(record: Record) -> Iterator[Record]:
     for question in _objects(view, "questions", "question"):
         # Counted from 1 in these files.
         answer = _whole_number(RecordView(question, {}), "gold_label") - 1
-        yield Record({**question.values, "document": document, "answer": answer}, question.place)
+        yield Record({**question.values, "document": document, "answer": answer}, question.where)
 
 
 def _objects(view: RecordView, name: str, noun: str) -> list[Record]:
@@ -215,9 +215,9 @@ def _objects(view: RecordView, name: str, noun: str) -> list[Record]:
     value = view.value(name)
     if not isinstance(value, list) or not value or not all(isinstance(part, Mapping) for part in value):
         raise DataError(
-            f"{view.place}: field {name!r} must be a list of objects, at least one; mend the record"
+            f"{view.where}: field {name!r} must be a list of objects, at least one; mend the record"
         )
-    return [Record(part, f"{view.place}, {noun} {number}") for number, part in enumerate(value, start=1)]
+    return [Record(part, f"{view.where}, {noun} {number}") for number, part in enumerate(value, start=1)]
 
 
 def _multirc(record: Record) -> Iterator[Record]:
@@ -232,14 +232,14 @@ def _multirc(record: Record) -> Iterator[Record]:
         for answer in _objects(RecordView(question, {}), "answers", "answer"):
             given = RecordView(answer, {"answer": "text"})
             values = {"answer": given.text("answer"), "label": given.value("label")}
-            yield Record({"paragraph": paragraph, "question": asked, **values}, answer.place)
+            yield Record({"paragraph": paragraph, "question": asked, **values}, answer.where)
 
 
 def _whole_number(view: RecordView, name: str) -> int:
     value = view.value(name)
     if isinstance(value, bool) or not isinstance(value, int):
         raise DataError(
-            f"{view.place}: field {name!r} holds {value!r} where a whole number is needed; mend it"
+            f"{view.where}: field {name!r} holds {value!r} where a whole number is needed; mend it"
         )
     return value
 

@@ -82,9 +82,9 @@ class SSMLoRA(Form):
 
     def _arguments(self, inputs: Inputs) -> tuple[Any, ...]:
         """Those that both operators take."""
-        stream, probability, first_token = inputs.dropout
+        dropout_id, probability, first_token = inputs.dropout
         recurrence = Recurrence(
-            inputs.scaling, self.normalization, self.carry, probability, stream, first_token
+            inputs.scaling, self.normalization, self.carry, probability, dropout_id, first_token
         )
         transition, input = inputs.parameters["state_transition"], inputs.parameters["state_input"]
         return inputs.z, inputs.state, transition, input, inputs.seeds, *recurrence

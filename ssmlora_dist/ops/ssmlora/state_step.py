@@ -26,7 +26,7 @@ class Recurrence(NamedTuple):
         normalization: `minmax`, `rms` or `none`.
         carry: what is handed on: `normalized` (n) or `raw` (h).
         dropout: probability, on the normalised state; drawn where seeds are given.
-        stream: which adapter of the model draws.
+        dropout_id: which adapter of the model draws.
         first_token: where the first of the tokens stands in its row, for the dropout.
     """
 
@@ -34,7 +34,7 @@ class Recurrence(NamedTuple):
     normalization: str = "minmax"
     carry: str = "normalized"
     dropout: float = 0.0
-    stream: int = 0
+    dropout_id: int = 0
     first_token: int = 0
 
 
@@ -123,7 +123,7 @@ def _dropout_factors(
     if seeds is None or not recurrence.dropout:
         return None
     shape = tuple(z_BSR.shape)
-    kept = keep_mask(seeds, recurrence.stream, shape, recurrence.dropout, recurrence.first_token)
+    kept = keep_mask(seeds, recurrence.dropout_id, shape, recurrence.dropout, recurrence.first_token)
     return _rows(kept, dtype).mul_(1 / (1 - recurrence.dropout))
 
 

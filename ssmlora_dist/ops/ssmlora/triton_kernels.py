@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmlora_dist.ops.ssmlora.reference import EPSILON, MIN_SPREAD
-from ssmlora_dist.ops.triton_dropout import DTYPES, drawing, is_kept, rows
+from ssmlora_dist.ops.triton_dropout import DTYPES, is_kept, rng_kernel_args, rows
 
 MAX_RANK = 256
 # Of the backward pass: about two for each multiprocessor; more blocks than that are taken in turn.
@@ -109,10 +109,10 @@ def _normalized_backward(h, n, divisor, d_n, R: tl.constexpr, RP: tl.constexpr, 
     return d_n / divisor[:, None]
 
 
-@triton.jit(do_not_specialize=["stream", "T", "num_positions", "first_token", "threshold"])
+@triton.jit(do_not_specialize=["dropout_id", "T", "num_positions", "first_token", "threshold"])
 def _forward_kernel(
     z_ptr, g_ptr, c_ptr, d_ptr, seeds_ptr, u_ptr, carried_ptr,
-    T, z_stride, g_stride, num_positions, first_token, stream, threshold, keep_scale, scaling,
+    T, z_stride, g_stride, num_positions, first_token, dropout_id, threshold, keep_scale, scaling,
     R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     NORMALIZATION: tl.constexpr, RAW: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -123,20 +123,20 @@ def _forward_kernel(
     n, _ = _normalized(h, R, RP, NORMALIZATION)
     carried = h if RAW else n
     if DROPOUT:
-        kept_BR = is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, first_token, threshold)
+        kept_BR = is_kept(seeds_ptr, dropout_id, tokens, T, columns, num_positions, first_token, threshold)
         n = tl.where(kept_BR, n * keep_scale, 0.0)
     z = tl.load(z_ptr + tokens[:, None] * z_stride + columns[None, :], inside, 0.0).to(tl.float32)
-    places = tokens[:, None] * R + columns[None, :]
-    tl.store(u_ptr + places, (z + n) * scaling, inside)
-    tl.store(carried_ptr + places, carried, inside)
+    offsets = tokens[:, None] * R + columns[None, :]
+    tl.store(u_ptr + offsets, (z + n) * scaling, inside)
+    tl.store(carried_ptr + offsets, carried, inside)
 
 
-@triton.jit(do_not_specialize=["stream", "T", "num_positions", "first_token", "threshold"])
+@triton.jit(do_not_specialize=["dropout_id", "T", "num_positions", "first_token", "threshold"])
 def _backward_kernel(
     d_u_ptr, d_carried_ptr, z_ptr, g_ptr, c_ptr, d_ptr, seeds_ptr,
     u_ptr, d_z_ptr, d_g_ptr, sums_ptr,
     T, d_u_stride, d_carried_stride, z_stride, g_stride,
-    num_positions, first_token, stream, threshold, keep_scale, scaling,
+    num_positions, first_token, dropout_id, threshold, keep_scale, scaling,
     R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NORMALIZATION: tl.constexpr,
     RAW: tl.constexpr, DROPOUT: tl.constexpr, CARRIED: tl.constexpr, NEEDS_D_G: tl.constexpr,
 ):  # fmt: skip
@@ -158,14 +158,16 @@ def _backward_kernel(
         is_token = (tokens < T)[:, None]
         inside = is_token & (columns < R)[None, :]
         in_piece = is_token & (k < R)[None, :]
-        places = tokens[:, None] * R + k[None, :]
+        offsets = tokens[:, None] * R + k[None, :]
         h = _h(z_ptr, g_ptr, c_ptr, d_ptr, tokens, T, z_stride, g_stride, R, RP, BK)
         n, divisor = _normalized(h, R, RP, NORMALIZATION)
         d_u = tl.load(d_u_ptr + tokens[:, None] * d_u_stride + columns[None, :], inside, 0.0).to(tl.float32)
         d_n = d_u * scaling
         kept = n
         if DROPOUT:
-            kept_BR = is_kept(seeds_ptr, stream, tokens, T, columns, num_positions, first_token, threshold)
+            kept_BR = is_kept(
+                seeds_ptr, dropout_id, tokens, T, columns, num_positions, first_token, threshold
+            )
             d_n = tl.where(kept_BR, d_n * keep_scale, 0.0)
             kept = tl.where(kept_BR, n * keep_scale, 0.0)
         if CARRIED:
@@ -182,10 +184,10 @@ def _backward_kernel(
         # The piece of everything that is summed over components.
         d_u_piece = tl.load(d_u_ptr + tokens[:, None] * d_u_stride + k[None, :], in_piece, 0.0).to(tl.float32)
         d_z = d_u_piece * scaling + _product(d_h, tl.trans(d))
-        tl.store(d_z_ptr + places, d_z, in_piece)
+        tl.store(d_z_ptr + offsets, d_z, in_piece)
         if NEEDS_D_G:
             d_g = _product(d_h, tl.trans(c))
-            tl.store(d_g_ptr + places, d_g, in_piece)
+            tl.store(d_g_ptr + offsets, d_g, in_piece)
         g_piece = tl.load(g_ptr + tokens[:, None] * g_stride + k[None, :], in_piece, 0.0).to(tl.float32)
         z_piece = tl.load(z_ptr + tokens[:, None] * z_stride + k[None, :], in_piece, 0.0).to(tl.float32)
         sum_c += _product(tl.trans(g_piece), d_h)
@@ -205,7 +207,7 @@ def state_forward(
     normalization: str,
     carry: str,
     dropout: float,
-    stream: int,
+    dropout_id: int,
     first_token: int,
 ) -> tuple[Tensor, Tensor]:
     """See `state_step.state_forward`."""
@@ -216,7 +218,8 @@ def state_forward(
     grid = (triton.cdiv(z.shape[0], sizes["BT"]),)
     _forward_kernel[grid](
         z, g, _matrix(transition_RR), _matrix(input_RR), drawn, u, carried,
-        z.shape[0], z.stride(0), g.stride(0), *drawing(z_BSR, dropout, stream, first_token), scaling,
+        z.shape[0], z.stride(0), g.stride(0),
+        *rng_kernel_args(z_BSR, dropout, dropout_id, first_token), scaling,
         **sizes, NORMALIZATION=_NORMALIZATIONS[normalization], RAW=carry == "raw", DROPOUT=drawn is not None,
     )  # fmt: skip
     return u, carried
@@ -235,7 +238,7 @@ def state_backward(
     normalization: str,
     carry: str,
     dropout: float,
-    stream: int,
+    dropout_id: int,
     first_token: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `state_step.state_backward`."""
@@ -252,7 +255,7 @@ def state_backward(
     _backward_kernel[(num_programs, num_pieces)](
         d_u, d_carried, z, g, _matrix(transition_RR), _matrix(input_RR), drawn, u, d_z, d_h_prev, sums,
         num_tokens, d_u.stride(0), 0 if d_carried is None else d_carried.stride(0), z.stride(0), g.stride(0),
-        *drawing(z_BSR, dropout, stream, first_token), scaling,
+        *rng_kernel_args(z_BSR, dropout, dropout_id, first_token), scaling,
         **sizes, NORMALIZATION=_NORMALIZATIONS[normalization], RAW=carry == "raw", DROPOUT=drawn is not None,
         CARRIED=d_carried is not None, NEEDS_D_G=needs_d_h_prev,
     )  # fmt: skip

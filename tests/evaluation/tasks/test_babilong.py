@@ -91,7 +91,7 @@ def test_a_thousand_samples(tmp_path, length, word_tokenizer):
         total = num_tokens(word_tokenizer, item.prompt) + item.max_new_tokens
         assert 0.99 * length <= total <= length
         moves = MOVE.findall(item.prompt)
-        assert [f"{name} went to the {place}." for name, place in moves] == list(question.facts)
+        assert [f"{name} went to the {room}." for name, room in moves] == list(question.facts)
         asked = re.search(r"Where is (\w+)\?\nAnswer:$", item.prompt)[1]
         assert item.references == (dict(moves)[asked],) == (question.answer,)
         assert item.metadata["question"] == question.question
@@ -107,12 +107,14 @@ def test_lengths_hold_in_tokens_that_merge(tmp_path, tokenizer_name, request):
 
 def test_facts_are_spread(tmp_path, word_tokenizer):
     path = write_stories(tmp_path / "qa1.txt", 40)
-    places = [
+    positions = [
         match.start() / len(item.prompt)
         for item in make(word_tokenizer, path, [2000], 200)
         for match in MOVE.finditer(item.prompt)
     ]
-    tenths = [sum(k / 10 <= place < (k + 1) / 10 for place in places) / len(places) for k in range(10)]
+    tenths = [
+        sum(k / 10 <= position < (k + 1) / 10 for position in positions) / len(positions) for k in range(10)
+    ]
     # A tenth each, but for the sentence in which a fact would have fallen and for opening and question.
     assert all(0.05 < tenth < 0.15 for tenth in tenths), tenths
 

@@ -32,9 +32,12 @@ def check_answer(name, item):
 
 def check_depth(tokenizer, item):
     """Where the asked fact lies, counted in text before and around it."""
-    place = item.prompt.index(item.references[0])
-    start, end = item.prompt.rindex("\nText:", 0, place) + len("\nText:"), item.prompt.rindex("\nQuestion:")
-    fact = next(match for match in FACTS.finditer(item.prompt) if match.start() <= place < match.end())
+    position = item.prompt.index(item.references[0])
+    start, end = (
+        item.prompt.rindex("\nText:", 0, position) + len("\nText:"),
+        item.prompt.rindex("\nQuestion:"),
+    )
+    fact = next(match for match in FACTS.finditer(item.prompt) if match.start() <= position < match.end())
     before = num_tokens(tokenizer, item.prompt[start : fact.start()])
     after = num_tokens(tokenizer, item.prompt[fact.end() : end])
     assert abs(before / (before + after) - item.metadata["depth"]) <= DEPTH_TOLERANCE

@@ -46,24 +46,24 @@ def test_a_fact_lies_between_sentences_at_its_depth(counter, room_before):
     haystack = Background(counter, SENTENCES, " ")
     for seed in range(20):
         words = haystack.hide(["FACT"], room_before / 20, 20, Random(seed)).split()
-        place = words.index("FACT")
-        assert (place, len(words)) == (room_before, 21)
-        rest = words[:place] + words[place + 1 :]
+        position = words.index("FACT")
+        assert (position, len(words)) == (room_before, 21)
+        rest = words[:position] + words[position + 1 :]
         assert rest == circle(20, WORDS.index(rest[0]))
-        assert rest[place] in ("One", "Four", "Eight")
+        assert rest[position] in ("One", "Four", "Eight")
 
 
 def test_facts_without_a_depth_keep_their_order_between_sentences(counter):
     haystack = Background(counter, SENTENCES, " ")
-    places = set()
+    positions = set()
     for seed in range(40):
         words = haystack.hide(["A.", "B.", "C."], None, 30, Random(seed)).split()
         facts = [k for k, word in enumerate(words) if word in ("A.", "B.", "C.")]
         assert [words[k] for k in facts] == ["A.", "B.", "C."]
         assert all(k == 0 or words[k - 1].endswith(".") for k in facts)
         assert len(words) == 33
-        places.update(facts)
-    assert len(places) > 15
+        positions.update(facts)
+    assert len(positions) > 15
 
 
 def test_lines_stay_lines(counter):

@@ -54,9 +54,9 @@ def test_lookalikes_do_not_point_at_the_asked_fact(word_tokenizer):
     for item in make("niah_multikey_2", word_tokenizer, [2000], 20):
         if item.metadata["depth"] in (0.25, 0.5):
             lines = item.prompt.split("\n")
-            place = next(k for k, line in enumerate(lines) if item.references[0] in line)
-            assert NEEDLE.fullmatch(lines[place - 1])
-            assert NEEDLE.fullmatch(lines[place + 1])
+            position = next(k for k, line in enumerate(lines) if item.references[0] in line)
+            assert NEEDLE.fullmatch(lines[position - 1])
+            assert NEEDLE.fullmatch(lines[position + 1])
 
 
 def test_several_asked_facts_lie_in_any_order(word_tokenizer):

@@ -203,7 +203,7 @@ def test_bad_records_fail_alone():
 def test_fields_that_nobody_reads_are_counted():
     unused = UnusedFields()
     hints = zip(rows(0, "?", 1), ("a", "b", ""), strict=True)
-    records = [Record({**row.values, "id": 7, "hint": hint}, row.place) for row, hint in hints]
+    records = [Record({**row.values, "id": 7, "hint": hint}, row.where) for row, hint in hints]
     list(items_of_records(records, ChoiceFormat("{q}"), "mine", unused=unused))
     assert unused.text() == "fields not used: id, hint (in 1 of 2 records)"
 
@@ -234,9 +234,9 @@ def test_no_usable_record_is_one_error_and_nothing_before():
 def test_records_of_several_items():
     def prepare(record):
         if record.values["q"] == "bad":
-            raise DataError(f"{record.place}: bad")
+            raise DataError(f"{record.where}: bad")
         for text in record.values["q"].split():
-            yield Record({**record.values, "q": text}, f"{record.place}, part {text}")
+            yield Record({**record.values, "q": text}, f"{record.where}, part {text}")
 
     records = [
         record(q="a b", choices=["x", "y"], label=0),

@@ -10,7 +10,15 @@ from torch import Tensor
 from ssmlora_dist.ops import fused
 from ssmlora_dist.ops.dropout import keep_mask
 from ssmlora_dist.ops.lora import LoRA
-from tests.ops.ssmlora.one_module import DROPOUT, DROPOUT_SEEDS, SCALING, STREAM, TOLERANCES, draw, kept_by
+from tests.ops.ssmlora.one_module import (
+    DROPOUT,
+    DROPOUT_ID,
+    DROPOUT_SEEDS,
+    SCALING,
+    TOLERANCES,
+    draw,
+    kept_by,
+)
 from tests.ops.ssmlora.recurrence import weights_like
 
 FORM = LoRA(rank=4)
@@ -53,10 +61,10 @@ def test_lora_is_its_formula(dtype: torch.dtype, num_readers: int) -> None:
 def test_lora_drops_the_input_of_its_own_half_alone() -> None:
     inputs = draw()
     seeds = torch.tensor(DROPOUT_SEEDS)
-    kept = keep_mask(seeds, STREAM, tuple(inputs.x_BSD.shape), DROPOUT).double() / (1 - DROPOUT)
+    kept = keep_mask(seeds, DROPOUT_ID, tuple(inputs.x_BSD.shape), DROPOUT).double() / (1 - DROPOUT)
 
     def ours(x_BSD: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [a], seeds, STREAM, DROPOUT)
+        x_BSD, (z_BSR,) = fused.down_project(x_BSD, [a], seeds, DROPOUT_ID, DROPOUT)
         return fused.add_delta(F.linear(x_BSD, inputs.frozen_OD), z_BSR, None, b, FORM, {}, SCALING)[0]
 
     def formula(x_BSD: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -66,6 +74,8 @@ def test_lora_drops_the_input_of_its_own_half_alone() -> None:
     assert torch.autograd.gradcheck(ours, leaves)
     torch.testing.assert_close(ours(*leaves), formula(*leaves), rtol=0, atol=TOLERANCES[torch.float64])
     assert len(kept_by(lambda: ours(*leaves), *leaves[1:], inputs.frozen_OD, seeds)) == 2, "x and z"
-    _, (z_BSR,) = fused.down_project(inputs.x_BSD, [inputs.lora_A_RD], seeds, STREAM, DROPOUT)
-    _, (rest_BSR,) = fused.down_project(inputs.x_BSD[:, 2:], [inputs.lora_A_RD], seeds, STREAM, DROPOUT, 2)
+    _, (z_BSR,) = fused.down_project(inputs.x_BSD, [inputs.lora_A_RD], seeds, DROPOUT_ID, DROPOUT)
+    _, (rest_BSR,) = fused.down_project(
+        inputs.x_BSD[:, 2:], [inputs.lora_A_RD], seeds, DROPOUT_ID, DROPOUT, 2
+    )
     torch.testing.assert_close(rest_BSR, z_BSR[:, 2:], rtol=0, atol=TOLERANCES[torch.float64])

@@ -17,11 +17,11 @@ from ssmlora_dist.ops.ssmlora.state_step import Recurrence
 from tests.ops.ssmlora.one_module import (
     BATCH,
     DROPOUT,
+    DROPOUT_ID,
     DROPOUT_SEEDS,
     FEATURES,
     OUT_FEATURES,
     SCALING,
-    STREAM,
     TOLERANCES,
     Inputs,
     assert_is_the_reference,
@@ -47,7 +47,7 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("drop", [False, True], ids=["no_dropout", "dropout"])
 def test_i10_every_form(normalization: str, carry: str, dtype: torch.dtype, detach: bool, drop: bool) -> None:
     seeds = torch.tensor(DROPOUT_SEEDS) if drop else None
-    recurrence = Recurrence(SCALING, normalization, carry, DROPOUT, STREAM)
+    recurrence = Recurrence(SCALING, normalization, carry, DROPOUT, DROPOUT_ID)
     assert_is_the_reference(draw(dtype=dtype), recurrence, detach, seeds)
 
 
@@ -116,7 +116,7 @@ def test_gradcheck(normalization: str, carry: str, drop: bool) -> None:
 
     def outputs(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         moved = Inputs(*leaves, frozen_OD=inputs.frozen_OD)
-        return run_fused(moved, Recurrence(SCALING, normalization, carry, DROPOUT, STREAM), False, seeds)
+        return run_fused(moved, Recurrence(SCALING, normalization, carry, DROPOUT, DROPOUT_ID), False, seeds)
 
     assert torch.autograd.gradcheck(outputs, inputs.leaves)
 
@@ -133,7 +133,7 @@ def test_the_same_bits_in_every_run(dtype: torch.dtype) -> None:
 
 def test_tokens_split_among_processes_drop_what_whole_rows_do() -> None:
     whole = draw(tokens=7)
-    recurrence = Recurrence(SCALING, dropout=DROPOUT, stream=STREAM)
+    recurrence = Recurrence(SCALING, dropout=DROPOUT, dropout_id=DROPOUT_ID)
     seeds = torch.tensor(DROPOUT_SEEDS)
     y_BSO, carried_BSR, d_x_BSD, d_h_prev_BSR, *d_weights = outputs_and_gradients(
         run_fused, whole, recurrence, False, seeds
@@ -266,7 +266,7 @@ def test_on_cuda_it_is_what_it_is_on_the_cpu(
     normalization: str, carry: str, dtype: torch.dtype, drop: bool
 ) -> None:
     inputs = draw(129, 8, dtype)
-    recurrence = Recurrence(SCALING, normalization, carry, DROPOUT, STREAM)
+    recurrence = Recurrence(SCALING, normalization, carry, DROPOUT, DROPOUT_ID)
     results = []
     for device in ("cuda", "cpu"):
         seeds = torch.tensor(DROPOUT_SEEDS, device=device) if drop else None

@@ -76,7 +76,7 @@ class SweepDirectory:
         self.path = path
         self.sweep_file = path / "sweep.json"
         self.points_file = path / "points.jsonl"
-        self.begun_file = path / "begun.json"
+        self.started_file = path / "begun.json"
         self.runs = path / "runs"
         self.configs = path / "configs"
         self.logs = path / "logs"
@@ -159,21 +159,21 @@ class SweepDirectory:
         with explained(path, "free some and start the sweep again"):
             write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    def begun(self) -> Begun:
-        """What was begun before.
+    def started_runs(self) -> StartedRuns:
+        """What was started before.
 
         Raises:
             DataError: that is not known, as its file is broken.
         """
-        if not self.begun_file.exists():
-            return Begun(self, _BegunContent(None, {}))
-        with _reading(self.begun_file):
-            content = self.begun_file.read_bytes()
+        if not self.started_file.exists():
+            return StartedRuns(self, _StartedRunsContent(None, {}))
+        with _reading(self.started_file):
+            content = self.started_file.read_bytes()
         try:
-            return Begun(self, _BEGUN.validate_json(content, strict=True))
+            return StartedRuns(self, _STARTED_RUNS.validate_json(content, strict=True))
         except ValidationError as error:
             raise DataError(
-                f"{self.begun_file}: {_what_is_wrong(error)}; remove it: points without an outcome then "
+                f"{self.started_file}: {_what_is_wrong(error)}; remove it: points without an outcome then "
                 "begin anew, and what they have is kept in `aside`"
             ) from None
 
@@ -194,43 +194,43 @@ class SweepDirectory:
         with explained(self.aside, "free some and start the sweep again"):
             self.aside.mkdir(exist_ok=True)
             number = 1
-            while (place := self.aside / f"{point}-{number}").exists():
+            while (target := self.aside / f"{point}-{number}").exists():
                 number += 1
-            os.rename(run, place)
+            os.rename(run, target)
             sync(self.aside)
             if self.config(point).exists():
                 # Beside what the run itself wrote, which a run that ended early did not.
-                shutil.copyfile(self.config(point), place / "sweep_config.json")
-        return place
+                shutil.copyfile(self.config(point), target / "sweep_config.json")
+        return target
 
 
 @dataclass(frozen=True)
-class _BegunPoint:
+class _StartedRun:
     training_digest: str
     run_id: str | None
     is_ended: bool = False
 
 
 @dataclass(frozen=True)
-class _BegunContent:
+class _StartedRunsContent:
     parent: str | None
-    points: Mapping[str, _BegunPoint]
+    points: Mapping[str, _StartedRun]
 
 
-class Begun:
+class StartedRuns:
     """What is known of points that have been started, written before they are: it outlives a kill.
 
     Attributes:
         parent: the sweep's own run at the tracker.
     """
 
-    def __init__(self, directory: SweepDirectory, content: _BegunContent) -> None:
+    def __init__(self, directory: SweepDirectory, content: _StartedRunsContent) -> None:
         self._directory = directory
         self.parent = content.parent
         self._points = dict(content.points)
 
     def training_digest(self, point: str) -> str | None:
-        """With which the point's run directory was begun."""
+        """With which the point's run directory was started."""
         return self._points[point].training_digest if point in self._points else None
 
     def run_id(self, point: str) -> str | None:
@@ -238,7 +238,7 @@ class Begun:
         return self._points[point].run_id if point in self._points else None
 
     def open_runs(self) -> dict[str, str]:
-        """Runs at the tracker that were begun and not ended, by point."""
+        """Runs at the tracker that were started and not ended, by point."""
         return {
             name: entry.run_id
             for name, entry in self._points.items()
@@ -247,7 +247,7 @@ class Begun:
 
     def note(self, point: str, training_digest: str, run_id: str | None) -> None:
         """Writes down that a point is about to be started."""
-        self._points[point] = _BegunPoint(training_digest, run_id)
+        self._points[point] = _StartedRun(training_digest, run_id)
         self.write()
 
     def note_end(self, point: str) -> None:
@@ -258,12 +258,12 @@ class Begun:
 
     def write(self) -> None:
         """Writes everything down."""
-        content = _BegunContent(self.parent, self._points)
-        self._directory.write_json(self._directory.begun_file, asdict(content))
+        content = _StartedRunsContent(self.parent, self._points)
+        self._directory.write_json(self._directory.started_file, asdict(content))
 
 
 _ROW = TypeAdapter(Row)
-_BEGUN = TypeAdapter(_BegunContent)
+_STARTED_RUNS = TypeAdapter(_StartedRunsContent)
 
 
 @contextmanager
@@ -279,8 +279,8 @@ def _what_is_wrong(error: ValidationError) -> str:
     """The first problem, and how many there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    place, message = dotted(first["loc"]), first["msg"]
+    where, message = dotted(first["loc"]), first["msg"]
     if first["type"] != "missing" and first["type"] != "json_invalid":
         message = f"{shown(first['input'])} given; {message[0].lower()}{message[1:]}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{place}: {message}{more}" if place else f"{message}{more}"
+    return f"{where}: {message}{more}" if where else f"{message}{more}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssmlora_dist.errors import CheckpointError, DataError
-from ssmlora_dist.sweep.state import Row, SweepDirectory
+from ssmlora_dist.sweep.directory import Row, SweepDirectory
 
 ROWS = [
     Row("a_seed-0", "d1", {"adapter.rank": 2}, "a", 0, "finished", None, 0, 1.5, {"final_loss": 2.0}, "id"),
@@ -75,9 +75,9 @@ def test_all_broken_rows_are_named_at_once_and_nothing_is_changed(directory: Swe
 
 @pytest.mark.parametrize("content", ["", "[]", '{"parent": 3, "points": {}}', '{"parent": null}'])
 def test_a_broken_file_of_what_was_begun_is_named(directory: SweepDirectory, content: str) -> None:
-    directory.begun_file.write_text(content)
+    directory.started_file.write_text(content)
     with pytest.raises(DataError, match=r"begun\.json: .*; remove it"):
-        directory.begun()
+        directory.started_runs()
 
 
 def test_two_sweeps_cannot_share_a_directory(directory: SweepDirectory) -> None:
@@ -114,12 +114,12 @@ def test_what_a_changed_point_had_is_kept_aside(directory: SweepDirectory) -> No
 
 
 def test_what_was_begun_outlives_a_kill(directory: SweepDirectory) -> None:
-    begun = directory.begun()
-    assert (begun.parent, begun.run_id("a"), begun.training_digest("a")) == (None, None, None)
-    begun.parent = "p"
-    begun.note("a", "d", "r")
-    again = directory.begun()
+    started = directory.started_runs()
+    assert (started.parent, started.run_id("a"), started.training_digest("a")) == (None, None, None)
+    started.parent = "p"
+    started.note("a", "d", "r")
+    again = directory.started_runs()
     assert (again.parent, again.run_id("a"), again.training_digest("a")) == ("p", "r", "d")
     assert again.open_runs() == {"a": "r"}
     again.note_end("a")
-    assert directory.begun().open_runs() == {}
+    assert directory.started_runs().open_runs() == {}

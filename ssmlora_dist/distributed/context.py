@@ -129,15 +129,17 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
         import deepspeed
 
     global _host
-    place = read_launch_environment()
-    values = (place.rank, place.world_size, place.local_rank)
-    meeting = (place.address, place.port) if place.address else ("127.0.0.1", _free_port())
+    environment = read_launch_environment()
+    values = (environment.rank, environment.world_size, environment.local_rank)
+    meeting = (environment.address, environment.port) if environment.address else ("127.0.0.1", _free_port())
     # Where torch and DeepSpeed look.
     os.environ.update(zip(VARIABLES, map(str, (*values, *meeting)), strict=True))
-    os.environ["LOCAL_WORLD_SIZE"] = str(place.local_world_size)
+    os.environ["LOCAL_WORLD_SIZE"] = str(environment.local_world_size)
     cuda = torch.cuda.is_available()
     device = (
-        torch.device("cuda", _device_index(place, torch.cuda.device_count())) if cuda else torch.device("cpu")
+        torch.device("cuda", _device_index(environment, torch.cuda.device_count()))
+        if cuda
+        else torch.device("cpu")
     )
     if cuda:
         torch.cuda.set_device(device)
@@ -153,8 +155,8 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
             f"the processes of this run could not connect ({error}); check that MASTER_ADDR and MASTER_PORT "
             "are reachable and that no other run uses the port (deepspeed --master_port N)"
         ) from error
-    group = DistributedContext(dist.get_rank(), dist.get_world_size(), place.local_rank, device)
-    return replace(group, watch=_start_watch(group, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2)))
+    context = DistributedContext(dist.get_rank(), dist.get_world_size(), environment.local_rank, device)
+    return replace(context, watch=_start_watch(context, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2)))
 
 
 def stop_process_group() -> None:
@@ -175,24 +177,24 @@ def stop_process_group() -> None:
         groups._WORLD_GROUP = None
 
 
-def _start_watch(group: DistributedContext, silence_seconds: float) -> PeerWatch | None:
+def _start_watch(context: DistributedContext, silence_seconds: float) -> PeerWatch | None:
     global _watch
-    if group.world_size == 1:
+    if context.world_size == 1:
         return None
     peers: list[Peer] = []
     try:
-        peers = meet(group.rank, group.world_size, os.environ["MASTER_ADDR"], group.share)
+        peers = meet(context.rank, context.world_size, os.environ["MASTER_ADDR"], context.share)
     except OSError as error:
-        print(f"warning: rank {group.rank} cannot watch the others: {error}", file=sys.stderr)
-    if group.max([float(not peers)])[0]:
+        print(f"warning: rank {context.rank} cannot watch the others: {error}", file=sys.stderr)
+    if context.max([float(not peers)])[0]:
         return None
     # Without rank 0 the others cannot agree on who speaks: the next rank does, and one on every machine.
-    speaks = group.rank <= 1 or group.local_rank == 0
-    _watch = PeerWatch(group.rank, peers, silence_seconds, speaks)
+    speaks = context.rank <= 1 or context.local_rank == 0
+    _watch = PeerWatch(context.rank, peers, silence_seconds, speaks)
     return _watch
 
 
-def _device_index(place: LaunchEnvironment, num_devices: int) -> int:
+def _device_index(environment: LaunchEnvironment, num_devices: int) -> int:
     """The GPU of a process: by its number on the node, or the one that a scheduler has left it.
 
     Raises:
@@ -200,13 +202,13 @@ def _device_index(place: LaunchEnvironment, num_devices: int) -> int:
     """
     if num_devices == 1:
         return 0
-    if place.local_rank >= num_devices:
+    if environment.local_rank >= num_devices:
         problem = (
-            f"LOCAL_RANK: {place.local_rank} given; allowed: below {num_devices}, the number of GPUs that "
-            "this process sees; start as many processes on a node as it has GPUs"
+            f"LOCAL_RANK: {environment.local_rank} given; allowed: below {num_devices}, the number of GPUs "
+            "that this process sees; start as many processes on a node as it has GPUs"
         )
         raise ConfigError([problem], source="environment")
-    return place.local_rank
+    return environment.local_rank
 
 
 def _free_port() -> int:

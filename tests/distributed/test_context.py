@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssmlora_dist.distributed.process_group import DistributedContext, _device_index
+from ssmlora_dist.distributed.context import DistributedContext, _device_index
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.ranks import LaunchEnvironment
 
@@ -41,17 +41,17 @@ def test_numbers_are_agreed_on_in_host_memory(monkeypatch: pytest.MonkeyPatch) -
     """A rank must not wait for its GPU between micro-batches to hear that nobody was told to stop."""
     found: list[torch.device] = []
     monkeypatch.setattr("torch.distributed.all_reduce", lambda values, **_: found.append(values.device))
-    group = DistributedContext(0, 2, 0, torch.device("cuda", 0))
-    assert group.sum([1, 2]) == [1.0, 2.0]
-    assert group.max([3.0]) == [3.0]
+    context = DistributedContext(0, 2, 0, torch.device("cuda", 0))
+    assert context.sum([1, 2]) == [1.0, 2.0]
+    assert context.max([3.0]) == [3.0]
     assert found == [torch.device("cpu")] * 2
 
 
 def test_srun_s_tasks_find_each_other(tmp_path: Path) -> None:
     script = (
-        "from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group\n"
-        "group = start_process_group(60)\n"
-        "print(group.gather((group.rank, group.local_rank, group.is_main)))\n"
+        "from ssmlora_dist.distributed.context import start_process_group, stop_process_group\n"
+        "context = start_process_group(60)\n"
+        "print(context.gather((context.rank, context.local_rank, context.is_main)))\n"
         "stop_process_group()\n"
     )
     # The port follows from the job's number.
@@ -76,7 +76,7 @@ def test_which_gpu_a_process_takes() -> None:
 
 def test_a_port_in_use_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     script = (
-        "from ssmlora_dist.distributed.process_group import start_process_group\n"
+        "from ssmlora_dist.distributed.context import start_process_group\n"
         "from ssmlora_dist.config.arguments import run_command\n"
         "import sys\n"
         "sys.exit(run_command(lambda: start_process_group(30)))\n"
@@ -103,16 +103,16 @@ def test_nothing_keeps_the_group_s_threads_when_it_is_ended(tmp_path: Path) -> N
     """Threads of gloo or of the store that run on at the process' end can abort it."""
     script = (
         "from pathlib import Path\n"
-        "from ssmlora_dist.distributed.process_group import start_process_group, stop_process_group\n"
+        "from ssmlora_dist.distributed.context import start_process_group, stop_process_group\n"
         "def threads():\n"
         "    return sorted(file.read_text().strip() for file in Path('/proc/self/task').glob('*/comm'))\n"
-        "group = start_process_group(30)\n"
+        "context = start_process_group(30)\n"
         # As whatever imports it in the course of a run.
         "import torch.distributed.nn.functional\n"
         # As an engine of DeepSpeed.
         "import deepspeed.utils.groups\n"
         "deepspeed.utils.groups._clone_world_group()\n"
-        "group.gather(1)\n"
+        "context.gather(1)\n"
         "print(*threads())\n"
         "stop_process_group()\n"
         "print(*threads())\n"
