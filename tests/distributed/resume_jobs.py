@@ -64,16 +64,14 @@ OWN_FORMS: dict[str, tuple[int, Overrides]] = {
     f"own-{name}": (TOPOLOGIES[name][0], (*TOPOLOGIES[name][1], *_OWN_FORMS))
     for name in ("dp1", "zero3", "pp2")
 }
+# Groups of parameters, of which ZeRO makes flat parts of their own.
 RATES: dict[str, tuple[int, Overrides]] = {
     f"rates-{name}": (
-        TOPOLOGIES[name][0],
-        (
-            *TOPOLOGIES[name][1],
-            "training.lora_b_learning_rate_ratio=4",
-            "training.state_learning_rate_ratio=0.5",
-        ),
+        num_ranks,
+        (*overrides, "training.lora_b_learning_rate_ratio=4", "training.state_learning_rate_ratio=0.5"),
     )
-    for name in ("dp1", "zero3", "pp2")
+    for name, (num_ranks, overrides) in (TOPOLOGIES | BITWISE_ONLY).items()
+    if name in ("dp1", "zero2", "zero3", "pp2", "pp2zero1")
 }
 RUNS = dict(
     sorted(
@@ -95,7 +93,7 @@ PAIRS = [
     ("own-zero3", "own-pp2"),
     *((name, name) for name in RATES),
     ("rates-zero3", "rates-pp2"),
-    ("rates-pp2", "rates-dp1"),
+    ("rates-pp2", "rates-zero2"),
 ]
 
 
