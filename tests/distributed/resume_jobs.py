@@ -91,7 +91,6 @@ PAIRS = [
     *_in_turn(list(TOPOLOGIES)),
     *_in_turn(list(STREAMED)),
     ("own-zero3", "own-pp2"),
-    *((name, name) for name in RATES),
     ("rates-zero3", "rates-pp2"),
     ("rates-pp2", "rates-zero2"),
 ]
