@@ -34,6 +34,8 @@ CONFIGS = {
         state_dtype="float32",
     ),
     "lora": AdapterConfig(method="lora", rank=4, every_layer=("o_proj",)),
+    "some layers": AdapterConfig(rank=3, layers="-3:", every_layer=("o_proj",)),
+    "places": AdapterConfig(rank=3, places=("0.up_proj", "3.q_proj", "4.up_proj")),
 }
 
 

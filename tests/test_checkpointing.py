@@ -89,6 +89,21 @@ def test_i2_in_every_family(model_type: str, quantization: str) -> None:
     assert_bitwise(got, wanted)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers": (1, 4)},
+        {"layers": "-2:"},
+        {"layers": "::2"},
+        {"places": ("1.q_proj", "1.down_proj", "4.q_proj"), "every_layer": ()},
+    ],
+)
+def test_i2_with_adapters_in_some_layers(settings: dict[str, Any]) -> None:
+    config = changed(**settings)
+    wanted = loss_and_gradients(adapted_model(config=config))
+    assert_bitwise(loss_and_gradients(adapted_model(config=config), checkpoint_layers), wanted)
+
+
 @pytest.mark.parametrize("carry", ["normalized", "raw"])
 @pytest.mark.parametrize("normalization", ["minmax", "rms", "none"])
 def test_i2_in_every_form_of_the_recurrence(normalization: str, carry: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import re
 from dataclasses import fields
 from typing import Any, Literal
@@ -26,6 +27,8 @@ Carry = Literal["normalized", "raw", "none"]
 Normalization = Literal["minmax", "rms", "none"]
 DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
 ALL_LINEAR = "all-linear"
+_PLACE = re.compile(r"([0-9]{1,6})\.(\S+)")
+_SLICE = re.compile(r"(-?[0-9]{1,6})?:(-?[0-9]{1,6})?(:(-?[0-9]{1,6})?)?")
 
 
 class AdapterConfig(BaseModel):
@@ -37,7 +40,8 @@ class AdapterConfig(BaseModel):
     regular expression that matches full names as a whole, such as `".*attn.(q|v)_proj"`. By PEFT's rules a
     name stands for the paths that end in it: `q_proj` for `self_attn.q_proj`. The alternating modules are of
     the form `method`, those of every layer of the form `every_layer_method`: names of forms that are
-    registered, see `register_form`.
+    registered, see `register_form`. `layers` restricts both to some of the decoder layers. `places` are there
+    instead of all three.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -47,7 +51,9 @@ class AdapterConfig(BaseModel):
     rank: int = Field(default=8, ge=1, le=1024)
     """R, the inner width of every adapter."""
     alpha: float = Field(default=16.0, gt=0)
-    """The adapter's output is scaled by alpha / rank."""
+    """The adapter's output is scaled by alpha / rank; with `rslora` by alpha / sqrt(rank)."""
+    rslora: bool = False
+    """Rank-stabilised scaling, alpha / sqrt(rank) (arXiv 2312.03732)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability; on the normalised state, or on the input of a plain LoRA module."""
     alternate: tuple[str, ...] = ("q_proj", "v_proj")
@@ -56,6 +62,10 @@ class AdapterConfig(BaseModel):
     """Projections adapted in each layer: names, `"all-linear"`, or a regular expression for full names."""
     every_layer_method: str = "lora"
     """Form of the modules of `every_layer`."""
+    layers: tuple[int, ...] | str | None = None
+    """Decoder layers that are adapted: indices (-1 is the last) or a slice (`"-10:"`, `"::2"`); null: all."""
+    places: tuple[str, ...] = ()
+    """Exact places, of the form `method`, such as `["12.q_proj"]`: a layer's index, a dot, a projection."""
     state_gradient: StateGradient = "full"
     """`full` sends gradients through the state into earlier layers; `detached` stops them at every module."""
     carry: Carry = "normalized"
@@ -77,10 +87,36 @@ class AdapterConfig(BaseModel):
         form_named(name)
         return name
 
+    @field_validator("layers")
+    @classmethod
+    def _is_a_slice(cls, layers: tuple[int, ...] | str | None) -> tuple[int, ...] | str | None:
+        if isinstance(layers, str) and not _SLICE.fullmatch(layers):
+            raise ValueError(
+                f'{layers[:40]!r} given; allowed: a list of indices or a slice, such as "0:8", "-10:" or '
+                '"::2"; write one of these, or null for all layers'
+            )
+        return layers
+
+    @field_validator("places")
+    @classmethod
+    def _are_places(cls, places: tuple[str, ...]) -> tuple[str, ...]:
+        for each in places:
+            if not _PLACE.fullmatch(each):
+                raise ValueError(
+                    f'{each[:40]!r} given; allowed: LAYER.PROJECTION, such as "12.q_proj"; write the index '
+                    "of the decoder layer from 0, a dot and the name"
+                )
+        if repeated := sorted({each for each in places if places.count(each) > 1}):
+            raise ValueError(f"names {', '.join(repeated)} more than once; name each place once")
+        return places
+
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:
-        if not self.alternate and not self.every_layer:
-            raise ValueError("names no module to adapt: list projections in `alternate` or in `every_layer`")
+        if not self.alternate and not self.every_layer and not self.places:
+            raise ValueError(
+                "names no module to adapt: list projections in `alternate` or in `every_layer`, or `places`"
+            )
+        self._check_places()
         if isinstance(self.every_layer, str) and self.every_layer != ALL_LINEAR:
             try:
                 re.compile(self.every_layer)
@@ -99,6 +135,21 @@ class AdapterConfig(BaseModel):
             )
         self._check_settings()
         return self
+
+    def _check_places(self) -> None:
+        """Refuses what would have no say beside exact places."""
+        if not self.places:
+            return
+        given = [
+            f"`{name}`"
+            for name in ("alternate", "every_layer", "layers")
+            if getattr(self, name) and getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if given:
+            raise ValueError(
+                f"`places` given beside {' and '.join(given)}; exact places are all that is adapted: drop "
+                f"{' and '.join(given)}, or drop `places`"
+            )
 
     def _check_settings(self) -> None:
         """Refuses what no form here would read, and what a form refuses."""
@@ -147,8 +198,18 @@ class AdapterConfig(BaseModel):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """All projections named, in order."""
+        """All projections named, in order; of places each once."""
+        if self.places:
+            return tuple(dict.fromkeys(name for _, name in map(split_place, self.places)))
         return self.alternate + self.listed
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The forms that adapters are of."""
+        if self.places:
+            return (self.method,)
+        named = ((self.method, self.alternate), (self.every_layer_method, self.every_layer))
+        return tuple(dict.fromkeys(method for method, names in named if names))
 
     @property
     def listed(self) -> tuple[str, ...]:
@@ -157,9 +218,26 @@ class AdapterConfig(BaseModel):
         return self.every_layer
 
     @property
+    def layer_indices(self) -> tuple[int, ...] | None:
+        """`layers` as `projections.resolve` makes them; None: all."""
+        assert not isinstance(self.layers, str), "resolved against a model"
+        return self.layers
+
+    @property
     def scaling(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
+        """See `scaling_of`."""
+        return scaling_of(self.alpha, self.rank, self.rslora)
+
+
+def scaling_of(alpha: float, rank: int, rslora: bool) -> float:
+    """What an adapter's output is multiplied with: alpha / rank, of rsLoRA alpha / sqrt(rank)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def split_place(text: str) -> tuple[int, str]:
+    """The layer and the projection of `"12.q_proj"`."""
+    index, _, name = text.partition(".")
+    return int(index), name
 
 
 # Settings of `AdapterConfig` that forms may read, with what they are by default.

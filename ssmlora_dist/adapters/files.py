@@ -248,20 +248,29 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _peft_config(config: AdapterConfig, names: Iterable[str], base_model: str | None) -> dict[str, Any]:
-    is_plain_lora = all(form_named(name).is_mergeable for name in (config.method, config.every_layer_method))
+    is_plain_lora = all(form_named(name).is_mergeable for name in config.methods)
     modules = sorted(name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight"))
-    is_a_list = isinstance(config.every_layer, tuple) and not config.alternate
+    is_a_list = bool(config.every_layer) and isinstance(config.every_layer, tuple) and not config.alternate
+    # A whole name counts in PEFT whatever layers are chosen.
+    chosen = is_a_list and config.layers is not None
     return {
         "peft_type": "LORA" if is_plain_lora else "SSMLORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": config.rank,
         "lora_alpha": config.alpha,
+        "use_rslora": config.rslora,
         "lora_dropout": config.dropout,
         "target_modules": list(config.every_layer) if is_a_list else modules,
+        "layers_to_transform": sorted({_layer_of(module) for module in modules}) if chosen else None,
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _layer_of(module: str) -> int:
+    """The decoder layer in a module's name: its first number, by PEFT's rule."""
+    return int(next(part for part in module.split(".") if part.isdecimal()))
 
 
 def _config_from_peft(
@@ -292,17 +301,16 @@ def _config_from_peft(
             strays.append(name)
     if strays:
         raise AdapterError(f"{source}: the weights beside it hold {_stray(strays)}")
-    every_layer, alternate = _placement_of(layers, paths, source)
+    placed = _placement_of(layers, paths, source)
     try:
         rank, alpha = int(peft["r"]), float(peft["lora_alpha"])
         return AdapterConfig(
             method="lora",
             rank=rank,
-            # rsLoRA scales by alpha / sqrt(rank): the same product as this alpha over rank.
-            alpha=alpha * rank**0.5 if peft.get("use_rslora") else alpha,
+            alpha=alpha,
+            rslora=bool(peft.get("use_rslora")),
             dropout=float(peft.get("lora_dropout") or 0.0),
-            alternate=alternate,
-            every_layer=every_layer,
+            **placed,
         )
     except (KeyError, TypeError, ValueError) as error:
         given = ", ".join(f"{key} is {peft.get(key)!r}" for key in ("r", "lora_alpha", "lora_dropout"))
@@ -322,25 +330,34 @@ def _stray(names: Sequence[str]) -> str:
     )
 
 
-def _placement_of(
-    layers: Mapping[str, set[int]], paths: Paths, source: Path
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _placement_of(layers: Mapping[str, set[int]], paths: Paths, source: Path) -> dict[str, Any]:
+    """`alternate`, `every_layer` and `layers`, or `places`: from the layers that each projection is in."""
     if not layers:
         raise AdapterError(
             f"{source}: holds no LoRA of a decoder layer; it was saved for another kind of model"
         )
-    num_layers = len(paths)
+    chosen = set().union(*layers.values())
+    if beyond := sorted(index for index in chosen if index >= len(paths)):
+        raise AdapterError(
+            f"{source}: holds an adapter of layer {beyond[0]}; the model has {len(paths)} layers; it was "
+            "saved for another model"
+        )
     having = {name: {i for i, own in enumerate(paths) if named_by(name, own)} for name in layers}
     # What no layer has is refused where the adapter meets the model.
-    everywhere = set(range(num_layers))
-    every = tuple(name for name, where in layers.items() if where == (having[name] or everywhere))
+    every = tuple(name for name, where in layers.items() if where == ((having[name] & chosen) or chosen))
     rest = {name: where for name, where in layers.items() if name not in every}
-    alternate = tuple(sorted(rest, key=lambda name: min(rest[name])))
-    expected = {name: set(range(i, num_layers, len(alternate))) for i, name in enumerate(alternate)}
+    alternate = tuple(sorted(rest, key=lambda name: min(index % len(rest) for index in rest[name])))
+    expected = {
+        name: {index for index in chosen if index % len(rest) == turn} for turn, name in enumerate(alternate)
+    }
     if rest != expected:
-        placed = "; ".join(f"{name} in layers {sorted(where)}" for name, where in rest.items())
-        raise AdapterError(
-            f"{source}: its placement over {num_layers} layers is neither `every_layer` nor `alternate`: "
-            f"{placed}; it was saved for another model, or with `layers_to_transform`"
-        )
-    return every, alternate
+        # Brought into order where the adapter meets the model.
+        return {
+            "places": tuple(f"{index}.{name}" for name, where in layers.items() for index in sorted(where))
+        }
+    is_whole = len(chosen) == len(paths)
+    return {
+        "alternate": alternate,
+        "every_layer": every,
+        "layers": None if is_whole else tuple(sorted(chosen)),
+    }

@@ -148,6 +148,7 @@ def _new_adapters(
                 config.form(method, axes.index(projection) if projection in axes else 0, len(axes)),
                 config.alpha,
                 config.dropout,
+                rslora=config.rslora,
                 dropout_id=layer_idx * len(config.targets) + config.targets.index(projection),
                 detach_state=config.state_gradient == "detached",
                 hands_on=config.carry != "none",

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmlora_dist.adapters.config import scaling_of
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops import fused
 from ssmlora_dist.ops.dropout import Dropout, draw_seeds
@@ -36,6 +37,7 @@ class LoRALinear(nn.Module):
         base_layer: the frozen layer; anything with `in_features`, `out_features` and `weight`.
         form: what is computed between W_a and W_b; it says the rank, and which axis of the state is its own.
         alpha: the adapter's output is scaled by alpha / rank.
+        rslora: by alpha / sqrt(rank) instead.
         dropout: probability while training, of what the form says: its input, or the state.
         dropout_id: tells the adapter's dropout from that of all others in the model.
         detach_state: stops gradients through the state received, hence into earlier adapters.
@@ -52,6 +54,7 @@ class LoRALinear(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         *,
+        rslora: bool = False,
         dropout_id: int = 0,
         detach_state: bool = False,
         hands_on: bool = True,
@@ -59,7 +62,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.form, self.rank, self.scaling = form, form.rank, alpha / form.rank
+        self.form, self.rank, self.scaling = form, form.rank, scaling_of(alpha, form.rank, rslora)
         self.dropout, self.dropout_id = dropout, dropout_id
         self.detach_state, self.hands_on = detach_state, hands_on
         device, dtype = base_layer.weight.device, _adapter_dtype(base_layer)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from ssmlora_dist.adapters.config import AdapterConfig
+from ssmlora_dist.adapters.config import AdapterConfig, split_place
 from ssmlora_dist.ops.registry import form_named
+
+
+def adapts(config: AdapterConfig, layer_idx: int) -> bool:
+    """Whether a resolved `layers` has layer `layer_idx`."""
+    return config.layer_indices is None or layer_idx in config.layer_indices
 
 
 def placement(config: AdapterConfig, layer_idx: int) -> dict[str, str]:
     """Projections adapted in layer `layer_idx`, and the form: `{"q_proj": "ssmlora", "o_proj": "lora"}`."""
+    if config.places:
+        own = (name for index, name in map(split_place, config.places) if index == layer_idx)
+        return dict.fromkeys(own, config.method)
+    if not adapts(config, layer_idx):
+        return {}
     chosen = dict.fromkeys(config.listed, config.every_layer_method)
     if config.alternate:
         chosen = {config.alternate[layer_idx % len(config.alternate)]: config.method, **chosen}
@@ -16,6 +26,8 @@ def placement(config: AdapterConfig, layer_idx: int) -> dict[str, str]:
 
 def forms_by_projection(config: AdapterConfig) -> dict[str, str]:
     """The form of every projection that is adapted anywhere, in the order of `config.targets`."""
+    if config.places:
+        return dict.fromkeys(config.targets, config.method)
     alternate = dict.fromkeys(config.alternate, config.method)
     return alternate | dict.fromkeys(config.listed, config.every_layer_method)
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from ssmlora_dist.adapters.config import ALL_LINEAR, AdapterConfig
+from ssmlora_dist.adapters.config import ALL_LINEAR, AdapterConfig, split_place
 from ssmlora_dist.adapters.layers import LoRALinear
+from ssmlora_dist.adapters.placement import adapts
 from ssmlora_dist.errors import AdapterError
 
 Paths = Sequence[Sequence[str]]
@@ -61,17 +62,26 @@ def shortest_name(path: str, paths: Paths) -> str:
 def resolve(config: AdapterConfig, prefix: str, paths: Paths) -> AdapterConfig:
     """`config` with every projection of `every_layer` listed by a name that is unique in its decoder layer.
 
+    `layers` become indices from 0, in order; None where they are all. `places` come in the order of the
+    model, and alone.
+
     Args:
         config: what to adapt.
         prefix: name of the list of decoder layers in the model, such as `model.layers`.
         paths: of the linear layers of each decoder layer of the whole model.
 
     Raises:
-        AdapterError: a name or expression that stands for no linear layer, or not for one wherever
-            `alternate` puts it, with the nearest names.
+        AdapterError: `layers` that the model has not; a name or expression that stands for no linear layer of
+            those chosen, or not for one wherever `alternate` or `places` put it, with the nearest names.
     """
+    if config.places:
+        alone = {"alternate": (), "every_layer": (), "layers": None}
+        return config.model_copy(update={**alone, "places": _resolved_places(config.places, paths)})
+    layers = _chosen_layers(config.layers, len(paths))
+    # Of the others nothing is adapted.
+    paths = [own if index in layers else () for index, own in enumerate(paths)]
     for turn, name in enumerate(config.alternate):
-        _check_alternate(name, turn, len(config.alternate), paths)
+        _check_alternate(name, [index for index in layers if index % len(config.alternate) == turn], paths)
     in_turn = {path for own in paths for name in config.alternate for path in named_by(name, own)}
     if isinstance(config.every_layer, tuple):
         names = [each for name in config.every_layer for each in _expanded(name, paths)]
@@ -87,13 +97,15 @@ def resolve(config: AdapterConfig, prefix: str, paths: Paths) -> AdapterConfig:
                 f"adapter: {path} is named more than once, by {' and '.join(map(repr, naming))}; a "
                 "projection is adapted once: leave one of them out of `alternate` or `every_layer`"
             )
-    return config.model_copy(update={"every_layer": every_layer})
+    chosen = None if len(layers) == len(paths) else layers
+    return config.model_copy(update={"every_layer": every_layer, "layers": chosen})
 
 
 def skipped_layers(config: AdapterConfig, paths: Paths) -> dict[str, list[int]]:
-    """For each projection of a resolved `every_layer`, the decoder layers that lack it, if any do."""
+    """For each projection of a resolved `every_layer`, the chosen decoder layers that lack it, if any do."""
     lacking = {
-        name: [index for index, own in enumerate(paths) if not named_by(name, own)] for name in config.listed
+        name: [index for index, own in enumerate(paths) if adapts(config, index) and not named_by(name, own)]
+        for name in config.listed
     }
     return {name: layers for name, layers in lacking.items() if layers}
 
@@ -102,18 +114,69 @@ def _distinct(paths: Paths) -> list[str]:
     return list(dict.fromkeys(path for own in paths for path in own))
 
 
-def _check_alternate(name: str, turn: int, num_turns: int, paths: Paths) -> None:
+def _chosen_layers(layers: tuple[int, ...] | str | None, num_layers: int) -> tuple[int, ...]:
+    """Indices from 0, in order."""
+    every = range(num_layers)
+    if layers is None:
+        return tuple(every)
+    allowed = f"the model has {num_layers} layers, 0 to {num_layers - 1} or -{num_layers} to -1"
+    if isinstance(layers, str):
+        bounds = [int(bound) if bound else None for bound in layers.split(":")]
+        if bounds[2:] == [0]:
+            raise AdapterError(f'adapter: `layers` "{layers}" has a step of 0; {allowed}; take a step from 1')
+        chosen = tuple(sorted(every[slice(*bounds)]))
+    else:
+        if beyond := [index for index in layers if not -num_layers <= index < num_layers]:
+            raise AdapterError(f"adapter: `layers` has {beyond[0]}; {allowed}; choose among these")
+        chosen = tuple(sorted({every[index] for index in layers}))
+    if not chosen:
+        given = f'"{layers}"' if isinstance(layers, str) else "[]"
+        raise AdapterError(f"adapter: `layers` {given} chooses none; {allowed}; choose one, or null for all")
+    return chosen
+
+
+def _resolved_places(places: Sequence[str], paths: Paths) -> tuple[str, ...]:
+    """In the order of the model, by names that are unique in their decoder layer."""
+    found: dict[tuple[int, int], str] = {}
+    for each in places:
+        index, name = split_place(each)
+        if index >= len(paths):
+            raise AdapterError(
+                f"adapter: `places` has {each!r}; the model has {len(paths)} layers, 0 to {len(paths) - 1}; "
+                "choose among these"
+            )
+        own = paths[index]
+        named = named_by(name, own)
+        if not named:
+            raise _unknown(name, paths, index)
+        if len(named) > 1:
+            raise AdapterError(
+                f"adapter: `places` has {each!r}, which is {' and '.join(named)} in layer {index}; give more "
+                "of the path of the one that is meant"
+            )
+        key = index, own.index(named[0])
+        if key in found:
+            raise AdapterError(
+                f"adapter: `places` has {named[0]} of layer {index} more than once, the last time as "
+                f"{each!r}; a projection is adapted once: leave one of them out"
+            )
+        found[key] = f"{index}.{shortest_name(named[0], paths)}"
+    return tuple(found[key] for key in sorted(found))
+
+
+def _check_alternate(name: str, layers: Sequence[int], paths: Paths) -> None:
     found = [named_by(name, own) for own in paths]
     if not any(found):
         raise _unknown(name, paths)
-    for index in range(turn, len(paths), num_turns):
+    for index in layers:
         if len(found[index]) > 1:
             raise AdapterError(
                 f"adapter: `alternate` names {name!r}, which is {' and '.join(found[index])} in layer "
                 f"{index}; give more of the path of the one that is meant"
             )
         if not found[index]:
-            everywhere = [n for n in _names(paths) if all(named_by(n, own) for own in paths)]
+            adapted = [own for own in paths if own]
+            everywhere = [n for n in _names(paths) if all(named_by(n, own) for own in adapted)]
             instead = (
                 f"take one that all layers have ({', '.join(everywhere)})" if everywhere else "leave it out"
             )
@@ -142,9 +205,10 @@ def _matching(expression: str, prefix: str, paths: Paths) -> Iterator[str]:
         for index, own in enumerate(paths)
     ]
     if not any(chosen):
+        example = next(f"{prefix}.{index}.{path}" for index, own in enumerate(paths) for path in own)
         raise AdapterError(
             f"adapter: `every_layer` is the regular expression {expression!r}, which matches no linear layer "
-            f"as a whole; they are called {prefix}.0.{paths[0][0]} and the like; mend it, or list names: "
+            f"as a whole; they are called {example} and the like; mend it, or list names: "
             f"{', '.join(_names(paths))}"
         )
     for path in _distinct(chosen):
@@ -152,7 +216,8 @@ def _matching(expression: str, prefix: str, paths: Paths) -> Iterator[str]:
         if left:
             raise AdapterError(
                 f"adapter: `every_layer` is the regular expression {expression!r}, which matches {path} in "
-                f"some layers and not in layer {left[0]}; have it match in every layer"
+                f"some layers and not in layer {left[0]}; have it match in every layer, and choose layers by "
+                "`layers`"
             )
         yield path
 
@@ -161,10 +226,14 @@ def _names(paths: Paths) -> list[str]:
     return list(dict.fromkeys(shortest_name(path, paths) for path in _distinct(paths)))
 
 
-def _unknown(name: str, paths: Paths) -> AdapterError:
-    names = _names(paths)
+def _unknown(name: str, paths: Paths, index: int | None = None) -> AdapterError:
+    """That no layer has it, or not layer `index`."""
+    if index is None:
+        names, they = _names(paths), "they have"
+        whose = "model's layers have" if all(paths) else "layers that `layers` chooses have"
+    else:
+        names, they = [shortest_name(path, paths) for path in paths[index]], "it has"
+        whose = f"model's layer {index} has"
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return AdapterError(
-        f"adapter: the model's layers have no projection {name!r}{hint}; they have {', '.join(names)}"
-    )
+    return AdapterError(f"adapter: the {whose} no projection {name!r}{hint}; {they} {', '.join(names)}")

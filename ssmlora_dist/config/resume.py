@@ -65,6 +65,8 @@ RULES = (
     ResumeRule("training.betas", False, "the moments in the checkpoint were averaged with them"),
     ResumeRule("training.epsilon", False, "scales the moments in the checkpoint"),
     ResumeRule("training.learning_rate", True, "applies from the next step on"),
+    ResumeRule("training.lora_b_learning_rate_ratio", True, "applies from the next step on"),
+    ResumeRule("training.state_learning_rate_ratio", True, "applies from the next step on"),
     ResumeRule("training.weight_decay", True, "applies from the next step on"),
     ResumeRule("training.schedule", True, "applies from the next step on"),
     ResumeRule("training.warmup_steps", True, "applies from the next step on"),

@@ -160,6 +160,10 @@ class TrainingSection(Section):
     """AdamW, or bitsandbytes' variants with 8-bit moments or moments paged to host memory (CUDA)."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Highest learning rate, reached at the end of the warm-up."""
+    lora_b_learning_rate_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of `lora_B` over that of `lora_A`: LoRA+ (arXiv 2402.12354)."""
+    state_learning_rate_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of the state's matrices over that of `lora_A`."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of AdamW's first and second moment."""
     epsilon: float = Field(default=1e-8, gt=0)

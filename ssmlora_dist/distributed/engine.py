@@ -22,6 +22,8 @@ from ssmlora_dist.distributed.optimizer_state import (
 Batch = Mapping[str, Tensor]
 Check = Callable[[], None]
 IGNORED_LABEL = -100
+RATE_RATIO = "rate_ratio"
+"""Key of an optimiser's parameter groups: their learning rate over that of the step; without it 1."""
 
 
 def no_check() -> None:
@@ -57,7 +59,7 @@ class DataParallelEngine:
     Args:
         model: a module whose forward takes a batch's tensors by name and returns the sum of the token losses.
         parameters: what is trained, by full name.
-        optimizer: over exactly these parameters, in the order of their names.
+        optimizer: over exactly these parameters, their groups with a `RATE_RATIO`.
         config: DeepSpeed's dictionary (`ds_config.deepspeed_config`).
         context: this run's processes.
         max_grad_norm: global norm to clip to; None leaves gradients as they are.
@@ -104,8 +106,7 @@ class DataParallelEngine:
             check: called before every micro-batch; what it raises passes through, and the step is left
                 undone: after that no other can be made.
         """
-        for param_group in self.engine.optimizer.param_groups:
-            param_group["lr"] = learning_rate
+        set_learning_rate(self.engine.optimizer, learning_rate)
         counts = [
             sum(count_targets(batch) for batch in micro_batches),
             sum(b["labels"].numel() for b in micro_batches),
@@ -177,6 +178,12 @@ def step_result(
     used = loss_scale.value
     halved = loss_scale.update(loss, grad_norm)
     return StepResult(loss, grad_norm, num_tokens, num_target_tokens, skipped, used, halved)
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Of every group of parameters `RATE_RATIO` times the rate of the step."""
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate * parameters.get(RATE_RATIO, 1.0)
 
 
 @contextmanager

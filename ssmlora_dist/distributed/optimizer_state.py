@@ -47,6 +47,10 @@ def gather_optimizer_state(
     else:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        if zero_stage < 3:
+            # DeepSpeed does so within the first group's first step, when the others have no state yet.
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
         flat = _shards(optimizer, zero_stage)[0]
         for kind in _kinds(base.state[flat], flat):
             tensors[kind] = {

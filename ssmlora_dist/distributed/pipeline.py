@@ -31,6 +31,7 @@ from ssmlora_dist.distributed.engine import (
     count_targets,
     no_check,
     scale_gradients,
+    set_learning_rate,
     squared_norms,
     step_result,
     to_device,
@@ -52,7 +53,7 @@ class PipelineParallelEngine:
         boundary_dtype: dtype of the tensor [B,S,W] between stages.
         num_stages: p; ranks count through the data-parallel copies of stage 0 first.
         parameters: what this stage trains, by full name.
-        optimizer: over exactly these parameters, in the order of their names.
+        optimizer: over exactly these parameters, their groups with a `RATE_RATIO`.
         config: DeepSpeed's dictionary.
         context: this run's processes.
         max_grad_norm: global norm to clip to; None leaves gradients as they are.
@@ -108,8 +109,7 @@ class PipelineParallelEngine:
         Stages are at different micro-batches at a time: `check` is called before the first one.
         """
         check()
-        for param_group in self.engine.optimizer.param_groups:
-            param_group["lr"] = learning_rate
+        set_learning_rate(self.engine.optimizer, learning_rate)
         counts = [
             sum(count_targets(batch) for batch in micro_batches),
             sum(batch["labels"].numel() for batch in micro_batches),

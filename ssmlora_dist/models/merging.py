@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist.adapters.files import SavedAdapter, read_adapter, read_base, read_config
-from ssmlora_dist.adapters.placement import forms_by_projection, placement
+from ssmlora_dist.adapters.placement import placement
 from ssmlora_dist.adapters.projections import named_by, resolve
 from ssmlora_dist.durable import explained, sync
 from ssmlora_dist.errors import AdapterError, ModelError
@@ -72,8 +72,8 @@ def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
         raise ModelError(f"{out}: exists, and nothing in it is overwritten; choose another --out")
     base = read_base(directory)
     config = read_config(directory)
-    forms = {} if config is None else forms_by_projection(config)
-    if unmergeable := [name for name in forms.values() if not form_named(name).is_mergeable]:
+    forms = () if config is None else config.methods
+    if unmergeable := [name for name in forms if not form_named(name).is_mergeable]:
         raise AdapterError(
             f'{directory}: "{unmergeable[0]}" cannot be merged: it adds more than a product of input and '
             "weight, such as a state; use the adapter as it is, or train plain LoRA"

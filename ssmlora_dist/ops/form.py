@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
         z: x W_a [B,S,R], in the dtype of the layer.
         state: received, in the dtype between layers; None for a form without one.
         parameters: by name.
-        scaling: alpha / rank, for forms with `scales_in_forward`.
+        scaling: of the output, for forms with `scales_in_forward`.
         seeds: of the dropout, int64, one for each row [B]; None keeps everything.
         dropout: which adapter drops, and with what probability.
     """

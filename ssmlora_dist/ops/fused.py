@@ -107,7 +107,7 @@ def add_delta(
         lora_B_OR: W_b transposed.
         form: what is computed in between.
         parameters: the form's, by name.
-        scaling: alpha / rank.
+        scaling: of the adapter's output.
         seeds: of the form's dropout, int64, one for each row [B]; None keeps everything.
         dropout: which adapter drops, and with what probability.
         in_place: y takes the place of `base`, which is lost.

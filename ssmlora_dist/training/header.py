@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ssmlora_dist.adapters.config import AdapterConfig
+from ssmlora_dist.adapters.config import AdapterConfig, split_place
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.projections import linear_layers, named_by, skipped_layers
 from ssmlora_dist.config.build import build_store, meta_model, shapes_of
@@ -167,12 +167,29 @@ def adapted_text(model: PreTrainedModel) -> str:
         return f"{name} ({' or '.join(sizes)}{lacking})"
 
     parts = []
+    if config.places:
+        layers_of: dict[str, list[int]] = {}
+        for index, name in map(split_place, config.places):
+            layers_of.setdefault(name, []).append(index)
+        parts = [f"{widths(name)} in layers {_ranges(own)}" for name, own in layers_of.items()]
+        return f"{config.method} in {len(config.places)} places: {'; '.join(parts)}"
     if config.alternate:
         parts.append(f"{config.method} in turn on {', '.join(map(widths, config.alternate))}")
     if config.listed:
-        method = config.every_layer_method if config.method == "ssmlora" else "lora"
-        parts.append(f"{method} on {', '.join(map(widths, config.listed))}")
-    return "; ".join(parts)
+        parts.append(f"{config.every_layer_method} on {', '.join(map(widths, config.listed))}")
+    where = "" if config.layer_indices is None else f", in layers {_ranges(config.layer_indices)}"
+    return "; ".join(parts) + where
+
+
+def _ranges(indices: Iterable[int]) -> str:
+    """`0-2, 5` for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def tracking_line(config: RunConfig) -> str:

@@ -39,7 +39,7 @@ from ssmlora_dist.distributed.partition import (
     stage_layers,
     stage_table,
 )
-from ssmlora_dist.errors import CheckpointError
+from ssmlora_dist.errors import CheckpointError, ConfigError
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
 from ssmlora_dist.models.structure import decoder_layers, structure_of
@@ -132,7 +132,8 @@ def plan_stages(
         memory_limit_bytes: that a stage may hold, for `parallel.recompute_ahead: "auto"`.
 
     Raises:
-        ConfigError: more stages than layers, or boundaries that skip or repeat a layer.
+        ConfigError: more stages than layers, boundaries that skip or repeat a layer, or a stage without an
+            adapter.
     """
     lengths = [example.num_tokens for example in sample.examples]
     num_targets = sum(example.num_targets for example in sample.examples) // len(lengths)
@@ -144,6 +145,16 @@ def plan_stages(
         boundaries = check_boundaries(given, num_layers=num_layers, num_stages=num_stages)
     else:
         boundaries = partition(costs, num_stages)
+    for stage, own in enumerate(stage_layers(boundaries, num_layers)):
+        if not any(costs.layers[index].adapter_bytes for index in own):
+            raise ConfigError(
+                [
+                    f"parallel.pipeline_stages: {num_stages} given, of which stage {stage} (layers "
+                    f"{own.start} to {own.stop - 1}) has no adapter to train; choose "
+                    "parallel.stage_boundaries so that every stage has an adapted layer, use fewer stages, "
+                    "or adapt more layers"
+                ]
+            )
     longest = costs_of(config.data.max_length if config.data.train.streaming else max(lengths))
     ahead = costs.layers_ahead
     if not config.training.gradient_checkpointing:
@@ -251,6 +262,8 @@ def build_engine(
         betas=training.betas,
         epsilon=training.epsilon,
         weight_decay=training.weight_decay,
+        lora_b_ratio=training.lora_b_learning_rate_ratio,
+        state_ratio=training.state_learning_rate_ratio,
     )
     loss_scale = None
     if config.model.compute_dtype == "float16":

@@ -229,8 +229,11 @@ EVERYWHERE = {"q_proj": [0, 1, 2, 3]}
 @pytest.mark.parametrize(
     ("placed", "settings", "message"),
     [
-        ({"q_proj": [0, 1]}, {}, r"neither `every_layer` nor `alternate`: q_proj in layers \[0, 1\]"),
-        ({"q_proj": [0, 1, 2, 3, 4]}, {}, r"q_proj in layers \[0, 1, 2, 3, 4\]"),
+        (
+            {"q_proj": [0, 1, 2, 3, 4]},
+            {},
+            "holds an adapter of layer 4; the model has 4 layers; it was saved",
+        ),
         ({}, {}, "holds no LoRA of a decoder layer"),
         (
             EVERYWHERE,
@@ -277,6 +280,58 @@ def test_what_peft_can_do_and_this_cannot_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("placed", "config"),
+    [
+        ({"q_proj": [0, 1]}, {"every_layer": ("q_proj",), "layers": (0, 1)}),
+        ({"q_proj": [3], "v_proj": [3]}, {"every_layer": ("q_proj", "v_proj"), "layers": (3,)}),
+        ({"q_proj": [2], "v_proj": [3]}, {"alternate": ("q_proj", "v_proj"), "layers": (2, 3)}),
+        ({"q_proj": [3], "v_proj": [2]}, {"alternate": ("v_proj", "q_proj"), "layers": (2, 3)}),
+        (
+            {"q_proj": [3], "v_proj": [1], "k_proj": [2], "o_proj": [1, 2, 3]},
+            {"alternate": ("q_proj", "v_proj", "k_proj"), "every_layer": ("o_proj",), "layers": (1, 2, 3)},
+        ),
+    ],
+)
+def test_which_layers_peft_has_adapted_is_found(
+    peft_directory: Callable[..., Path], placed: dict[str, list[int]], config: dict[str, Any]
+) -> None:
+    found = read_adapter(peft_directory(placed), *WHERE).config
+    assert found == AdapterConfig(method="lora", rank=2, alpha=4, **({"alternate": ()} | config))
+
+
+def test_what_is_no_pattern_are_places(peft_directory: Callable[..., Path]) -> None:
+    found = read_adapter(peft_directory({"v_proj": [2, 0], "q_proj": [3, 0]}), *WHERE).config
+    places = ("0.q_proj", "3.q_proj", "0.v_proj", "2.v_proj")
+    assert set(found.places) == set(places)
+    assert found == AdapterConfig(method="lora", rank=2, alpha=4, places=found.places)
+
+
+def test_places_are_written_for_peft(tmp_path: Path) -> None:
+    config = AdapterConfig(method="lora", rank=2, places=("0.v_proj", "2.q_proj"))
+    # As it is given, and as `resolve` makes it.
+    for each in (config, config.model_copy(update={"alternate": ()})):
+        write_adapter(tmp_path, each, lora_tensors({"v_proj": [0], "q_proj": [2]}))
+        peft = json.loads((tmp_path / PEFT).read_text())
+        assert peft["target_modules"] == [
+            f"model.layers.{n}_proj" for n in ("0.self_attn.v", "2.self_attn.q")
+        ]
+        assert (peft["peft_type"], peft["layers_to_transform"]) == ("LORA", None)
+        assert read_adapter(tmp_path, *WHERE).config == each
+
+
+def test_the_chosen_layers_are_written_for_peft(tmp_path: Path) -> None:
+    dense = AdapterConfig(method="lora", rank=2, alternate=(), every_layer=("q_proj",), layers="-2:")
+    write_adapter(tmp_path, dense, lora_tensors({"q_proj": [2, 3]}))
+    peft = json.loads((tmp_path / PEFT).read_text())
+    assert (peft["target_modules"], peft["layers_to_transform"]) == (["q_proj"], [2, 3])
+    in_turn = AdapterConfig(method="lora", rank=2, layers="-2:")
+    write_adapter(tmp_path, in_turn, lora_tensors({"q_proj": [2], "v_proj": [3]}))
+    peft = json.loads((tmp_path / PEFT).read_text())
+    assert peft["target_modules"] == [f"model.layers.{n}_proj" for n in ("2.self_attn.q", "3.self_attn.v")]
+    assert peft["layers_to_transform"] is None
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {
@@ -298,7 +353,7 @@ def test_features_that_are_named_and_not_used_are_no_obstacle(
 
 def test_rank_stabilised_scaling_is_carried_over(peft_directory: Callable[..., Path]) -> None:
     config = read_adapter(peft_directory(EVERYWHERE, use_rslora=True), *WHERE).config
-    assert config.scaling == pytest.approx(4 / 2**0.5)
+    assert (config.alpha, config.rslora, config.scaling) == (4, True, 4 / 2**0.5)
 
 
 def rename_keys(directory: Path, rename: Callable[[str], str]) -> None:

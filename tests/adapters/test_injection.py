@@ -14,7 +14,7 @@ from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.state import AdaptedDecoderLayer, StatefulDecoderLayer
 from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.models import structure_of
-from tests.tiny import FAMILY_NAMES, QV_AND_MLP, layers_of, tiny_model
+from tests.tiny import FAMILY_NAMES, QV_AND_MLP, adapted_model, layers_of, tiny_model, token_ids
 
 PREFIX = "model.layers"
 NUM_LAYERS = 6
@@ -245,3 +245,62 @@ def test_quantised_base_layers_stay_quantised() -> None:
     before = layers_of(model)[0].self_attn.q_proj
     add_adapters(model, QV_AND_MLP)
     assert layers_of(model)[0].self_attn.q_proj.base_layer is before
+
+
+IN_SOME_LAYERS = AdapterConfig(rank=4, layers=(1, 4), every_layer=("down_proj",))
+
+
+def test_layers_that_are_not_chosen_hand_the_state_on() -> None:
+    model = adapted_model(config=IN_SOME_LAYERS)
+    adapted = {name.split(".")[2] for name in adapter_parameters(model)}
+    assert adapted == {"1", "4"}
+    handed_on: list[Tensor] = []
+    for layer in layers_of(model)[:-1]:
+        layer.register_forward_hook(lambda _, __, output: handed_on.append(output[1]))
+    with torch.no_grad():
+        model(input_ids=token_ids(2, 9), use_cache=False)
+    first, second, *_ = handed_on
+    assert not first.any()
+    # In layer 1 it is v_proj's turn, the second axis.
+    assert not second[..., 0, :].any()
+    assert second[..., 1, :].any()
+    assert all(torch.equal(state, second) for state in handed_on[2:4])
+    assert torch.equal(handed_on[4][..., 1, :], second[..., 1, :])
+    assert handed_on[4][..., 0, :].any()
+
+
+def test_a_layer_computes_as_where_all_are_adapted() -> None:
+    """Adapters of the other layers that add nothing and hand nothing on are as good as none."""
+    some = adapted_model(config=IN_SOME_LAYERS.model_copy(update={"carry": "none"}))
+    everywhere = add_adapters(
+        tiny_model(), IN_SOME_LAYERS.model_copy(update={"carry": "none", "layers": None})
+    )
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(some).items():
+            everywhere.get_parameter(name).copy_(parameter)
+    tokens = token_ids(2, 9)
+    assert torch.equal(some(input_ids=tokens).logits, everywhere(input_ids=tokens).logits)
+
+
+def test_places_are_adapted_and_no_others() -> None:
+    places = ("1.v_proj", "4.q_proj", "4.v_proj", "5.up_proj")
+    model = adapted_model(config=AdapterConfig(rank=4, places=places))
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    assert [name.removeprefix("model.layers.") for name in adapted] == [
+        "1.self_attn.v_proj",
+        "4.self_attn.q_proj",
+        "4.self_attn.v_proj",
+        "5.mlp.up_proj",
+    ]
+    assert all(layer.num_axes == 3 for layer in layers_of(model))
+    # What alternates in two layers is these two places: the same axes, starts and state.
+    alike = {
+        "pattern": AdapterConfig(rank=4, layers=(2, 5), dropout=0.3),
+        "places": AdapterConfig(rank=4, places=("2.q_proj", "5.v_proj"), dropout=0.3),
+    }
+    seeds = torch.arange(2)
+    logits = []
+    for config in alike.values():
+        model = adapted_model(config=config).train()
+        logits.append(model(input_ids=token_ids(2, 9), dropout_seeds=seeds).logits)
+    assert torch.equal(*logits)

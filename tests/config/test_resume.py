@@ -48,6 +48,8 @@ FREE: list[Change] = [
     ("training.micro_batch_size", 1),
     ("training.learning_rate", 1e-3),
     ("training.weight_decay", 0.1),
+    ("training.lora_b_learning_rate_ratio", 16),
+    ("training.state_learning_rate_ratio", 0.5),
     ("training.schedule", "linear"),
     ("training.warmup_steps", 5),
     ("training.max_grad_norm", None),

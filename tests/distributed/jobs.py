@@ -68,6 +68,15 @@ DROPPING: dict[str, Overrides] = {
     "dropout, zero 3": (*_DROPOUT, *TOPOLOGIES["zero 3, nothing persistent"]),
     "dropout, micro-batch 2": (*_DROPOUT, "training.micro_batch_size=2"),
 }
+# Groups of parameters, of which ZeRO makes flat parts of their own.
+RATES: dict[str, Overrides] = {
+    f"rates, {name}": (
+        *TOPOLOGIES[name],
+        "training.lora_b_learning_rate_ratio=4",
+        "training.state_learning_rate_ratio=0.5",
+    )
+    for name in (REFERENCE, "zero 1", "zero 2, optimizer offloaded", "zero 3, nothing persistent")
+}
 _WITHOUT_EVALUATION: dict[str, Overrides] = {**TOPOLOGIES, **DROPPING}
 
 # Three examples, so that two ranks do not share them evenly.
@@ -156,6 +165,7 @@ JOBS: dict[str, Overrides] = {
     **MICRO_BATCHES,
     **TIED,
     **HALF,
+    **RATES,
     "auto": ("model.compute_dtype=auto",),
 }
 

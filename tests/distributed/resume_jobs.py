@@ -64,9 +64,18 @@ OWN_FORMS: dict[str, tuple[int, Overrides]] = {
     f"own-{name}": (TOPOLOGIES[name][0], (*TOPOLOGIES[name][1], *_OWN_FORMS))
     for name in ("dp1", "zero3", "pp2")
 }
+# Groups of parameters, of which ZeRO makes flat parts of their own.
+RATES: dict[str, tuple[int, Overrides]] = {
+    f"rates-{name}": (
+        num_ranks,
+        (*overrides, "training.lora_b_learning_rate_ratio=4", "training.state_learning_rate_ratio=0.5"),
+    )
+    for name, (num_ranks, overrides) in (TOPOLOGIES | BITWISE_ONLY).items()
+    if name in ("dp1", "zero2", "zero3", "pp2", "pp2zero1")
+}
 RUNS = dict(
     sorted(
-        {**TOPOLOGIES, **BITWISE_ONLY, **STREAMED, **OWN_FORMS}.items(),
+        {**TOPOLOGIES, **BITWISE_ONLY, **STREAMED, **OWN_FORMS, **RATES}.items(),
         key=lambda run: "pipeline" in str(run[1][1]),
     )
 )
@@ -82,6 +91,8 @@ PAIRS = [
     *_in_turn(list(TOPOLOGIES)),
     *_in_turn(list(STREAMED)),
     ("own-zero3", "own-pp2"),
+    ("rates-zero3", "rates-pp2"),
+    ("rates-pp2", "rates-zero2"),
 ]
 
 

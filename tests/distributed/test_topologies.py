@@ -17,6 +17,7 @@ from .jobs import (
     HALF,
     MICRO_BATCHES,
     QUANTIZED,
+    RATES,
     REFERENCE,
     TIED,
     TOPOLOGIES,
@@ -155,6 +156,17 @@ def test_what_auto_stood_for_is_recorded(results: Results, num_ranks: int) -> No
     assert results.summary("auto", num_ranks)["compute_dtype"] == expected
     assert results.config("auto", num_ranks)["model"]["compute_dtype"] == expected
     assert results.base("auto", num_ranks)["compute_dtype"] == expected
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+@pytest.mark.parametrize("job", RATES)
+def test_learning_rates_of_their_own_train_the_same(results: Results, num_ranks: int, job: str) -> None:
+    assert_same_training(results, (job, num_ranks), (f"rates, {REFERENCE}", 1))
+    with_one_rate = results.adapter(REFERENCE, num_ranks)
+    for name, tensor in results.adapter(job, num_ranks).items():
+        if name.endswith("lora_B.weight"):
+            moved, before = tensor.abs().max().item(), with_one_rate[name].abs().max().item()
+            assert 2 < moved / before < 6, f"{name}: {moved:.1e} and {before:.1e} at a fourth of the rate"
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)

@@ -184,6 +184,28 @@ def test_ours_merges_in_peft_to_the_same(adapter: Path, base: Path, tmp_path: Pa
         assert (weight - expected[name]).abs().max() <= WEIGHT_TOLERANCE, name
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alternate": (), "every_layer": "all-linear"},
+        {"alternate": (), "every_layer": ".*_proj", "layers": "-1:"},
+        {"places": ("1.q_proj", "0.down_proj")},
+    ],
+)
+def test_a_placement_merges_as_it_was_configured(
+    settings: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    config = AdapterConfig(method="lora", rank=4, **settings)
+    model = add_adapters(loaded(base), config)
+    randomize_adapters(model)
+    parameters = adapter_parameters(model)
+    # As a run writes it: not resolved.
+    write_adapter(tmp_path / "adapter", config, parameters, base={"path": str(base)})
+    assert merge_adapter(tmp_path / "adapter", tmp_path / "merged") == len(parameters) // 2
+    error = (logits(loaded(tmp_path / "merged")) - logits(model)).abs().max().item()
+    assert error <= LOGITS_TOLERANCE, f"logits differ by {error:.1e}"
+
+
 def test_the_tokenizer_comes_along(adapter: Path, base: Path, tmp_path: Path) -> None:
     (base / "tokenizer.json").write_text('{"version": "1.0"}')
     (base / "chat_template.jinja").write_text("{{ messages }}")

@@ -131,3 +131,13 @@ def test_a_device_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="NVIDIA H100", total_memory=79 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert device_text(torch.device("cuda")) == "cuda, NVIDIA H100, 79 GiB"
+
+
+def test_it_says_which_layers_are_adapted() -> None:
+    some = {"rank": 4, "layers": [0, 1, 2, 4, -1], "every_layer": ["up_proj"], "alternate": []}
+    assert facts(config(adapter=some))["adapts"] == "lora on up_proj (16 -> 24), in layers 0-2, 4-5"
+    exact = {"rank": 4, "places": ["5.v_proj", "0.q_proj", "1.q_proj", "3.up_proj", "3.q_proj"]}
+    assert facts(config(adapter=exact))["adapts"] == (
+        "ssmlora in 5 places: q_proj (16 -> 16) in layers 0-1, 3; up_proj (16 -> 24) in layers 3; "
+        "v_proj (16 -> 8) in layers 5"
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from ssmlora_dist.distributed.engine import set_learning_rate
 from ssmlora_dist.training.optimizer import build_optimizer
 
 SETTINGS = {"learning_rate": 0.1, "betas": (0.8, 0.95), "epsilon": 1e-6, "weight_decay": 0.01}
@@ -29,6 +32,65 @@ def test_adamw_with_its_settings_over_the_parameters_by_name() -> None:
         1e-6,
         0.01,
     )
+
+
+NAMES = (
+    "layers.1.up.lora_A.weight",
+    "layers.0.q.lora_B.weight",
+    "layers.0.q.state_input",
+    "layers.0.q.lora_A.weight",
+)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ((1.0, 1.0), [(1.0, [3, 1, 2, 0])]),
+        ((16.0, 1.0), [(1.0, [3, 2, 0]), (16.0, [1])]),
+        ((16.0, 0.5), [(0.5, [2]), (1.0, [3, 0]), (16.0, [1])]),
+        ((4.0, 4.0), [(1.0, [3, 0]), (4.0, [1, 2])]),
+    ],
+)
+def test_a_group_for_each_learning_rate(kind: str, ratios: Any, expected: Any) -> None:
+    given = {name: nn.Parameter(torch.ones(2)) for name in NAMES}
+    optimizer = build_optimizer(kind, given, **SETTINGS, lora_b_ratio=ratios[0], state_ratio=ratios[1])  # type: ignore[arg-type]
+    names = {id(parameter): name for name, parameter in given.items()}
+    found = [(own["lr"], [names[id(p)] for p in own["params"]]) for own in optimizer.param_groups]
+    assert found == [(0.1 * ratio, [NAMES[index] for index in indices]) for ratio, indices in expected]
+    set_learning_rate(optimizer, 0.03)
+    assert [own["lr"] for own in optimizer.param_groups] == [0.03 * ratio for ratio, _ in expected]
+
+
+def test_ratios_of_one_change_no_bit() -> None:
+    seed = 5
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    ours, plain = ({name: nn.Parameter(torch.ones(3)) for name in NAMES} for _ in range(2))
+    optimizers = (
+        build_optimizer("adamw", ours, **SETTINGS),  # type: ignore[arg-type]
+        torch.optim.AdamW(
+            [plain[name] for name in sorted(plain)], lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.01
+        ),
+    )
+    for rate in (0.1, 0.07, 1e-3):
+        for name in NAMES:
+            plain[name].grad = torch.randn(3, generator=generator)
+            ours[name].grad = plain[name].grad.clone()
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, rate)
+            optimizer.step()
+    assert all(torch.equal(ours[name], plain[name]) for name in NAMES)
+
+
+def test_a_ratio_is_another_learning_rate() -> None:
+    given = {name: nn.Parameter(torch.ones(1)) for name in NAMES}
+    for parameter in given.values():
+        parameter.grad = torch.full((1,), 0.5)
+    build_optimizer("adamw", given, **SETTINGS, lora_b_ratio=4.0, state_ratio=0.5).step()  # type: ignore[arg-type]
+    moved = [1.0 - parameter.item() for parameter in given.values()]
+    # The rate itself, and decay by a hundredth of it.
+    assert moved == pytest.approx([0.101, 0.404, 0.0505, 0.101], rel=1e-5)
 
 
 def test_a_step_of_adamw_by_hand() -> None:

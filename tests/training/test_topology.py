@@ -95,6 +95,15 @@ def test_every_layer_is_on_one_stage() -> None:
     assert "norm, head and loss" in plan.table
 
 
+def test_every_stage_has_something_to_train() -> None:
+    layers = "adapter.layers=-2:"
+    config = config_with("parallel.pipeline_stages=2", layers, "parallel.stage_boundaries=[0,5]", ranks=2)
+    assert plan_stages(config, DATA, ParallelDims(0, 1, 0, 2)).layers == (range(5), range(5, 6))
+    config = config_with("parallel.pipeline_stages=2", layers, "parallel.stage_boundaries=[0,4]", ranks=2)
+    with pytest.raises(ConfigError, match=r"stage 0 \(layers 0 to 3\) has no adapter to train; .*boundaries"):
+        plan_stages(config, DATA, ParallelDims(0, 1, 0, 2))
+
+
 def test_boundaries_are_taken_as_they_are_given() -> None:
     config = config_with("parallel.pipeline_stages=2", "parallel.stage_boundaries=[0,5]", ranks=2)
     assert plan_stages(config, DATA, ParallelDims(0, 1, 0, 2)).layers == (range(0, 5), range(5, 6))

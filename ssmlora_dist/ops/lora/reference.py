@@ -30,7 +30,7 @@ def lora(
         base_BSO: the frozen layer's output, x W_0 (plus its bias).
         lora_A_RD: W_a transposed, as `torch.nn.Linear` stores it.
         lora_B_OR: W_b transposed.
-        scaling: alpha / rank.
+        scaling: of the adapter's output.
         dropout_mask_BSD: K; None keeps everything.
     """
     read_BSD = x_BSD if dropout_mask_BSD is None else x_BSD * dropout_mask_BSD.to(x_BSD.dtype)

@@ -109,7 +109,7 @@ def time_module(
         lora_B_OR: W_b transposed.
         transition_RR: W_c.
         input_RR: W_d.
-        scaling: alpha / rank.
+        scaling: of the adapter's output.
         normalization: `minmax`, `rms` or `none`.
         carry: what is handed on: `normalized` (n) or `raw` (h).
         detach_state: stops gradients through h_prev, hence into earlier modules.

@@ -22,7 +22,7 @@ class Recurrence(NamedTuple):
     """What a time module's state step is made of besides tensors.
 
     Attributes:
-        scaling: alpha / rank.
+        scaling: of the adapter's output.
         normalization: `minmax`, `rms` or `none`.
         carry: what is handed on: `normalized` (n) or `raw` (h).
         dropout: probability, on the normalised state; drawn where seeds are given.
