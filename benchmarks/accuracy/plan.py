@@ -33,7 +33,7 @@ TASK_SETS: Mapping[str, tuple[str, ...]] = {
 }
 
 TUNING_SEEDS = (101, 102)
-FINAL_SEEDS = tuple(range(8))
+FINAL_SEEDS = tuple(range(201, 209))
 # Powers of 2 from here on: exact in floating point, so that a rate can be a key.
 LEAST_RATE = 0.00125
 START_RATES = tuple(LEAST_RATE * 2**k for k in range(4))

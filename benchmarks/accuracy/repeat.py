@@ -1,4 +1,4 @@
-"""Repeats a row: `python benchmarks/accuracy/repeat.py final/generated/144/paper/0.01/3`.
+"""Repeats a row: `python benchmarks/accuracy/repeat.py final/generated/144/paper/0.005/201`.
 
 The commit that has left the row is checked out beside the repository, the run is done again by its own code,
 and the new scores are compared with the row's: the same bits, or by how much they differ beside the spread of
