@@ -185,6 +185,12 @@ def student_t_quantile(probability: float, degrees: int) -> float:
     return math.tan(low) * math.sqrt(degrees)
 
 
+def student_t_probability(value: float, degrees: int) -> float:
+    """That Student's t with whole degrees of freedom stays below `value`."""
+    central = _central_probability(math.atan(abs(value) / math.sqrt(degrees)), degrees)
+    return 0.5 + math.copysign(central / 2, value)
+
+
 def _central_probability(angle: float, degrees: int) -> float:
     """That |t| stays below tan(angle) * sqrt(degrees)."""
     is_odd = degrees % 2
