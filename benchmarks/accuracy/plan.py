@@ -129,16 +129,23 @@ def done(rows: Iterable[Row]) -> dict[Run, dict[str, Row]]:
 def tuned_losses(runs: Mapping[Run, Mapping[str, Row]], cell: tuple[str, int, str]) -> dict[float, float]:
     """Validation loss by rate, ascending: the mean over tasks and tuning seeds; inf where one diverged.
 
+    A rate of which a seed is still to be run is not among them: the grid grows by means of all seeds alone.
+
     Args:
         runs: from `done`.
         cell: task set, length and method.
     """
-    losses: dict[float, list[float]] = {}
+    losses: dict[float, list[list[float]]] = {}
     for run, by_task in runs.items():
         if run.phase == "tuning" and (run.task_set, run.length, run.method) == cell:
             of_run = [math.inf if row["loss"] is None else row["loss"] for row in by_task.values()]
-            losses.setdefault(run.rate, []).extend(of_run)
-    return {rate: math.fsum(each) / len(each) for rate, each in sorted(losses.items())}
+            losses.setdefault(run.rate, []).append(of_run)
+    whole = {
+        rate: [loss for of_run in each for loss in of_run]
+        for rate, each in losses.items()
+        if len(each) == len(TUNING_SEEDS)
+    }
+    return {rate: math.fsum(each) / len(each) for rate, each in sorted(whole.items())}
 
 
 def rates_to_tune(losses: Mapping[float, float]) -> tuple[float, ...]:

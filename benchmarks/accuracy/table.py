@@ -226,7 +226,13 @@ def plot_rates(rows: Sequence[Row], task_set: str, length: int, path: Path) -> N
 
 def write(rows: Sequence[Row], path: Path) -> list[Path]:
     """Writes the Markdown file and its pictures beside it; returns all."""
-    tuned = {(run.task_set, run.length) for run in plan.done(rows) if run.phase == "tuning"}
+    runs = plan.done(rows)
+    # There is something to draw once a rate has ended with all its seeds.
+    tuned = {
+        (run.task_set, run.length)
+        for run in runs
+        if any(map(math.isfinite, plan.tuned_losses(runs, (run.task_set, run.length, run.method)).values()))
+    }
     pictures = []
     for task_set, length in sorted(tuned):
         pictures.append(path.with_name(f"{path.stem}_rates_{task_set}_{length}.png"))

@@ -329,7 +329,8 @@ def _row(shared: Mapping[str, Any], task: str, scores: Scores, without: Scores |
         **shared,
         "task": task,
         "num_targets": sum(scores.targets),
-        "loss": scores.loss,
+        # A step that was no number has ended the training; the weights before it may still give one.
+        "loss": None if shared["diverged"] else scores.loss,
         "accuracy": scores.accuracy,
     }
     if without is not None:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.accuracy import plan, repeat, table
 from benchmarks.accuracy.decisions import DECIDING_TASKS, Comparison, cells, compare, decide, growth, holm
-from benchmarks.accuracy.plan import FINAL_SEEDS, METHODS, START_RATES
+from benchmarks.accuracy.plan import FINAL_SEEDS, METHODS, START_RATES, TUNING_SEEDS
 from tests.benchmarks.made_up import row, run_rows
 
 # Numbers of tables have five to six digits.
@@ -166,10 +166,11 @@ def test_the_table_says_what_the_rows_hold(tmp_path: Path) -> None:
         if each["method"] == "paper":
             each |= {"loss_mean_state": each["loss"] + 0.25, "accuracy_mean_state": 0.4}
     rows[0]["loss"] = None
-    for rate in START_RATES:
-        rows += run_rows(
-            "prose", phase="tuning", method="lora", rate=rate, loss=1 + abs(rate - 0.005), seed=101
-        )
+    for seed in TUNING_SEEDS:
+        assert len(table.write(rows, tmp_path / "begun.md")) == 1, "no rate has all its seeds"
+        for rate in START_RATES:
+            loss = 1 + abs(rate - 0.005)
+            rows += run_rows("prose", phase="tuning", method="lora", rate=rate, loss=loss, seed=seed)
     path, *pictures = table.write(rows, tmp_path / "study.md")
     assert [picture.name for picture in pictures] == ["study_rates_prose_144.png"]
     assert pictures[0].read_bytes().startswith(b"\x89PNG")

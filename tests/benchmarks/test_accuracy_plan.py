@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,22 @@ def test_the_grid_grows_until_the_best_rate_is_inside(target: float) -> None:
     assert final == {target}
     assert tuned[0] < target < tuned[-1]
     assert {high / low for low, high in itertools.pairwise(tuned)} == {2.0}
+
+
+def test_a_grid_grows_by_the_mean_of_both_seeds_and_not_by_the_first_that_is_done() -> None:
+    """One run at a time, as workers end: the first seed alone has its best rate at the edge."""
+    best = {TUNING_SEEDS[0]: START_RATES[0], TUNING_SEEDS[1]: START_RATES[2]}
+
+    def loss_of(run: Run) -> float:
+        weight = 1.0 if run.seed == TUNING_SEEDS[0] else 10.0
+        return weight * abs(math.log2(run.rate / best.get(run.seed, run.rate)))
+
+    rows: list[dict[str, Any]] = []
+    while runs := plan.next_runs(rows, [CELL]):
+        settings = {key: getattr(runs[0], key) for key in ("phase", "length", "method", "rate", "seed")}
+        rows += run_rows(runs[0].task_set, loss=loss_of(runs[0]), **settings)
+    assert {each["rate"] for each in rows if each["phase"] == "tuning"} == set(START_RATES)
+    assert {each["rate"] for each in rows if each["phase"] == "final"} == {START_RATES[2]}
 
 
 def test_the_grid_ends_somewhere() -> None:

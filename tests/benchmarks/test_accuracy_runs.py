@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,14 @@ def test_a_run_is_the_same_bits_again(resources: Resources, model: Any) -> None:
     assert [row["loss"] for row in first] == [row["loss"] for row in again]
     other = execute(run("paper", seed=6), SETTING, resources, model)
     assert other[0]["loss"] != first[0]["loss"]
+
+
+def test_a_run_that_diverged_has_no_loss_even_where_its_last_weights_give_a_number(
+    resources: Resources, model: Any
+) -> None:
+    diverging = replace(run("lora"), rate=1e30)
+    rows = execute(diverging, SETTING, resources, model)
+    assert [(row["diverged"], row["loss"]) for row in rows] == [(True, None)] * 2
 
 
 def test_the_probe_takes_the_places_of_the_largest_gradients(resources: Resources, model: Any) -> None:
