@@ -16,6 +16,7 @@ from ssmlora_dist.evaluation.statistics import (
     estimate,
     majority_baseline,
     student_t_estimate,
+    student_t_probability,
     student_t_quantile,
     summarize,
 )
@@ -35,6 +36,14 @@ def test_quantiles_of_student(degrees, probability):
     stats = pytest.importorskip("scipy.stats")
     expected = stats.t.ppf(probability, degrees)
     assert student_t_quantile(probability, degrees) == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 7, 30])
+def test_probabilities_of_student_undo_its_quantiles(degrees):
+    for probability in (0.5, 0.8, 0.95, 0.9995):
+        value = student_t_quantile(probability, degrees)
+        assert student_t_probability(value, degrees) == pytest.approx(probability, abs=ROUNDING)
+        assert student_t_probability(-value, degrees) == pytest.approx(1 - probability, abs=ROUNDING)
 
 
 def test_quantiles_of_student_in_tables():
