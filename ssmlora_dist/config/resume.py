@@ -140,7 +140,7 @@ def _values(config: RunConfig) -> dict[str, Any]:
             source["retrieval"] = RetrievalSection().model_dump(mode="json")
     if content["adapter"]["places"]:
         # They are all that is adapted: the rest may have said how many parameters a probe spends.
-        content["adapter"] |= dict.fromkeys(("alternate", "every_layer", "layers"))
+        content["adapter"] |= {"alternate": [], "every_layer": [], "layers": None}
     values = {}
     for field in leaves():
         value: Any = content

@@ -78,7 +78,6 @@ _PROBED: Overrides = ("adapter.placement=probe", "adapter.probe_batches=3", "ada
 PROBED: dict[str, tuple[int, Overrides]] = {
     "probed-dp1": (1, _PROBED),
     "probed-zero2": (2, (*_PROBED, "parallel.zero_stage=2")),
-    "probed-seed": (1, (*_PROBED, "run.seed=8")),
 }
 RUNS = dict(
     sorted(

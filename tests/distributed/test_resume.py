@@ -91,9 +91,8 @@ def test_probed_places_are_written_and_kept(runs: Path, name: str) -> None:
         assert len(adapter(run)) == 4 * len(section["places"])
 
 
-def test_probed_places_depend_on_the_data_and_not_on_the_ranks(runs: Path) -> None:
+def test_probed_places_do_not_depend_on_the_ranks(runs: Path) -> None:
     assert places(runs / "probed-dp1") == places(runs / "probed-zero2")
-    assert places(runs / "probed-dp1") != places(runs / "probed-seed")
 
 
 def places(run: Path) -> list[str]:
