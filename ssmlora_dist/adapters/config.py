@@ -25,6 +25,7 @@ from ssmlora_dist.ops.registry import form_named
 StateGradient = Literal["full", "detached"]
 Carry = Literal["normalized", "raw", "none"]
 Normalization = Literal["minmax", "rms", "none"]
+Placement = Literal["pattern", "probe"]
 DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
 ALL_LINEAR = "all-linear"
 _PLACE = re.compile(r"([0-9]{1,6})\.(\S+)")
@@ -41,7 +42,7 @@ class AdapterConfig(BaseModel):
     name stands for the paths that end in it: `q_proj` for `self_attn.q_proj`. The alternating modules are of
     the form `method`, those of every layer of the form `every_layer_method`: names of forms that are
     registered, see `register_form`. `layers` restricts both to some of the decoder layers. `places` are there
-    instead of all three.
+    instead of all three: listed, or chosen by a probe before training.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -66,6 +67,12 @@ class AdapterConfig(BaseModel):
     """Decoder layers that are adapted: indices (-1 is the last) or a slice (`"-10:"`, `"::2"`); null: all."""
     places: tuple[str, ...] = ()
     """Exact places, of the form `method`, such as `["12.q_proj"]`: a layer's index, a dot, a projection."""
+    placement: Placement = "pattern"
+    """`pattern`: as said above; `probe`: gradients on training data choose `places` before training."""
+    probe_parameters: int | None = Field(default=None, ge=1)
+    """Parameters that a probe may spend; null: as many as the pattern has."""
+    probe_batches: int = Field(default=4, ge=1)
+    """Micro-batches of which a probe takes the gradients."""
     state_gradient: StateGradient = "full"
     """`full` sends gradients through the state into earlier layers; `detached` stops them at every module."""
     carry: Carry = "normalized"
@@ -137,8 +144,15 @@ class AdapterConfig(BaseModel):
         return self
 
     def _check_places(self) -> None:
-        """Refuses what would have no say beside exact places."""
-        if not self.places:
+        """Refuses what would have no say beside exact places, or without a probe."""
+        if self.placement != "probe":
+            for name, default in WITHOUT_PROBE.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f'`{name}` {getattr(self, name)} given with `placement` "{self.placement}"; allowed: '
+                        'only with "probe"; remove it, or set `placement`'
+                    )
+        if not self.places or self.placement == "probe":
             return
         given = [
             f"`{name}`"
@@ -204,6 +218,18 @@ class AdapterConfig(BaseModel):
         return self.alternate + self.listed
 
     @property
+    def is_unprobed(self) -> bool:
+        """Whether the places are still to be chosen."""
+        return self.placement == "probe" and not self.places
+
+    @property
+    def until_probed(self) -> AdapterConfig:
+        """What is counted and planned with before the places are chosen: the pattern that is configured."""
+        if not self.is_unprobed:
+            return self
+        return self.model_copy(update=WITHOUT_PROBE)
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """The forms that adapters are of."""
         if self.places:
@@ -240,6 +266,11 @@ def split_place(text: str) -> tuple[int, str]:
     return int(index), name
 
 
+WITHOUT_PROBE = {
+    name: AdapterConfig.model_fields[name].default
+    for name in ("placement", "probe_parameters", "probe_batches")
+}
+"""The settings of `AdapterConfig` as they are where nothing is to be chosen."""
 # Settings of `AdapterConfig` that forms may read, with what they are by default.
 _SHARED = {
     name: AdapterConfig.model_fields[name].default for name in ("carry", "normalization", "state_input_scale")

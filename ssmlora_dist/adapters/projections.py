@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from ssmlora_dist.adapters.config import ALL_LINEAR, AdapterConfig, split_place
+from ssmlora_dist.adapters.config import ALL_LINEAR, WITHOUT_PROBE, AdapterConfig, split_place
 from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.placement import adapts
 from ssmlora_dist.errors import AdapterError
@@ -74,10 +74,17 @@ def resolve(config: AdapterConfig, prefix: str, paths: Paths) -> AdapterConfig:
         AdapterError: `layers` that the model has not; a name or expression that stands for no linear layer of
             those chosen, or not for one wherever `alternate` or `places` put it, with the nearest names.
     """
+    if config.is_unprobed:
+        raise AdapterError(
+            'adapter: `placement` "probe" finds places by training data, which a run alone has; name '
+            '`places`, or set `placement` to "pattern"'
+        )
     if config.places:
         alone = {"alternate": (), "every_layer": (), "layers": None}
-        return config.model_copy(update={**alone, "places": _resolved_places(config.places, paths)})
-    layers = _chosen_layers(config.layers, len(paths))
+        return config.model_copy(
+            update={**alone, **WITHOUT_PROBE, "places": _resolved_places(config.places, paths)}
+        )
+    layers = chosen_layers(config.layers, len(paths))
     # Of the others nothing is adapted.
     paths = [own if index in layers else () for index, own in enumerate(paths)]
     for turn, name in enumerate(config.alternate):
@@ -114,8 +121,12 @@ def _distinct(paths: Paths) -> list[str]:
     return list(dict.fromkeys(path for own in paths for path in own))
 
 
-def _chosen_layers(layers: tuple[int, ...] | str | None, num_layers: int) -> tuple[int, ...]:
-    """Indices from 0, in order."""
+def chosen_layers(layers: tuple[int, ...] | str | None, num_layers: int) -> tuple[int, ...]:
+    """The indices, from 0 and in order, that `AdapterConfig.layers` stands for.
+
+    Raises:
+        AdapterError: none, or some that the model has not.
+    """
     every = range(num_layers)
     if layers is None:
         return tuple(every)

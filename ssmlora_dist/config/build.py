@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.files import SETTINGS_FILE, read_base, read_config
+from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.adapters.probe import candidate_places
 from ssmlora_dist.adapters.projections import resolve
 from ssmlora_dist.api import add_adapters, load_adapter
 from ssmlora_dist.config.schema import ModelSection, RetrievalSection, RunConfig, SourceSection
@@ -25,6 +27,7 @@ from ssmlora_dist.data import (
 from ssmlora_dist.errors import AdapterError, ConfigError
 from ssmlora_dist.models import (
     base_fingerprint,
+    decoder_layers,
     empty_model,
     load_config,
     load_model,
@@ -72,7 +75,22 @@ def check_model(config: RunConfig, *, for_training: bool = True) -> None:
     model = empty_model(model_config, dtype=torch.bfloat16)
     structure = structure_of(model)
     check_layers(model)
-    resolve(config.adapter, structure.layers, structure.linears)
+    resolve(config.adapter.until_probed, structure.layers, structure.linears)
+    if for_training and config.adapter.is_unprobed:
+        sizes = candidate_places(config.adapter, decoder_layers(model), structure.linears)
+        least, place = min((size, place) for place, (_, size) in sizes.items())
+        if (budget := probe_budget(config)) < least:
+            raise AdapterError(
+                f"adapter: `probe_parameters` {budget} given or derived; the smallest adapter, in {place}, "
+                f"has {least}; raise it"
+            )
+
+
+def probe_budget(config: RunConfig) -> int:
+    """The parameters that a probe may spend, of a run whose places are still to be chosen."""
+    if config.adapter.probe_parameters is not None:
+        return config.adapter.probe_parameters
+    return sum(parameter.numel() for parameter in adapter_parameters(meta_model(config)).values())
 
 
 def build_store(config: RunConfig) -> Store | None:
@@ -134,10 +152,10 @@ def build_backbone(
 
 
 def meta_model(config: RunConfig) -> PreTrainedModel:
-    """The whole adapted model without storage, for counting."""
+    """The whole adapted model without storage, for counting; before a probe, as is configured."""
     model = empty_model(shapes_of(config.model))
     with torch.device("meta"):
-        return add_adapters(model, config.adapter)
+        return add_adapters(model, config.adapter.until_probed)
 
 
 def backbone_settings(config: RunConfig) -> dict[str, Any]:

@@ -47,6 +47,9 @@ RULES = (
     ResumeRule("model.attention", True, "implementations compute the same but for rounding"),
     ResumeRule("quantization.*", False, "the adapter was trained on the backbone as it is stored"),
     ResumeRule("adapter.form_module", True, "says where the code of a form lies"),
+    ResumeRule("adapter.placement", True, "places that were chosen are kept, and none are chosen anew"),
+    ResumeRule("adapter.probe_parameters", True, "places that were chosen are kept"),
+    ResumeRule("adapter.probe_batches", True, "places that were chosen are kept"),
     ResumeRule("adapter.*", False, "it says what the checkpoint's parameters are and compute"),
     ResumeRule("data.train.path", True, "the contents are compared, wherever they lie"),
     ResumeRule("data.train.hub", True, "the contents are compared, wherever they lie"),
@@ -135,6 +138,9 @@ def _values(config: RunConfig) -> dict[str, Any]:
         # Left out, it stands for its defaults.
         if isinstance(source, dict) and source["format"] == "retrieval" and source["retrieval"] is None:
             source["retrieval"] = RetrievalSection().model_dump(mode="json")
+    if content["adapter"]["places"]:
+        # They are all that is adapted: the rest may have said how many parameters a probe spends.
+        content["adapter"] |= {"alternate": [], "every_layer": [], "layers": None}
     values = {}
     for field in leaves():
         value: Any = content

@@ -322,3 +322,7 @@ class RunConfig(Section):
         if self.model.compute_dtype != "auto":
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"compute_dtype": name})})
+
+    def with_places(self, places: tuple[str, ...]) -> RunConfig:
+        """This configuration with the places that a probe has chosen."""
+        return self.model_copy(update={"adapter": self.adapter.model_copy(update={"places": places})})

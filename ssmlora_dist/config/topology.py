@@ -103,6 +103,16 @@ def _boundary_count(topology: Topology) -> str | None:
     )
 
 
+def _probed_in_parts(topology: Topology) -> str | None:
+    parallel = topology.config.parallel
+    wrong = topology.config.adapter.is_unprobed and (parallel.pipeline_stages > 1 or parallel.zero_stage == 3)
+    return (
+        f'"probe" given with pipeline_stages {parallel.pipeline_stages} and zero_stage {parallel.zero_stage}'
+        if wrong
+        else None
+    )
+
+
 def _state_dtype_in_pipeline(topology: Topology) -> str | None:
     config = topology.config
     wrong = (
@@ -204,6 +214,15 @@ RULES = (
         reason="tasks are answered by a whole model on every rank, each with items of its own",
         remedy="set it to null and evaluate a checkpoint with launch/evaluate.py",
         broken=_tasks_on_parts,
+    ),
+    TopologyRule(
+        fields=("adapter.placement", "adapter.places", "parallel.pipeline_stages", "parallel.zero_stage"),
+        condition='"probe" without adapter.places only with parallel.pipeline_stages 1 and '
+        "parallel.zero_stage below 3",
+        reason="a probe takes gradients of the whole backbone on every rank, before anything is split",
+        remedy="run the probe once with --set run.name=probe training.max_steps=1 parallel.pipeline_stages=1 "
+        "parallel.zero_stage=0, and copy adapter.places from its config.json",
+        broken=_probed_in_parts,
     ),
     TopologyRule(
         fields=("adapter.state_dtype", "parallel.pipeline_stages", "model.compute_dtype"),

@@ -140,6 +140,13 @@ class RunData:
         rows = self._shape.dropout_seeds(step, self._seed)
         return [{**batch, "dropout_seeds": seeds} for batch, seeds in zip(batches, rows, strict=True)]
 
+    def probe_batches(self, number: int) -> list[dict[str, Tensor]]:
+        """The first micro-batches of training, as on one rank; of a stream, of its first examples."""
+        size = self._shape.micro_batch_size
+        alone = BatchShape(size, size, 0, 1, self._shape.pad_token_id)
+        batches = GlobalBatches(self.sample, alone, self._seed)
+        return [batch for step in range(number) for batch in batches.micro_batches(step)]
+
     def accounts(self) -> list[str]:
         """Lines about what became of the records, of a stream the first ones."""
         lines = account_lines("train", self.sample.report, is_streamed=self.num_examples is None)

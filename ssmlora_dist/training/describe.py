@@ -31,6 +31,7 @@ from ssmlora_dist.training.resume_point import (
     check_settings,
     completion,
     find_resume_point,
+    settle_places,
 )
 
 
@@ -57,6 +58,7 @@ def describe(
         config, line = choose_compute_dtype(config, choices, device_type, world_size, kept=kept)
         chosen.append(line)
     check_tracking(config, warn)
+    config = settle_places(resume_point, config)
     check_settings(resume_point, config)
     check_model(config)
     tokenizer, _ = tokenizer_of(config, resume_point, first_start(resume_point), warn)

@@ -14,7 +14,7 @@ import torch
 from ssmlora_dist.adapters.config import AdapterConfig, split_place
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.projections import linear_layers, named_by, skipped_layers
-from ssmlora_dist.config.build import build_store, meta_model, shapes_of
+from ssmlora_dist.config.build import build_store, meta_model, probe_budget, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
 from ssmlora_dist.models import decoder_layers, structure_of
@@ -61,9 +61,6 @@ def run_header(
     ranks.append(f"ZeRO stage {section.zero_stage}")
     offloaded = [what for what in ("optimizer", "parameters") if getattr(section, f"offload_{what}")]
     ranks += [f"{' and '.join(offloaded)} in host memory"] if offloaded else []
-    model = meta_model(config)
-    trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
-    frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable
     steps = f"{num_steps}"
     if num_examples:
         epochs = num_steps * training.global_batch_size / num_examples
@@ -72,8 +69,7 @@ def run_header(
         _line("device", device_text(device)),
         _line("ranks", ", ".join(ranks)),
         *model_lines(config, device),
-        _line("adapts", adapted_text(model)),
-        _line("parameters", f"{trainable:,} trained, {frozen:,} frozen"),
+        *adapter_lines(config),
         _line(
             "batch",
             f"{training.global_batch_size} = {replicas} {'replicas' if stages > 1 else 'ranks'} x "
@@ -86,6 +82,21 @@ def run_header(
         _line("begins", _beginning(resume_point)),
     ]
     return "\n".join(lines)
+
+
+def adapter_lines(config: RunConfig) -> list[str]:
+    """What is adapted, and how many parameters are trained; before a probe, those that it replaces."""
+    model, adapter = meta_model(config), config.adapter
+    trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable
+    adapted, parameters = adapted_text(model), f"{trainable:,} trained, {frozen:,} frozen"
+    if adapter.is_unprobed:
+        adapted = (
+            f"{adapter.method} in places that a probe of {adapter.probe_batches} micro-batches is going to "
+            f"choose, with at most {probe_budget(config):,} parameters; planned as configured: {adapted}"
+        )
+        parameters += ", as configured"
+    return [_line("adapts", adapted), _line("parameters", parameters)]
 
 
 def evaluation_header(

@@ -90,6 +90,17 @@ def find_resume_point(
     return ResumePoint(in_place=True)
 
 
+def settle_places(resume_point: ResumePoint, config: RunConfig) -> RunConfig:
+    """Of a run that goes on, the configuration with the checkpoint's places: none are chosen anew."""
+    checkpoint = resume_point.checkpoint
+    if checkpoint is None or not config.adapter.is_unprobed:
+        return config
+    if places := checkpoint.config["adapter"].get("places"):
+        return config.with_places(tuple(places))
+    # Of another placement; what else differs is refused by `check_settings`.
+    return config.model_copy(update={"adapter": config.adapter.until_probed})
+
+
 def check_settings(resume_point: ResumePoint, config: RunConfig) -> None:
     """Checks that the checkpoint is of such a run.
 

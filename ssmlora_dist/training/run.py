@@ -14,7 +14,7 @@ from torch import Tensor
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.adapters.state_means import record_states, replaced_states
-from ssmlora_dist.config.build import backbone_settings, build_store, check_model
+from ssmlora_dist.config.build import backbone_settings, build_backbone, build_store, check_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset
 from ssmlora_dist.distributed.context import DistributedContext
@@ -34,10 +34,11 @@ from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 from ssmlora_dist.training.contents import first_start, tokenizer_of
 from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.evaluation import evaluate
-from ssmlora_dist.training.header import run_header
+from ssmlora_dist.training.header import adapter_lines, run_header
 from ssmlora_dist.training.interrupts import Interrupts, StoppedError
 from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import peak_memory_gib, usable_memory_bytes
+from ssmlora_dist.training.probe import probe_places
 from ssmlora_dist.training.report import (
     Scores,
     environment_tags,
@@ -56,6 +57,7 @@ from ssmlora_dist.training.resume_point import (
     check_settings,
     completion,
     find_resume_point,
+    settle_places,
 )
 from ssmlora_dist.training.saving import Saver
 from ssmlora_dist.training.schedule import learning_rate
@@ -64,7 +66,7 @@ from ssmlora_dist.training.topology import ParallelDims, build_engine, parallel_
 from ssmlora_dist.training.totals import Totals
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Of the memory that is free before loading, what is planned with: the rest is for allocators and libraries.
 MEMORY_SHARE = 0.85
@@ -92,6 +94,7 @@ def run_training(
     resume_point: ResumePoint = context.on_main(lambda: find_resume_point(resume, directory, console.warn))
     config = settle_compute_dtype(config, context, console, kept=resume_point.compute_dtype)
     tracker = tracker_of(config, context, console, resume_point)
+    config = settle_places(resume_point, config)
     check_settings(resume_point, config)
     check_model(config)
     began: str = context.share(first_start(resume_point))
@@ -265,7 +268,8 @@ class _Run:
             plan = plan_stages(self.config, self.data.sample, self.dims, MEMORY_SHARE * memory)
             self.console.message(plan.table)
         checkpoint, warn = self.resume_point.checkpoint, self.console.warn
-        built = build_engine(self.config, self.context, self.dims, plan, checkpoint, warn)
+        backbone = self._probed_backbone() if self.config.adapter.is_unprobed else None
+        built = build_engine(self.config, self.context, self.dims, plan, checkpoint, warn, backbone)
         self.engine = built.engine
         self.shape, self.adapter = built.shape, built.adapter
         self.num_trainable = int(self.context.sum([built.num_trainable])[0]) // self.dims.data_parallel_size
@@ -278,6 +282,14 @@ class _Run:
         self.results = ResultWriter(
             self.config, self.directory, self.tracker, self.store, self.console, self.saver.last_good
         )
+
+    def _probed_backbone(self) -> PreTrainedModel:
+        """The backbone; its places are chosen on the way."""
+        backbone = build_backbone(self.config, self.context.device)
+        batches = self.data.probe_batches(self.config.adapter.probe_batches)
+        self.config = self.config.with_places(probe_places(self.config, backbone, batches, self.context))
+        self.console.message("\n".join(adapter_lines(self.config)))
+        return backbone
 
     def _learning_rate(self, step: int) -> float:
         training = self.config.training

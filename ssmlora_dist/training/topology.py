@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.placement import time_axes
+from ssmlora_dist.api import add_adapters
 from ssmlora_dist.config.build import build_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
@@ -48,6 +49,9 @@ from ssmlora_dist.sizes import DecoderShape
 from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.loop import Engine
 from ssmlora_dist.training.optimizer import build_optimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TopologyEngine(Engine, Protocol):
@@ -219,11 +223,12 @@ def build_engine(
     plan: StagePlan | None,
     checkpoint: Checkpoint | None = None,
     warn: Callable[[str], object] = warnings.warn,
+    backbone: PreTrainedModel | None = None,
 ) -> BuiltEngine:
     """Loads this rank's part of the backbone, adapts it and hands it to the topology's engine.
 
     With a checkpoint, parameters and optimiser are as they were in it. `warn` is told of logits that
-    cannot be made in chunks.
+    cannot be made in chunks. A whole `backbone` that is loaded already is taken as it is.
 
     Raises:
         CheckpointError: its tensors do not fit.
@@ -242,13 +247,16 @@ def build_engine(
     if plan is not None:
         layers = plan.layers[dims.stage]
         stage = StageLayers(layers.start, layers.stop, plan.layers[-1].stop)
-    model = build_model(
-        config,
-        context.device,
-        stage,
-        on_part=zero3_partitioner(engine_config) if parallel.zero_stage == 3 else None,
-        swap_rows=None if dims.opposite_rank is None else partial(swap_rows, dims.opposite_rank),
-    )
+    if backbone is not None:
+        model = add_adapters(backbone, config.adapter, seed=config.run.seed)
+    else:
+        model = build_model(
+            config,
+            context.device,
+            stage,
+            on_part=zero3_partitioner(engine_config) if parallel.zero_stage == 3 else None,
+            swap_rows=None if dims.opposite_rank is None else partial(swap_rows, dims.opposite_rank),
+        )
     num_ahead = 0 if plan is None else plan.layers_ahead
     if training.gradient_checkpointing:
         checkpoint_layers(model, num_kept=num_ahead)

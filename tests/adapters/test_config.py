@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.layers import LoRALinear
+from ssmlora_dist.errors import AdapterError
 from tests.tiny import tiny_model
 
 
@@ -42,6 +43,12 @@ def test_by_default_q_and_v_alternate_with_a_full_state_gradient() -> None:
             {"places": ("1.q_proj",), "alternate": ("q_proj",), "every_layer": ("o_proj",)},
             "drop `alternate` and `every_layer`, or drop `places`",
         ),
+        (
+            {"probe_parameters": 100},
+            '`probe_parameters` 100 given with `placement` "pattern"; allowed: only',
+        ),
+        ({"probe_batches": 2}, "`probe_batches` 2 given"),
+        ({"placement": "probe", "probe_parameters": 0}, "greater than or equal to 1"),
         ({"carry": "cooked"}, "'normalized', 'raw' or 'none'"),
     ],
 )
@@ -82,3 +89,18 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
     assert config.model_copy(update={"rslora": True}).scaling == 2.0
     adapted = add_adapters(tiny_model(), AdapterConfig(rank=4, alpha=8.0, rslora=True))
     assert {module.scaling for module in adapted.modules() if isinstance(module, LoRALinear)} == {4.0}
+
+
+def test_a_probe_stands_for_the_pattern_until_it_has_chosen() -> None:
+    config = AdapterConfig(placement="probe", probe_parameters=99, probe_batches=2, layers="-2:")
+    assert config.is_unprobed
+    assert config.until_probed == AdapterConfig(layers="-2:")
+    chosen = config.model_copy(update={"places": ("4.q_proj",)})
+    assert not chosen.is_unprobed
+    assert chosen.until_probed is chosen
+    assert AdapterConfig.model_validate_json(chosen.model_dump_json()) == chosen
+    with pytest.raises(AdapterError, match='`placement` "probe" finds places by training data'):
+        add_adapters(tiny_model(), config)
+    assert add_adapters(tiny_model(), chosen).ssmlora_config == AdapterConfig(
+        places=("4.q_proj",), alternate=()
+    )

@@ -71,6 +71,8 @@ FIXED: list[tuple[str, Any, str]] = [
     ("model.compute_dtype", "float32", '"float32" given, "bfloat16" in the checkpoint'),
     ("quantization.mode", "int8", '"int8" given, "nf4" in the checkpoint'),
     ("quantization.double_quantization", False, "false given, true in the checkpoint"),
+    ("adapter.layers", "0:2", '"0:2" given, null in the checkpoint'),
+    ("adapter.rslora", True, "true given, false in the checkpoint"),
     ("adapter.rank", 4, "4 given, 8 in the checkpoint"),
     ("adapter.alternate", ["k_proj"], '["k_proj"] given, ["q_proj", "v_proj"] in the checkpoint'),
     ("adapter.dropout", 0.5, "0.5 given, 0.0 in the checkpoint"),
@@ -163,3 +165,27 @@ def test_the_readme_holds_the_table() -> None:
     readme = Path("README.md").read_text(encoding="utf-8")
     shown = readme.partition("<!-- resume:begin -->\n")[2].partition("<!-- resume:end -->")[0]
     assert shown == markdown_table() + "\n", "run `python -m ssmlora_dist.config.resume` and paste it"
+
+
+def test_what_places_were_chosen_by_is_no_matter() -> None:
+    places = ["0.q_proj", "3.up_proj"]
+    probed: list[Change] = [
+        (
+            "adapter",
+            {
+                "placement": "probe",
+                "probe_parameters": 999,
+                "layers": "0:4",
+                "alternate": ["k_proj"],
+                "places": places,
+            },
+        )
+    ]
+    copied: list[Change] = [("adapter", {"places": places})]
+    assert problems(probed, copied) == problems(copied, probed) == []
+    [line] = problems(probed, [("adapter", {"places": places[:1]})])
+    assert line.startswith('adapter.places: ["0.q_proj"] given, ["0.q_proj", "3.up_proj"] in the checkpoint')
+    assert {line.partition(":")[0] for line in problems([], copied)} == {
+        "adapter.places",
+        "adapter.alternate",
+    }

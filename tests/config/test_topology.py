@@ -41,6 +41,21 @@ CASES: list[tuple[list[Change], dict[str, Any], str | None]] = [
         {"world_size": 2},
         "parallel.stage_boundaries",
     ),
+    ([("adapter.placement", "probe"), ("parallel.zero_stage", 2)], {"world_size": 2}, None),
+    ([("adapter.placement", "probe"), ("parallel.zero_stage", 3)], {"world_size": 2}, "adapter.placement"),
+    (
+        [("adapter.placement", "probe"), ("parallel.pipeline_stages", 2)],
+        {"world_size": 2},
+        "adapter.placement",
+    ),
+    (
+        [
+            ("adapter", {"placement": "probe", "places": ["0.q_proj", "1.q_proj"]}),
+            ("parallel.pipeline_stages", 2),
+        ],
+        {"world_size": 2},
+        None,
+    ),
     (
         [("parallel.pipeline_stages", 2), ("adapter.state_dtype", "float16")],
         {"world_size": 2},
@@ -114,7 +129,7 @@ def test_every_rule_can_be_broken() -> None:
     sharded: list[Change] = [("training.optimizer", "adamw_8bit"), ("parallel.zero_stage", 1)]
     pipeline: list[Change] = [
         ("parallel", {"pipeline_stages": 3, "zero_stage": 2, "stage_boundaries": [0, 1]}),
-        ("adapter.state_dtype", "float16"),
+        ("adapter", {"state_dtype": "float16", "placement": "probe"}),
         ("evaluation.tasks_every_steps", 2),
     ]
     lines = [

@@ -73,9 +73,15 @@ RATES: dict[str, tuple[int, Overrides]] = {
     for name, (num_ranks, overrides) in (TOPOLOGIES | BITWISE_ONLY).items()
     if name in ("dp1", "zero2", "zero3", "pp2", "pp2zero1")
 }
+# Their places are chosen before training, and kept when they go on.
+_PROBED: Overrides = ("adapter.placement=probe", "adapter.probe_batches=3", "adapter.dropout=0")
+PROBED: dict[str, tuple[int, Overrides]] = {
+    "probed-dp1": (1, _PROBED),
+    "probed-zero2": (2, (*_PROBED, "parallel.zero_stage=2")),
+}
 RUNS = dict(
     sorted(
-        {**TOPOLOGIES, **BITWISE_ONLY, **STREAMED, **OWN_FORMS, **RATES}.items(),
+        {**TOPOLOGIES, **BITWISE_ONLY, **STREAMED, **OWN_FORMS, **RATES, **PROBED}.items(),
         key=lambda run: "pipeline" in str(run[1][1]),
     )
 )
@@ -93,6 +99,7 @@ PAIRS = [
     ("own-zero3", "own-pp2"),
     ("rates-zero3", "rates-pp2"),
     ("rates-pp2", "rates-zero2"),
+    ("probed-dp1", "probed-zero2"),
 ]
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssmlora_dist.adapters.files import read_config
+
 from ..launch.processes import finish, free_port
 from .jobs import ROWS, ROWS_FILE
-from .resume_jobs import MIDDLE, NUM_STEPS, PAIRS, RUNS, TOPOLOGIES, continued
+from .resume_jobs import MIDDLE, NUM_STEPS, PAIRS, PROBED, RUNS, TOPOLOGIES, continued
 
 # Float32 sums over a few hundred tokens in another order, carried through ten steps of AdamW.
 LOSS_TOLERANCE = 1e-4
@@ -74,6 +76,30 @@ def test_the_loss_scale_goes_on_where_it_stood(runs: Path, name: str) -> None:
     assert [row["loss_scale"] for row in rows(runs / continued(name, name))] == scales[MIDDLE:]
     assert scales[MIDDLE] != scales[0]
     assert len(set(scales[MIDDLE:])) > 1
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_probed_places_are_written_and_kept(runs: Path, name: str) -> None:
+    for run in (runs / name, runs / continued(name, name)):
+        section = json.loads((run / "config.json").read_text())["adapter"]
+        assert section["placement"] == "probe"
+        assert section["places"] == places(runs / name)
+        written = read_config(run / "adapter")
+        assert written is not None
+        assert written.places == tuple(section["places"])
+        # Of each place A, B and the two matrices of its state.
+        assert len(adapter(run)) == 4 * len(section["places"])
+
+
+def test_probed_places_do_not_depend_on_the_ranks(runs: Path) -> None:
+    assert places(runs / "probed-dp1") == places(runs / "probed-zero2")
+
+
+def places(run: Path) -> list[str]:
+    """Those in a run's resolved configuration."""
+    found: list[str] = json.loads((run / "config.json").read_text())["adapter"]["places"]
+    assert {place.partition(".")[0] for place in found} == {"0", "1", "2", "3"}
+    return found
 
 
 def test_a_wrong_state_would_show(runs: Path) -> None:

@@ -141,3 +141,16 @@ def test_it_says_which_layers_are_adapted() -> None:
         "ssmlora in 5 places: q_proj (16 -> 16) in layers 0-1, 3; up_proj (16 -> 24) in layers 3; "
         "v_proj (16 -> 8) in layers 5"
     )
+
+
+def test_before_a_probe_it_counts_as_configured() -> None:
+    probe = {"rank": 4, "placement": "probe", "probe_batches": 2}
+    found, plain = facts(config(adapter=probe)), facts(config())
+    assert found["adapts"] == (
+        "ssmlora in places that a probe of 2 micro-batches is going to choose, with at most 864 parameters; "
+        f"planned as configured: {plain['adapts']}"
+    )
+    assert found["parameters"] == f"{plain['parameters']}, as configured"
+    chosen = facts(config(adapter=probe).with_places(("1.up_proj",)))
+    assert chosen["adapts"] == "ssmlora in 1 places: up_proj (16 -> 24) in layers 1"
+    assert chosen["parameters"] == "192 trained, 13,872 frozen"

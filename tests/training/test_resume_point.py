@@ -20,6 +20,7 @@ from ssmlora_dist.training.resume_point import (
     base_of,
     check_settings,
     find_resume_point,
+    settle_places,
 )
 
 from .checkpoint_cases import checkpoint, contents, same, write
@@ -243,3 +244,24 @@ def test_forbidden_changes_are_all_named_with_both_values(tmp_path: Path) -> Non
     assert heading == f"--resume {tmp_path / 'step-00000010'}: 2 problems"
     assert lines[0].startswith("  run.seed: 7 given, 0 in the checkpoint; ")
     assert lines[1].startswith("  adapter.rank: 4 given, 8 in the checkpoint; ")
+
+
+def test_places_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    probe = run_config(adapter={"placement": "probe", "probe_batches": 2})
+    assert settle_places(ResumePoint(), probe) is probe
+    probed = probe.with_places(("0.q_proj", "2.up_proj"))
+    point = resume_point(tmp_path, probed)
+    assert settle_places(point, probe) == probed
+    named = run_config(adapter={"places": ["2.up_proj", "0.q_proj"]})
+    assert settle_places(point, named) is named
+    other = run_config(adapter={"placement": "probe", "rank": 4})
+    with pytest.raises(ConfigError, match=r"adapter\.rank: 4 given"):
+        check_settings(point, settle_places(point, other))
+
+
+def test_a_run_that_was_not_probed_is_not_probed_later(tmp_path: Path) -> None:
+    probe = run_config(adapter={"placement": "probe", "probe_parameters": 999})
+    point = resume_point(tmp_path, run_config())
+    settled = settle_places(point, probe)
+    assert settled == run_config()
+    check_settings(point, settled)
