@@ -17,7 +17,7 @@ from ssmlora_dist.adapters.projections import linear_layers, named_by, skipped_l
 from ssmlora_dist.config.build import build_store, meta_model, probe_budget, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
-from ssmlora_dist.models import decoder_layers, structure_of
+from ssmlora_dist.models import decoder_layers, empty_model, structure_of
 from ssmlora_dist.models.configuration import stored_quantization
 from ssmlora_dist.models.loading import attention_implementation
 from ssmlora_dist.quantization import expert_weights
@@ -54,6 +54,7 @@ def run_header(
         resume_point: where the run begins.
     """
     training, section = config.training, config.parallel
+    model = meta_model(config)
     replicas = data_parallel_size(config, world_size)
     stages = section.pipeline_stages
     accumulation = gradient_accumulation_steps(config, world_size)
@@ -68,8 +69,8 @@ def run_header(
     lines = [
         _line("device", device_text(device)),
         _line("ranks", ", ".join(ranks)),
-        *model_lines(config, device),
-        *adapter_lines(config),
+        *model_lines(config, device, model),
+        *adapter_lines(config, model),
         _line(
             "batch",
             f"{training.global_batch_size} = {replicas} {'replicas' if stages > 1 else 'ranks'} x "
@@ -84,9 +85,9 @@ def run_header(
     return "\n".join(lines)
 
 
-def adapter_lines(config: RunConfig) -> list[str]:
+def adapter_lines(config: RunConfig, model: PreTrainedModel) -> list[str]:
     """What is adapted, and how many parameters are trained; before a probe, those that it replaces."""
-    model, adapter = meta_model(config), config.adapter
+    adapter = config.adapter
     trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trainable
     adapted, parameters = adapted_text(model), f"{trainable:,} trained, {frozen:,} frozen"
@@ -121,7 +122,7 @@ def evaluation_header(
     lines = [
         _line("device", device_text(device)),
         _line("ranks", f"{world_size}, each with the whole model"),
-        *model_lines(config, device),
+        *model_lines(config, device, empty_model(shapes_of(config.model))),
         _line("adapter", "none" if adapter is None else str(adapter)),
         *tasks,
         _line("writes to", str(directory)),
@@ -130,21 +131,20 @@ def evaluation_header(
     return "\n".join(lines)
 
 
-def model_lines(config: RunConfig, device: torch.device) -> list[str]:
-    """What the backbone is, and how it is stored and computed with."""
+def model_lines(config: RunConfig, device: torch.device, model: PreTrainedModel) -> list[str]:
+    """What the backbone is, and how it is stored and computed with; `model` is it without storage."""
     section = config.model
-    model_config = shapes_of(section)
     dtype = section.compute_dtype
-    attention = attention_implementation(section.attention, model_config, device, getattr(torch, dtype))
+    attention = attention_implementation(section.attention, model.config, device, getattr(torch, dtype))
     name = "random weights" if section.init == "random" else section.path
     return [
-        _line("model", f"{name} ({model_config.model_type})"),
+        _line("model", f"{name} ({model.config.model_type})"),
         _line("computes in", f"{dtype}, attention {attention}"),
-        _line("quantised", _quantization_text(config)),
+        _line("quantised", _quantization_text(config, model)),
     ]
 
 
-def _quantization_text(config: RunConfig) -> str:
+def _quantization_text(config: RunConfig, model: PreTrainedModel) -> str:
     section, mode = config.model, config.quantization.mode
     read_from = None
     if section.path is not None and section.init == "pretrained":
@@ -152,7 +152,7 @@ def _quantization_text(config: RunConfig) -> str:
     if mode == "none":
         dense = f"none (the experts, stored in {read_from}, become {section.compute_dtype})"
         return dense if read_from else "none"
-    has_experts = any(expert_weights(module) for module in meta_model(config).modules())
+    has_experts = any(expert_weights(module) for module in model.modules())
     experts = " and experts" + (f" (these are stored in {read_from})" if read_from else "")
     text = f"{mode} of the projections{experts if has_experts else ''}"
     if mode in ("nf4", "fp4") and config.quantization.double_quantization:

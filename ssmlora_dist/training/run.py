@@ -288,7 +288,7 @@ class _Run:
         backbone = build_backbone(self.config, self.context.device)
         batches = self.data.probe_batches(self.config.adapter.probe_batches)
         self.config = self.config.with_places(probe_places(self.config, backbone, batches, self.context))
-        self.console.message("\n".join(adapter_lines(self.config)))
+        self.console.message("\n".join(adapter_lines(self.config, meta_model(self.config))))
         return backbone
 
     def _learning_rate(self, step: int) -> float:
