@@ -14,7 +14,7 @@ from torch import Tensor
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.adapters.state_means import record_states, replaced_states
-from ssmlora_dist.config.build import backbone_settings, build_backbone, build_store, check_model
+from ssmlora_dist.config.build import backbone_settings, build_backbone, build_store, check_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset
 from ssmlora_dist.distributed.context import DistributedContext
