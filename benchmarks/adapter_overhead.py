@@ -41,6 +41,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.adapter_variants import VARIANTS, Variant
+from ssmlora_dist.batches import IGNORED_LABEL, Batch
 from ssmlora_dist.distributed.cost_model import bytes_per_weight
 from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
 from ssmlora_dist.models import empty_model, load_config, load_model, structure_of
@@ -58,7 +59,7 @@ GRADIENT_TOLERANCE = 0.05
 LOSS_TOLERANCE = 5e-3
 
 
-def check(variants: dict[str, Variant], batch: dict[str, Tensor]) -> None:
+def check(variants: dict[str, Variant], batch: Batch) -> None:
     """Compares the models that compute the same thing.
 
     Raises:
@@ -97,9 +98,9 @@ class _Counter(TorchDispatchMode):
 _FREE = {torch.ops.aten.detach.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default}
 
 
-def count_operators(variant: Variant, batch: dict[str, Tensor]) -> int:
+def count_operators(variant: Variant, batch: Batch) -> int:
     """Operators of forward and backward; on CUDA kernels."""
-    if batch["input_ids"].device.type == "cuda":
+    if batch.targets.device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             variant.forward(batch).backward()
             torch.cuda.synchronize()
@@ -112,7 +113,7 @@ def count_operators(variant: Variant, batch: dict[str, Tensor]) -> int:
     return count
 
 
-def saved_bytes(variant: Variant, batch: dict[str, Tensor]) -> int:
+def saved_bytes(variant: Variant, batch: Batch) -> int:
     """Distinct bytes that the graph of a forward pass keeps for the backward pass, parameters aside."""
     held = {p.untyped_storage().data_ptr() for p in (*variant.model.parameters(), *variant.model.buffers())}
     kept: dict[int, int] = {}
@@ -186,22 +187,16 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def _batch(vocab_size: int, num_tokens: int, device: torch.device) -> dict[str, Tensor]:
+def _batch(vocab_size: int, num_tokens: int, device: torch.device) -> Batch:
     """One row of random tokens, of which the last eighth is supervised."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (1, num_tokens), generator=generator).to(device)
-    positions = torch.arange(num_tokens, device=device).unsqueeze(0)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": positions,
-        "labels": torch.where(positions < num_tokens // 8 * 7, -100, ids),
-    }
+    ids = torch.randint(0, vocab_size, (1, num_tokens), generator=generator)
+    positions = torch.arange(num_tokens).unsqueeze(0)
+    labels = torch.where(positions < num_tokens // 8 * 7, IGNORED_LABEL, ids)
+    return Batch.of(labels, input_ids=ids, position_ids=positions).to(device)
 
 
-def _costs_of_keeping_all(
-    names: list[str], backbone: Any, batch: dict[str, Tensor]
-) -> dict[str, dict[str, float]]:
+def _costs_of_keeping_all(names: list[str], backbone: Any, batch: Batch) -> dict[str, dict[str, float]]:
     """Operators and bytes beyond the frozen model's, of each variant without gradient checkpointing."""
     variants = {name: Variant(name, backbone, 0.0, False) for name in names}
     check(variants, batch)
@@ -242,9 +237,9 @@ def _limit_seconds(
     return limit.seconds * (torch.get_num_threads() if arguments.device == "cpu" else 1)
 
 
-def _timed(variants: dict[str, Variant], batch: dict[str, Tensor], repeats: int) -> dict[str, list[float]]:
+def _timed(variants: dict[str, Variant], batch: Batch, repeats: int) -> dict[str, list[float]]:
     """Seconds of each step, in turn: process time on the CPU, events on CUDA."""
-    clock = _cuda_seconds if batch["input_ids"].device.type == "cuda" else _process_seconds
+    clock = _cuda_seconds if batch.targets.device.type == "cuda" else _process_seconds
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     for repeat in range(repeats + 2):
@@ -273,13 +268,13 @@ def _cuda_seconds(step: Callable[[], None]) -> float:
     return float(begin.elapsed_time(end)) / 1000
 
 
-def _peak_bytes(variant: Variant, batch: dict[str, Tensor]) -> int | None:
+def _peak_bytes(variant: Variant, batch: Batch) -> int | None:
     """Most that a step holds: on the GPU with the shared backbone, on a CPU beyond what was resident before.
 
     None where the system does not tell.
     """
     gc.collect()
-    if batch["input_ids"].device.type != "cuda":
+    if batch.targets.device.type != "cuda":
         if not _CLEAR_REFS.exists():
             return None
         variant.step(batch)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.layers import LoRALinear
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.ops.ssmlora import SSMLoRA, reference
 from ssmlora_dist.quantization.linear import QuantizedLinear
@@ -85,20 +86,20 @@ class Variant:
         """Linear layers with an adapter."""
         return sum("lora_A" in name for name in self.trained)
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         dtype = self.model.dtype
         enabled = self.autocast and dtype != torch.float32
-        with torch.autocast(batch["input_ids"].device.type, dtype, enabled=enabled):
-            loss: Tensor = self.loss(**batch)
-        return loss / batch["labels"].numel()
+        with torch.autocast(batch.targets.device.type, dtype, enabled=enabled):
+            loss: Tensor = self.loss(batch)
+        return loss / batch.num_tokens
 
-    def step(self, batch: dict[str, Tensor]) -> None:
+    def step(self, batch: Batch) -> None:
         self.forward(batch).backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def gradients(self, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
         """Loss, and gradients by a name that is the same in all models."""
         loss = self.forward(batch)
         loss.backward()

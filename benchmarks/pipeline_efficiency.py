@@ -30,11 +30,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.build import build_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import BatchShape, Dataset, DatasetReport, Example, GlobalBatches
 from ssmlora_dist.distributed.context import DistributedContext, start_process_group, stop_process_group
-from ssmlora_dist.distributed.engine import clip_gradients, count_targets
+from ssmlora_dist.distributed.engine import clip_gradients
 from ssmlora_dist.distributed.schedule import Recompute, StageTimes, simulate
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.precision import machine_dtype
@@ -115,10 +116,10 @@ class SingleStage:
         )
         self.max_grad_norm = training.max_grad_norm
 
-    def step(self, batches: list[dict[str, Tensor]]) -> None:
-        num_targets = sum(map(count_targets, batches))
+    def step(self, batches: list[Batch]) -> None:
+        num_targets = sum(batch.num_targets for batch in batches)
         for batch in batches:
-            (self.loss(**batch) / num_targets).backward()
+            (self.loss(batch) / num_targets).backward()
         clip_gradients(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -148,7 +149,7 @@ def _measure(arguments: argparse.Namespace, context: DistributedContext) -> int:
     _check_equal(single, built, batches[MICRO_BATCHES[-1]], context)
     clocks = {name: PassClock(engine) for name, engine in built.items()}
 
-    step: dict[str, Callable[[list[dict[str, Tensor]]], object]] = {
+    step: dict[str, Callable[[list[Batch]], object]] = {
         "one stage": single.step,
         **{
             name: partial(engine.engine.train_step, learning_rate=LEARNING_RATE)
@@ -177,7 +178,7 @@ def _measure(arguments: argparse.Namespace, context: DistributedContext) -> int:
 def _check_equal(
     single: SingleStage,
     built: Mapping[Recompute, BuiltEngine],
-    batches: list[dict[str, Tensor]],
+    batches: list[Batch],
     context: DistributedContext,
 ) -> None:
     for _ in range(2):
@@ -195,8 +196,8 @@ def _check_equal(
 
 
 def _seconds(
-    step: Callable[[list[dict[str, Tensor]]], object],
-    batches: list[dict[str, Tensor]],
+    step: Callable[[list[Batch]], object],
+    batches: list[Batch],
     context: DistributedContext,
 ) -> float:
     """Of one step; every rank works, on one stage too, so that none has the memory to itself."""
@@ -208,8 +209,8 @@ def _seconds(
 
 
 def _peak_memory_mib(
-    step: Callable[[list[dict[str, Tensor]]], object],
-    batches: list[dict[str, Tensor]],
+    step: Callable[[list[Batch]], object],
+    batches: list[Batch],
     context: DistributedContext,
 ) -> list[float]:
     """What a step takes beyond what is held between steps, by rank."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from ssmlora_dist import AdapterConfig
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from tests.side_holder import hold_state_aside
@@ -38,7 +39,7 @@ def loss_and_gradients(model: Any, switch: Callable[[Any], None] | None = None) 
     torch.manual_seed(SEED)  # of dropout
     print(f"seed {SEED}")
     tokens = token_ids(2, 9)
-    loss = CausalLMLoss(model.train(), chunk_size=5)(tokens, input_ids=tokens)
+    loss = CausalLMLoss(model.train(), chunk_size=5)(Batch.of(tokens, input_ids=tokens))
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {"loss": loss.detach(), **gradients}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ssmlora_dist import AdapterConfig
 from ssmlora_dist.models.loss import checkpoint_layers
 from tests.own_forms import Fading, Mixing
-from tests.tiny import adapted_model, token_ids
+from tests.tiny import adapted_model, dropout_seeds, token_ids
 
 NUM_LAYERS = 2
 CONFIGS = {
@@ -43,7 +43,7 @@ def forget() -> Iterator[None]:
 
 def results(run: Any, model: Any) -> list[Tensor]:
     """Logits and every gradient; then logits without a graph."""
-    inputs = {"input_ids": token_ids(2, 9), "use_cache": False, "dropout_seeds": torch.tensor([7, 8])}
+    inputs = {"input_ids": token_ids(2, 9), "use_cache": False, "dropout_seeds": dropout_seeds([7, 8], 9)}
     logits = run(**inputs).logits
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(logits.square().mean(), parameters)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.quantization import QuantizedLinear
 from tests.tiny import adapted_model, layers_of, token_ids
@@ -39,7 +40,7 @@ def step(model: Any) -> dict[str, Tensor]:
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda *given: reached.append(given[-1].requires_grad_()))
     tokens = token_ids(2, 9)
-    loss = CausalLMLoss(model, chunk_size=5)(tokens, input_ids=tokens)
+    loss = CausalLMLoss(model, chunk_size=5)(Batch.of(tokens, input_ids=tokens))
     loss.backward()
     handle.remove()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

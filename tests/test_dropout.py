@@ -1,4 +1,4 @@
-"""Dropout of a whole model: a seed for each row decides it, checkpointed, in stages and in any batch."""
+"""Dropout of a whole model: a seed for each token decides it, checkpointed, in stages and in any batch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist import AdapterConfig
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers, cut_to_stage
-from tests.tiny import FAMILY_NAMES, adapted_model, token_ids
+from tests.tiny import FAMILY_NAMES, adapted_model, dropout_seeds, token_ids
 
 NUM_LAYERS = 4
 TOKENS = token_ids(2, 9)
 INPUTS = {
     "input_ids": TOKENS,
-    "attention_mask": torch.ones_like(TOKENS),
     "position_ids": torch.arange(9).expand(2, 9),
 }
 CONFIGS = {
@@ -32,8 +32,8 @@ def model_of(config: AdapterConfig, model_type: str = "llama") -> Any:
 
 
 def loss_of(model: Any, seed: int | None) -> Tensor:
-    drawn = {} if seed is None else {"dropout_seeds": torch.tensor([seed, seed + 1])}
-    return CausalLMLoss(model, chunk_size=8)(labels=TOKENS, **INPUTS, **drawn)
+    drawn = {} if seed is None else {"dropout_seeds": dropout_seeds([seed, seed + 1], 9)}
+    return CausalLMLoss(model, chunk_size=8)(Batch.of(TOKENS, **INPUTS, **drawn))
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -51,20 +51,6 @@ def test_the_seeds_reach_the_adapters_of_every_family(model_type: str, config: A
     assert torch.equal(torch.get_rng_state(), generator_state), "a random number was drawn"
     model.eval()
     assert torch.equal(loss_of(model, 11), loss_of(model, 13))
-
-
-@configs
-@pytest.mark.parametrize("model_type", FAMILY_NAMES)
-def test_so_does_the_place_of_the_first_token(model_type: str, config: AdapterConfig) -> None:
-    decoder = model_of(config, model_type).get_decoder()
-
-    def hidden(first_token: int) -> Tensor:
-        drawn: dict[str, Any] = {"dropout_seeds": torch.tensor([11, 12]), "first_token": first_token}
-        return decoder(**INPUTS, **drawn, use_cache=False).last_hidden_state
-
-    assert torch.equal(hidden(0), decoder(**INPUTS, dropout_seeds=torch.tensor([11, 12])).last_hidden_state)
-    assert torch.equal(hidden(9), hidden(9))
-    assert not torch.equal(hidden(0), hidden(9))
 
 
 @configs
@@ -100,7 +86,7 @@ def test_a_row_drops_the_same_alone_and_in_a_batch(config: AdapterConfig) -> Non
     tolerance = 1e-12
     model = adapted_model("llama", config, num_layers=NUM_LAYERS, dtype=torch.float64).train()
     decoder = model.get_decoder()
-    seeds = torch.tensor([11, 12])
+    seeds = dropout_seeds([11, 12], 9)
     together = decoder(**INPUTS, dropout_seeds=seeds, use_cache=False).last_hidden_state
     for row in range(2):
         inputs = {name: tensor[row : row + 1] for name, tensor in INPUTS.items()}
@@ -118,14 +104,14 @@ def stage_of(config: AdapterConfig, first: int, stop: int) -> PipelineStage:
 @configs
 @pytest.mark.parametrize("cut", range(1, NUM_LAYERS))
 def test_i3_stages_drop_what_the_whole_model_does(config: AdapterConfig, cut: int) -> None:
-    inputs = {**INPUTS, "dropout_seeds": torch.tensor([11, 12])}
+    batch = Batch.of(TOKENS, **INPUTS, dropout_seeds=dropout_seeds([11, 12], 9))
     whole = model_of(config)
     expected = loss_of(whole, 11)
     expected.backward()
     first, last = stage_of(config, 0, cut), stage_of(config, cut, NUM_LAYERS)
-    sent = first(None, labels=TOKENS, **inputs)
+    sent = first(None, batch)
     received = sent.detach().requires_grad_()
-    loss = last(received, labels=TOKENS, **inputs)
+    loss = last(received, batch)
     loss.backward()
     sent.backward(received.grad)
     assert torch.equal(loss, expected)

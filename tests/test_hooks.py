@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.layers import LoRALinear
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.ops.lora import LoRA
 from ssmlora_dist.quantization import quantize_linear
@@ -39,7 +40,7 @@ def frozen_layers(model: Any) -> list[Any]:
 
 def results(model: Any) -> list[Tensor]:
     """The loss and all gradients."""
-    loss = CausalLMLoss(model, chunk_size=4)(TOKENS, input_ids=TOKENS)
+    loss = CausalLMLoss(model, chunk_size=4)(Batch.of(TOKENS, input_ids=TOKENS))
     return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
@@ -137,7 +138,7 @@ def test_part_of_an_output_can_be_kept_and_used(config: AdapterConfig) -> None:
         "register_forward_hook",
         lambda *given: features.append(given[-1].square().sum()),
     ):
-        loss = CausalLMLoss(model, chunk_size=4)(TOKENS, input_ids=TOKENS)
+        loss = CausalLMLoss(model, chunk_size=4)(Batch.of(TOKENS, input_ids=TOKENS))
     (loss + torch.stack(features).sum()).backward()
     view = Kept(lambda output: output[..., :3])
     with each_layer(frozen_layers(model), "register_forward_hook", lambda *given: view.keep(given[-1])):

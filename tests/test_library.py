@@ -27,11 +27,20 @@ from ssmlora_dist import (
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.models.loss import checkpoint_layers
-from tests.tiny import QV_AND_MLP, adapted_model, layers_of, randomize_adapters, tiny_model, token_ids
+from tests.tiny import (
+    QV_AND_MLP,
+    adapted_model,
+    dropout_seeds,
+    layers_of,
+    randomize_adapters,
+    tiny_model,
+    token_ids,
+)
 
 NUM_LAYERS = 3
 TIMEOUT_SECONDS = 60
 TOKENS = token_ids(2, 9)
+SEEDS = dropout_seeds([3, 4], TOKENS.shape[1])
 LORA = AdapterConfig(rank=2, method="lora", alternate=(), every_layer=("k_proj", "v_proj"), dropout=0.3)
 # One axis and another rank.
 GATED = AdapterConfig(rank=3, method="gated", alternate=("up_proj",), dropout=0.2)
@@ -130,7 +139,11 @@ class TestDisabled:
             embedded = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
             with disabled_adapters(model) if disabled else disabled_adapters(adapted()):
                 loss = (
-                    model(inputs_embeds=embedded, use_cache=False, dropout_seeds=torch.tensor([3, 4]))
+                    model(
+                        inputs_embeds=embedded,
+                        use_cache=False,
+                        dropout_seeds=SEEDS,
+                    )
                     .logits.square()
                     .mean()
                 )
@@ -292,7 +305,7 @@ class TestNamed:
 
         def results(model: Any) -> list[Tensor]:
             tensors = outputs(model.eval())
-            loss = model.train()(TOKENS, use_cache=False, dropout_seeds=torch.tensor([3, 4])).logits
+            loss = model.train()(TOKENS, use_cache=False, dropout_seeds=SEEDS).logits
             trained = [p for p in model.parameters() if p.requires_grad]
             return [*tensors, *torch.autograd.grad(loss.square().mean(), trained)]
 

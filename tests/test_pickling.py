@@ -16,8 +16,17 @@ from torch import Tensor
 from ssmlora_dist import AdapterConfig
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.layers import LoRALinear
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
-from tests.tiny import FAMILY_NAMES, QV_AND_MLP, adapted_model, layers_of, randomize_adapters, token_ids
+from tests.tiny import (
+    FAMILY_NAMES,
+    QV_AND_MLP,
+    adapted_model,
+    dropout_seeds,
+    layers_of,
+    randomize_adapters,
+    token_ids,
+)
 
 NUM_LAYERS = 2
 TIMEOUT_SECONDS = 120
@@ -50,8 +59,8 @@ def logits(model: Any) -> Tensor:
 
 
 def loss_and_gradients(model: Any) -> list[Tensor]:
-    seeds = torch.tensor([3, 4])
-    loss = CausalLMLoss(model.train(), chunk_size=4)(TOKENS, input_ids=TOKENS, dropout_seeds=seeds)
+    seeds = dropout_seeds([3, 4], TOKENS.shape[1])
+    loss = CausalLMLoss(model.train(), chunk_size=4)(Batch.of(TOKENS, input_ids=TOKENS, dropout_seeds=seeds))
     gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
     model.eval()
     return [loss.detach(), *gradients]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist import AdapterConfig
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
-from tests.tiny import adapted_model, layers_of, token_ids
+from tests.tiny import adapted_model, dropout_seeds, layers_of, token_ids
 
 NUM_LAYERS = 3
 TIMEOUT_SECONDS = 60
@@ -72,8 +73,8 @@ def assert_all_equal(got: list[Any], wanted: list[Any]) -> None:
 def gradients(model: Any, index: int) -> list[Tensor]:
     """The loss of a thread's batch, and its gradients, without touching what the threads share."""
     tokens = token_ids(*SHAPES[index], seed=index)
-    seeds = torch.arange(len(tokens)) + 10 * index
-    loss = CausalLMLoss(model, chunk_size=4)(tokens, input_ids=tokens, dropout_seeds=seeds)
+    seeds = dropout_seeds([10 * index + row for row in range(len(tokens))], tokens.shape[1])
+    loss = CausalLMLoss(model, chunk_size=4)(Batch.of(tokens, input_ids=tokens, dropout_seeds=seeds))
     return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
@@ -122,7 +123,7 @@ def test_a_recompute_may_run_in_another_thread(config: AdapterConfig) -> None:
     checkpoint_layers(model)
     tokens = token_ids(*SHAPES[0], seed=0)
     loss = CausalLMLoss(model, chunk_size=4)(
-        tokens, input_ids=tokens, dropout_seeds=torch.arange(len(tokens))
+        Batch.of(tokens, input_ids=tokens, dropout_seeds=dropout_seeds(range(len(tokens)), tokens.shape[1]))
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     with ThreadPoolExecutor(1) as pool:
@@ -180,11 +181,11 @@ def test_a_recompute_draws_nothing(config: AdapterConfig, monkeypatch: pytest.Mo
     tokens = token_ids(*SHAPES[0])
     draws: list[Any] = []
 
-    def draw(*arguments: Any) -> Tensor:
+    def draw(*arguments: Any, **settings: Any) -> Tensor:
         draws.append(arguments)
-        return randint(*arguments)
+        return randint(*arguments, **settings)
 
     randint = torch.randint
     monkeypatch.setattr(torch, "randint", draw)
-    CausalLMLoss(model, chunk_size=4)(tokens, input_ids=tokens).backward()
+    CausalLMLoss(model, chunk_size=4)(Batch.of(tokens, input_ids=tokens)).backward()
     assert len(draws) == NUM_LAYERS

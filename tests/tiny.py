@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.models import decoder_layers, load_model
+from ssmlora_dist.ops.dropout import token_seeds
 
 SEED = 20250204
 VOCAB_SIZE = 67
@@ -90,3 +92,8 @@ def randomize_adapters(model: nn.Module, seed: int = SEED) -> None:
 def token_ids(batch: int, length: int, seed: int = SEED) -> Tensor:
     """[batch, length] without the padding token 0."""
     return torch.randint(1, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def dropout_seeds(samples: Sequence[int], num_tokens: int) -> Tensor:
+    """[B,S] for rows of one sample each, from the seeds of these."""
+    return torch.stack([token_seeds(seed, num_tokens) for seed in samples])

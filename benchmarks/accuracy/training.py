@@ -29,10 +29,11 @@ from ssmlora_dist import AdapterConfig, add_adapters, remove_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.state_means import record_states, replaced_states
+from ssmlora_dist.batches import IGNORED_LABEL, Batch
 from ssmlora_dist.durable import write_tensors
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models import base_fingerprint, decoder_layers, load_config, load_model, load_tokenizer
-from ssmlora_dist.models.loss import IGNORED_LABEL, CausalLMLoss
+from ssmlora_dist.models.loss import CausalLMLoss
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
 from ssmlora_dist.tokenization import TextEncoder
 from ssmlora_dist.training.optimizer import build_optimizer
@@ -174,7 +175,7 @@ def _hidden(ids: Tensor, setting: Setting, resources: Resources) -> Tensor:
     )
     with torch.no_grad():
         pieces = [
-            stage(None, labels=piece, input_ids=piece).cpu()
+            stage(None, Batch.of(piece, input_ids=piece)).cpu()
             for piece in ids.to(resources.device).split(SCORED_AT_ONCE)
         ]
     return torch.cat(pieces)
@@ -247,7 +248,7 @@ def probe_places(
     add_adapters(model, _lora(RANK, every_layer="all-linear"), seed=seed)
     try:
         for batch in _batches(probed, 2):
-            (loss(labels=batch.labels, inputs_embeds=batch.hidden) / _num_labels(batch)).backward()
+            (loss(_batch(batch)) / _num_labels(batch)).backward()
         best: dict[int, tuple[float, str]] = {}
         for layer_idx, layer in decoder_layers(model).items():
             for path, module in layer.named_modules():
@@ -358,7 +359,7 @@ def _train(
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        value = loss(labels=batch.labels, inputs_embeds=batch.hidden) / _num_labels(batch)
+        value = loss(_batch(batch)) / _num_labels(batch)
         value.backward()
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), CLIP)))
         losses.append(value.item())
@@ -411,6 +412,10 @@ def _without_states(
 
 def _batches(of: Texts, size: int) -> Iterator[Texts]:
     return (of[at : at + size] for at in range(0, len(of.labels), size))
+
+
+def _batch(of: Texts) -> Batch:
+    return Batch.of(of.labels, inputs_embeds=of.hidden)
 
 
 def _num_labels(batch: Texts) -> int:

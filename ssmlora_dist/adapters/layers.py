@@ -200,15 +200,14 @@ class LoRALinear(nn.Module):
 
     @property
     def _dropout(self) -> Dropout:
-        call = self.call
-        return Dropout(self.dropout_id, self.dropout, 0 if call is None else call.first_token)
+        return Dropout(self.dropout_id, self.dropout)
 
     def _dropout_seeds(self, x_BSD: Tensor) -> Tensor | None:
-        """[B]; None where nothing is dropped."""
+        """[B,S]; None where nothing is dropped."""
         if not self.training or not self.dropout:
             return None
-        call = self.call or LayerCall(x_BSD.shape[:2])
-        return call.dropout_seeds(x_BSD.shape[0], x_BSD.device)
+        call = self.call or LayerCall(x_BSD.shape[:-1])
+        return call.dropout_seeds(x_BSD.device)
 
 
 class LayerCall:
@@ -216,20 +215,26 @@ class LayerCall:
 
     Args:
         shape: B and S.
-        dropout_seeds_B: int64, one for each row; None draws them when they are first asked for.
+        dropout_seeds_BS: int32, one for each token; None draws them when they are first asked for.
         state_BSAR: as it enters the layer; its axes are written one by one. None without any.
-        first_token: where the first of the tokens stands in its row, for the dropout.
+
+    Raises:
+        AdapterError: not one seed for each token.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        dropout_seeds_B: Tensor | None = None,
+        dropout_seeds_BS: Tensor | None = None,
         state_BSAR: Tensor | None = None,
-        first_token: int = 0,
     ) -> None:
-        self.shape, self.first_token = shape, first_token
-        self._seeds_B = dropout_seeds_B
+        if dropout_seeds_BS is not None and dropout_seeds_BS.shape != torch.Size(shape):
+            raise AdapterError(
+                f"dropout_seeds: shape {list(dropout_seeds_BS.shape)} given; allowed: {list(shape)}, one "
+                "int32 for each token; make those of a sample with `ops.dropout.token_seeds`"
+            )
+        self.shape = shape
+        self._seeds_BS = dropout_seeds_BS
         self._columns = [] if state_BSAR is None else list(state_BSAR.unbind(2))
         self._read_BSD: Tensor | None = None
         self._through_BSD: Tensor | None = None
@@ -256,11 +261,11 @@ class LayerCall:
         assert self._by_row is not None
         return self._by_row
 
-    def dropout_seeds(self, num_rows: int, device: torch.device) -> Tensor:
-        """The seeds [B] of this call's rows, on `device`."""
-        seeds_B = self._seeds_B
-        self._seeds_B = draw_seeds(num_rows, device) if seeds_B is None else seeds_B.to(device)
-        return self._seeds_B
+    def dropout_seeds(self, device: torch.device) -> Tensor:
+        """The seeds [B,S] of this call's tokens, on `device`."""
+        seeds_BS = self._seeds_BS
+        self._seeds_BS = draw_seeds(self.shape, device) if seeds_BS is None else seeds_BS.to(device)
+        return self._seeds_BS
 
     def read(self, form: Form) -> Tensor:
         """The state that a form receives: [B,S,R] of its axis, or of all axes [B,S,A,R]."""

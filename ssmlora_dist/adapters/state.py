@@ -76,7 +76,7 @@ class AdaptedDecoderLayer(nn.Module):
             return super().__call__(hidden, *args, disabled=True, **kwargs)
         if dropout_seeds is None and self.training and any(adapter.dropout for adapter in self.adapters):
             hidden_BSD = hidden[0] if isinstance(hidden, tuple) else hidden
-            dropout_seeds = draw_seeds(hidden_BSD.shape[0], hidden_BSD.device)
+            dropout_seeds = draw_seeds(hidden_BSD.shape[:2], hidden_BSD.device)
         return super().__call__(hidden, *args, dropout_seeds=dropout_seeds, **kwargs)
 
     def forward(
@@ -84,17 +84,14 @@ class AdaptedDecoderLayer(nn.Module):
         hidden: Any,
         *args: Any,
         dropout_seeds: Tensor | None = None,
-        first_token: int = 0,
         disabled: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As without adapters; `dropout_seeds` [B] int64, one for each row, decide what is dropped.
+        """As without adapters; `dropout_seeds` [B,S] int32, one for each token, decide what is dropped.
 
-        Without them a layer that drops draws its own. Where the tokens of a row are split among processes,
-        `first_token` is the position in the row of the first one here: the whole row's mask is drawn.
-        If `disabled`, the base model's layer computes.
+        Without them a layer that drops draws its own. If `disabled`, the base model's layer computes.
         """
-        call = None if disabled else LayerCall(hidden.shape[:2], dropout_seeds, first_token=first_token)
+        call = None if disabled else LayerCall(hidden.shape[:2], dropout_seeds)
         with layer_context(self.adapters, call):
             return super().forward(hidden, *args, **kwargs)
 
@@ -136,7 +133,6 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
         hidden: Any,
         *args: Any,
         dropout_seeds: Tensor | None = None,
-        first_token: int = 0,
         disabled: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -152,7 +148,7 @@ class StatefulDecoderLayer(AdaptedDecoderLayer):
             hidden_BSD, state_BSAR = unpack(hidden, self.num_axes, self.rank)
         else:
             hidden_BSD, state_BSAR = hidden, self.initial_state(hidden)
-        call = LayerCall(hidden_BSD.shape[:2], dropout_seeds, state_BSAR, first_token)
+        call = LayerCall(hidden_BSD.shape[:2], dropout_seeds, state_BSAR)
         with layer_context(self.adapters, call):
             hidden_BSD = super(AdaptedDecoderLayer, self).forward(hidden_BSD, *args, **kwargs)
         if not isinstance(hidden_BSD, Tensor):

@@ -36,6 +36,8 @@ from ssmlora_dist.models import (
     stored_dtype,
     structure_of,
 )
+from ssmlora_dist.models.attention import packing_obstacle
+from ssmlora_dist.models.loading import attention_implementation
 from ssmlora_dist.models.location import locate_base
 from ssmlora_dist.models.stage import StageLayers
 from ssmlora_dist.models.structure import check_layers
@@ -50,17 +52,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def check_model(config: RunConfig, *, for_training: bool = True) -> None:
+def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bool = True) -> None:
     """Finds what is wrong with the backbone's place, structure and adapted projections, before it is loaded.
 
     Args:
         config: of the run.
+        device_type: where it computes.
         for_training: whether rows of `data` are going to be read by it.
 
     Raises:
         ModelError: with the remedy.
         AdapterError: a projection that the backbone has not, with the nearest.
-        ConfigError: rows may be longer than the backbone's positions.
+        ConfigError: rows may be longer than the backbone's positions, or are packed and its attention cannot
+            keep their samples apart.
     """
     model_config = shapes_of(config.model)
     limit = max_positions(model_config)
@@ -72,6 +76,16 @@ def check_model(config: RunConfig, *, for_training: bool = True) -> None:
                 "configuration a RoPE setting that reaches further (`rope_parameters` with a factor)"
             ]
         )
+    if for_training and config.data.packing:
+        device, dtype = torch.device(device_type), getattr(torch, config.model.compute_dtype)
+        attention = attention_implementation(config.model.attention, model_config, device, dtype)
+        if (obstacle := packing_obstacle(model_config, attention)) is not None:
+            raise ConfigError(
+                [
+                    f"data.packing: true given; {model_config.model_type} models cannot keep packed samples "
+                    f"apart: {obstacle}; set it to false"
+                ]
+            )
     model = empty_model(model_config, dtype=torch.bfloat16)
     structure = structure_of(model)
     check_layers(model)
@@ -297,10 +311,15 @@ def build_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset | ExampleStre
     train: Dataset | ExampleStream
     if source.streaming:
         reader = _reader(config, source, tokenizer, "train")
-        train = ExampleStream(reader, source.shuffle_buffer_size, config.run.seed)
+        train = ExampleStream(reader, source.shuffle_buffer_size, config.run.seed, row_tokens(config))
     else:
         train = _dataset(config, source, tokenizer, "train")
     return train, _dataset(config, validation, tokenizer, "validation") if validation else None
+
+
+def row_tokens(config: RunConfig) -> int | None:
+    """Tokens of the rows that training samples share; None: each has its own."""
+    return config.data.max_length if config.data.packing else None
 
 
 def _dataset(config: RunConfig, source: SourceSection, tokenizer: Any, partition: Partition) -> Dataset:

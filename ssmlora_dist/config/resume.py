@@ -60,6 +60,7 @@ RULES = (
     ResumeRule("data.validation.*", True, "nothing is trained on it; the best loss is sought anew"),
     ResumeRule("data.max_length", False, "it decides which examples there are"),
     ResumeRule("data.too_long", False, "it decides which examples there are"),
+    ResumeRule("data.packing", False, "examples seen are counted in rows"),
     ResumeRule("training.max_steps", True, "train for longer; a decaying schedule is stretched with it"),
     ResumeRule("training.num_epochs", True, "train for longer; a decaying schedule is stretched with it"),
     ResumeRule("training.global_batch_size", False, "steps done and examples seen are counted in it"),

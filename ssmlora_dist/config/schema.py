@@ -143,6 +143,8 @@ class DataSection(Section):
     """Longest row in tokens, prompt and answer together."""
     too_long: Literal["drop", "truncate", "refuse"] = "drop"
     """What happens to longer rows: left out, cut in the prompt, or an error; `text` is always split."""
+    packing: bool = False
+    """Trains on rows of up to `max_length` tokens that several samples share, none of which sees another."""
 
 
 class TrainingSection(Section):
@@ -153,7 +155,7 @@ class TrainingSection(Section):
     num_epochs: float | None = Field(default=None, gt=0)
     """Number of passes over the training data; give this or `max_steps`."""
     global_batch_size: int = Field(default=16, ge=1)
-    """Sequences per optimiser step, over all ranks and micro-batches."""
+    """Sequences, or packed rows, per optimiser step, over all ranks and micro-batches."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Sequences per rank in one forward pass; gradient accumulation follows from it."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"

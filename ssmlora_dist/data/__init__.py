@@ -15,6 +15,7 @@ from ssmlora_dist.data.loader import (
     GlobalBatches,
     evaluation_batches,
     num_steps_of,
+    rows_of_epoch,
 )
 from ssmlora_dist.data.retrieval import generate_retrieval
 from ssmlora_dist.data.sources import resolve_revision
@@ -42,4 +43,5 @@ __all__ = [
     "num_steps_of",
     "read_dataset",
     "resolve_revision",
+    "rows_of_epoch",
 ]

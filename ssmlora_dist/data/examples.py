@@ -51,6 +51,12 @@ class Example:
         return len(self.input_ids)
 
     @property
+    def scored_tokens(self) -> NDArray[np.bool_]:
+        """Which tokens count for the exact match, [S]."""
+        is_target = self.labels != IGNORE_INDEX
+        return is_target if self.num_scored is None else is_target & (is_target.cumsum() <= self.num_scored)
+
+    @property
     def num_targets(self) -> int:
         """How many tokens the loss is taken over."""
         return int(np.count_nonzero(self.labels != IGNORE_INDEX))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.data.accounts import DatasetReport
-from ssmlora_dist.data.collation import collate
+from ssmlora_dist.data.collation import Row, collate
 from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, Example
+from ssmlora_dist.data.packing import pack
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class BatchShape:
     """How a global batch is shared out.
 
     Args:
-        global_batch_size: examples of one step over all ranks; a multiple of `micro_batch_size` times
-            `data_parallel_size`.
-        micro_batch_size: examples of one forward pass.
+        global_batch_size: rows of one step over all ranks, each an example or packed; a multiple of
+            `micro_batch_size` times `data_parallel_size`.
+        micro_batch_size: rows of one forward pass.
         data_parallel_rank: this rank.
         data_parallel_size: the number of ranks that share the batch.
         pad_token_id: what fills a batch's shorter rows.
+        dropout_seed: of what adapters drop; None: nothing.
 
     Raises:
         ValueError: the sizes do not divide.
@@ -37,6 +39,7 @@ class BatchShape:
     data_parallel_rank: int
     data_parallel_size: int
     pad_token_id: int
+    dropout_seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.global_batch_size % (self.micro_batch_size * self.data_parallel_size):
@@ -45,60 +48,69 @@ class BatchShape:
                 f"{self.micro_batch_size} x {self.data_parallel_size} data-parallel ranks"
             )
 
-    def micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
-        """This rank's micro-batches of a global batch, collated."""
+    def micro_batches(self, rows: Sequence[Row], step: int) -> list[Batch]:
+        """This rank's micro-batches of global batch `step`, which has these rows."""
+        seeds = self.dropout_seeds([len(row) for row in rows], step)
         share = self.global_batch_size // self.data_parallel_size
         begin = self.data_parallel_rank * share
-        return [
-            collate(examples[k : k + self.micro_batch_size], self.pad_token_id)
-            for k in range(begin, begin + share, self.micro_batch_size)
+        chosen = [
+            slice(k, k + self.micro_batch_size) for k in range(begin, begin + share, self.micro_batch_size)
         ]
+        return [collate(rows[k], self.pad_token_id, seeds[k] if seeds else None) for k in chosen]
 
-    def dropout_seeds(self, step: int, seed: int) -> list[Tensor]:
-        """A seed for each row of this rank's micro-batches of global batch `step`, each [B] int64.
+    def dropout_seeds(self, num_examples: Sequence[int], step: int) -> list[list[int]] | None:
+        """A seed for each example of global batch `step`, by row; None where nothing is dropped.
 
-        It depends on `seed`, the step and the row's place in the global batch alone: on any number of ranks
-        and with any micro-batch an example drops the same.
+        It depends on `dropout_seed`, the step and the example's place in the global batch alone: on any
+        number of ranks and with any micro-batch an example drops the same.
         """
+        if self.dropout_seed is None:
+            return None
         # With a spawn key, so that it is no sequence of an epoch's order.
-        sequence = np.random.SeedSequence(seed, spawn_key=(step,))
-        words = sequence.generate_state(self.global_batch_size, np.uint64).astype(np.int64)
-        share = self.global_batch_size // self.data_parallel_size
-        begin = self.data_parallel_rank * share
-        return list(torch.from_numpy(words)[begin : begin + share].split(self.micro_batch_size))
+        sequence = np.random.SeedSequence(self.dropout_seed, spawn_key=(step,))
+        words = iter(sequence.generate_state(sum(num_examples), np.uint64).astype(np.int64).tolist())
+        return [[next(words) for _ in range(number)] for number in num_examples]
 
 
 class GlobalBatches:
     """The global batches of a run over examples that are in memory, and one rank's share of each.
 
-    The examples are an endless row, a fresh permutation for each epoch, and global batch `step` is the next
-    `global_batch_size` of it: a batch may span the end of an epoch and no example is left out. The row
-    depends on the seed alone, so a run goes on at any step, on any number of ranks, with the batches it would
-    have had, and has no position to save.
+    Rows of examples, in order, are endless: in each epoch every example once, in a fresh order. Global batch
+    `step` is the next `global_batch_size` rows: it may span the end of an epoch and no example is left out.
+    The order depends on the seed alone, so a run goes on at any step, on any number of ranks, with the
+    batches it would have had, and has no position to save.
 
     Args:
         dataset: the examples.
         shape: of the batches.
         seed: of the order.
+        row_tokens: several examples share a row, of at most so many tokens; None: each has its own.
     """
 
-    def __init__(self, dataset: Dataset, shape: BatchShape, seed: int) -> None:
+    def __init__(self, dataset: Dataset, shape: BatchShape, seed: int, row_tokens: int | None = None) -> None:
         self._dataset, self._shape, self._seed = dataset, shape, seed
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._row_tokens = row_tokens
+        self._epoch = 0
+        self._rows = self._rows_of(0)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return len(self._rows)
 
     def num_steps(self, num_epochs: float) -> int:
         """Steps that are needed for `num_epochs` passes over the examples."""
-        return num_steps_of(num_epochs, len(self._dataset), self._shape.global_batch_size)
+        return num_steps_of(num_epochs, self.num_rows, self._shape.global_batch_size)
 
-    def indices(self, step: int) -> list[int]:
-        """The examples of global batch `step` (from 0), in order, the same on every rank."""
+    def indices(self, step: int) -> list[list[int]]:
+        """The examples of global batch `step` (from 0), by row, in order, the same on every rank."""
         size = self._shape.global_batch_size
-        return [self._index_at(position) for position in range(step * size, (step + 1) * size)]
+        return [self._row_at(position) for position in range(step * size, (step + 1) * size)]
 
-    def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
-        """This rank's micro-batches of global batch `step`, collated."""
-        return self._shape.micro_batches([self._dataset[index] for index in self.indices(step)])
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of global batch `step`."""
+        rows = [[self._dataset[index] for index in row] for row in self.indices(step)]
+        return self._shape.micro_batches(rows, step)
 
     @property
     def report(self) -> DatasetReport:
@@ -111,12 +123,36 @@ class GlobalBatches:
     def close(self) -> None:
         """There is nothing to end."""
 
-    def _index_at(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self._dataset))
+    def _row_at(self, position: int) -> list[int]:
+        epoch, offset = divmod(position, self.num_rows)
         if epoch != self._epoch:
-            self._order = permutation(len(self._dataset), self._seed, epoch)
-            self._epoch = epoch
-        return int(self._order[offset])
+            self._rows, self._epoch = self._rows_of(epoch), epoch
+        return [int(index) for index in self._rows[offset]]
+
+    def _rows_of(self, epoch: int) -> Sequence[Any]:
+        return rows_of_epoch(self._dataset, self._seed, epoch, self._row_tokens)
+
+
+def rows_of_epoch(dataset: Dataset, seed: int, epoch: int, row_tokens: int | None) -> Sequence[Any]:
+    """The examples of each row, in the order of training; as many rows in every epoch.
+
+    Args:
+        dataset: the examples.
+        seed: of the order.
+        epoch: from 0.
+        row_tokens: see `GlobalBatches`.
+    """
+    order = permutation(len(dataset), seed, epoch)
+    if row_tokens is None:
+        rows: Sequence[Any] = order[:, None]  # type: ignore[assignment]
+        return rows
+    lengths = [example.num_tokens for example in dataset.examples]
+    return shuffled(pack(lengths, order.tolist(), row_tokens), seed, epoch)
+
+
+def shuffled(rows: list[list[int]], *seeds: int) -> list[list[int]]:
+    """Packed rows in an order that `seeds` decide: they come with the longest samples first."""
+    return [rows[k] for k in permutation(len(rows), *seeds, len(rows))]
 
 
 def permutation(length: int, *seeds: int) -> NDArray[np.int64]:
@@ -131,12 +167,12 @@ class EvaluationBatch:
     """A batch of one rank.
 
     Args:
-        tensors: as from `collate`.
+        batch: that asks for scores.
         indices: for each row its example's index in the data set, or None for a row that only fills the
             batch: a repeated example whose labels are all `IGNORE_INDEX`.
     """
 
-    tensors: dict[str, Tensor]
+    batch: Batch
     indices: list[int | None]
 
 
@@ -165,14 +201,14 @@ def evaluation_batches(
         # Dealt in turn, so that a last round which is not full is spread over the ranks.
         mine = chosen[rank::size]
         rows = [filler if index is None else dataset[index] for index in mine]
-        yield EvaluationBatch(collate(rows, pad_token_id), mine)
+        yield EvaluationBatch(collate([[row] for row in rows], pad_token_id, is_scored=True), mine)
 
 
 def _without_labels(example: Example) -> Example:
     return replace(example, labels=np.full_like(example.labels, IGNORE_INDEX))
 
 
-def num_steps_of(num_epochs: float, num_examples: int, global_batch_size: int) -> int:
-    """Steps that are needed for `num_epochs` passes over so many examples."""
+def num_steps_of(num_epochs: float, num_rows: int, global_batch_size: int) -> int:
+    """Steps that are needed for `num_epochs` passes over so many rows."""
     # Rounding first keeps 0.1 x 30 from being a hair over 3.
-    return max(1, math.ceil(round(num_epochs * num_examples / global_batch_size, 6)))
+    return max(1, math.ceil(round(num_epochs * num_rows / global_batch_size, 6)))

@@ -7,13 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.data.accounts import DatasetReport
 from ssmlora_dist.data.building import ExampleReader
 from ssmlora_dist.data.contents import RecordsDigest
 from ssmlora_dist.data.examples import Dataset, Example
-from ssmlora_dist.data.loader import BatchShape, permutation
+from ssmlora_dist.data.loader import BatchShape, permutation, shuffled
+from ssmlora_dist.data.packing import pack
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.progress import progress
 
@@ -25,7 +25,7 @@ class Position:
     Attributes:
         epoch: passes over the source that are complete.
         num_records: records of this pass that come before the block.
-        offset: examples of the block that are used.
+        offset: rows of the block that are used.
         report: what became of the rows of all blocks before this one, as `DatasetReport`.
         num_read: records of this pass that were read to come here, those of the block included once any
             example of it is used.
@@ -48,20 +48,20 @@ class Block:
 
     Attributes:
         begin: position of its first example.
-        examples: in the order of training.
+        rows: in the order of training.
         report: what became of the rows of this block and all before it.
         num_read: records of this pass to the end of the block.
         sha256: of these records.
     """
 
     begin: Position
-    examples: list[Example]
+    rows: list[list[Example]]
     report: DatasetReport
     num_read: int
     sha256: str
 
     def position(self, offset: int) -> Position:
-        """Where training stands once so many of the examples are used."""
+        """Where training stands once so many of the rows are used."""
         if not offset:
             return self.begin
         return replace(self.begin, offset=offset, num_read=self.num_read, sha256=self.sha256)
@@ -77,10 +77,14 @@ class ExampleStream:
         reader: of the source.
         block_size: how many examples are shuffled among each other; 1: none.
         seed: of the order.
+        row_tokens: examples of a block share rows, of at most so many tokens; None: each has its own.
     """
 
-    def __init__(self, reader: ExampleReader, block_size: int, seed: int) -> None:
+    def __init__(
+        self, reader: ExampleReader, block_size: int, seed: int, row_tokens: int | None = None
+    ) -> None:
         self._reader, self._block_size, self._seed = reader, block_size, seed
+        self._row_tokens = row_tokens
         self._closed = False
 
     def sample(self) -> Dataset:
@@ -90,8 +94,9 @@ class ExampleStream:
             DataError: as of `blocks`.
         """
         with progress(f"reading the first records of {self._reader.name}"):
-            first = next(block for block in self.blocks(Position()) if block.examples)
-        return Dataset(first.examples, first.report, frozenset(self._reader.closings))
+            first = next(block for block in self.blocks(Position()) if block.rows)
+        examples = [example for row in first.rows for example in row]
+        return Dataset(examples, first.report, frozenset(self._reader.closings))
 
     def check(self, position: Mapping[str, Any]) -> None:
         """Reads to where training stood.
@@ -167,9 +172,14 @@ class ExampleStream:
     def _block(
         self, begin: Position, examples: list[Example], report: DatasetReport, seen: RecordsDigest
     ) -> Block:
-        order = permutation(len(examples), self._seed, begin.epoch, begin.num_records)
-        ordered = [examples[i] for i in order]
-        return Block(begin, ordered, report, seen.num_records, seen.sha256)
+        seeds = (self._seed, begin.epoch, begin.num_records)
+        order = permutation(len(examples), *seeds).tolist()
+        rows = [[index] for index in order]
+        if self._row_tokens is not None:
+            lengths = [example.num_tokens for example in examples]
+            rows = shuffled(pack(lengths, order, self._row_tokens), *seeds)
+        of_rows = [[examples[index] for index in row] for row in rows]
+        return Block(begin, of_rows, report, seen.num_records, seen.sha256)
 
 
 class StreamedBatches:
@@ -191,7 +201,7 @@ class StreamedBatches:
         self,
         stream: ExampleStream,
         shape: BatchShape,
-        on_main: Callable[[Callable[[], list[Example]]], list[Example]],
+        on_main: Callable[[Callable[[], list[list[Example]]]], list[list[Example]]],
         first_step: int = 0,
         start: Mapping[str, Any] | None = None,
     ) -> None:
@@ -206,13 +216,13 @@ class StreamedBatches:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._report = DatasetReport(**begin.report)
 
-    def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
-        """This rank's micro-batches of global batch `step`, collated.
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of global batch `step`.
 
         Raises:
             DataError: the records to come cannot be used.
         """
-        return self._shape.micro_batches(self._on_main(lambda: self._take(step)))
+        return self._shape.micro_batches(self._on_main(lambda: self._take(step)), step)
 
     @property
     def report(self) -> DatasetReport:
@@ -236,11 +246,11 @@ class StreamedBatches:
         """
         self._advance()
 
-    def _take(self, step: int) -> list[Example]:
-        size, taken = self._shape.global_batch_size, list[Example]()
+    def _take(self, step: int) -> list[list[Example]]:
+        size, taken = self._shape.global_batch_size, list[list[Example]]()
         block = self._block or self._advance()
         while True:
-            more = block.examples[self._offset : self._offset + size - len(taken)]
+            more = block.rows[self._offset : self._offset + size - len(taken)]
             taken += more
             self._offset += len(more)
             if len(taken) == size:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssmlora_dist.batches import Batch, count
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.optimizer_state import (
@@ -19,9 +20,7 @@ from ssmlora_dist.distributed.optimizer_state import (
     restore_optimizer_state,
 )
 
-Batch = Mapping[str, Tensor]
 Check = Callable[[], None]
-IGNORED_LABEL = -100
 RATE_RATIO = "rate_ratio"
 """Key of an optimiser's parameter groups: their learning rate over that of the step; without it 1."""
 
@@ -38,6 +37,7 @@ class StepResult:
         loss: mean cross-entropy over the target tokens of the global batch, in nats.
         grad_norm: global gradient norm before clipping; not finite when the step was skipped.
         num_tokens: tokens computed, padding included.
+        num_padding_tokens: of these the padding.
         num_target_tokens: tokens with a loss.
         skipped: whether loss or gradients were not finite, so that nothing was updated.
         loss_scale: that the gradients were computed with; None without loss scaling.
@@ -47,6 +47,7 @@ class StepResult:
     loss: float
     grad_norm: float
     num_tokens: int
+    num_padding_tokens: int
     num_target_tokens: int
     skipped: bool
     loss_scale: float | None = None
@@ -57,7 +58,7 @@ class DataParallelEngine:
     """Data-parallel training of a model's adapters, at any ZeRO stage.
 
     Args:
-        model: a module whose forward takes a batch's tensors by name and returns the sum of the token losses.
+        model: a module whose forward takes a batch and returns the sum of the token losses.
         parameters: what is trained, by full name.
         optimizer: over exactly these parameters, their groups with a `RATE_RATIO`.
         config: DeepSpeed's dictionary (`ds_config.deepspeed_config`).
@@ -107,28 +108,25 @@ class DataParallelEngine:
                 undone: after that no other can be made.
         """
         set_learning_rate(self.engine.optimizer, learning_rate)
-        counts = [
-            sum(count_targets(batch) for batch in micro_batches),
-            sum(b["labels"].numel() for b in micro_batches),
-        ]
-        num_targets, num_tokens = (int(count) for count in self.context.sum(counts))
+        counts = tuple(int(number) for number in self.context.sum(count(micro_batches)))
+        num_targets = counts[0]
         # DeepSpeed averages gradients over the ranks; the mean wanted is over the tokens of all of them.
         loss_scale = self.loss_scale.value if self.loss_scale else 1.0
         scale = loss_scale * self.context.world_size / num_targets
         # All of them now: each copy to a device waits for what the device is at.
-        on_device = [to_device(batch, self.context.device) for batch in micro_batches]
+        on_device = [batch.to(self.context.device) for batch in micro_batches]
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.context.device)
         self.module.train()
         for index, batch in enumerate(on_device):
             check()
             self.engine.set_gradient_accumulation_boundary(index == len(on_device) - 1)
-            loss = self.engine(**batch)
+            loss = self.engine(batch)
             # 0 x infinity: a loss that is not finite makes the gradients so, and every stage skips the step.
             self.engine.backward(loss * (scale + 0.0 * loss.detach()), scale_wrt_gas=False)
             loss_sum += loss.detach()
         loss_mean = self.context.sum([float(loss_sum)])[0] / num_targets
         grad_norm, skipped = self._update(loss_scale)
-        return step_result(loss_mean, grad_norm, num_tokens, num_targets, skipped, self.loss_scale)
+        return step_result(loss_mean, grad_norm, counts, skipped, self.loss_scale)
 
     def _update(self, loss_scale: float) -> tuple[float, bool]:
         if self.zero_stage > 0:
@@ -145,7 +143,7 @@ class DataParallelEngine:
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """What the module returns for each of this rank's batches, in evaluation mode."""
         self.module.eval()
-        return [self.module(**to_device(batch, self.context.device)) for batch in batches]
+        return [self.module(batch.to(self.context.device)) for batch in batches]
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU; every rank must call it."""
@@ -167,17 +165,25 @@ class DataParallelEngine:
 def step_result(
     loss: float,
     grad_norm: float,
-    num_tokens: int,
-    num_target_tokens: int,
+    counts: tuple[int, ...],
     skipped: bool,
     loss_scale: LossScale | None,
 ) -> StepResult:
-    """What a step has done; the loss scale goes on to that of the next step."""
+    """What a step has done; the loss scale goes on to that of the next step.
+
+    Args:
+        loss: see `StepResult`.
+        grad_norm: see there.
+        counts: over all ranks, as `batches.count` gives them for one.
+        skipped: see there.
+        loss_scale: of the run.
+    """
+    num_targets, num_tokens, num_padding = counts
+    result = StepResult(loss, grad_norm, num_tokens, num_padding, num_targets, skipped)
     if loss_scale is None:
-        return StepResult(loss, grad_norm, num_tokens, num_target_tokens, skipped)
+        return result
     used = loss_scale.value
-    halved = loss_scale.update(loss, grad_norm)
-    return StepResult(loss, grad_norm, num_tokens, num_target_tokens, skipped, used, halved)
+    return replace(result, loss_scale=used, scale_halved=loss_scale.update(loss, grad_norm))
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
@@ -195,16 +201,6 @@ def unscaled_by(optimizer: Any, loss_scale: float) -> Iterator[None]:
     optimizer.loss_scale = loss_scale
     yield
     optimizer.loss_scale = 1.0
-
-
-def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """A batch with its tensors on `device`."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def count_targets(batch: Batch) -> int:
-    """Target tokens of a batch: labels that are not -100, the first position of each row aside."""
-    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
 
 
 def squared_norms(parameters: Mapping[str, nn.Parameter], loss_scale: float = 1.0) -> dict[str, float]:

@@ -22,19 +22,17 @@ from deepspeed.runtime.pipe import schedule as ds_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
+from ssmlora_dist.batches import Batch, count
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.engine import (
-    Batch,
     Check,
     StepResult,
     clip_coefficient,
-    count_targets,
     no_check,
     scale_gradients,
     set_learning_rate,
     squared_norms,
     step_result,
-    to_device,
     unscaled_by,
 )
 from ssmlora_dist.distributed.loss_scale import LossScale
@@ -110,22 +108,18 @@ class PipelineParallelEngine:
         """
         check()
         set_learning_rate(self.engine.optimizer, learning_rate)
-        counts = [
-            sum(count_targets(batch) for batch in micro_batches),
-            sum(batch["labels"].numel() for batch in micro_batches),
-        ]
         # Every stage counts the same micro-batches.
-        num_targets, num_tokens = (int(count) // self.num_stages for count in self.context.sum(counts))
+        totals = self.context.sum(count(micro_batches))
+        counts = tuple(int(number) // self.num_stages for number in totals)
+        num_targets = counts[0]
         self.stage.train()
-        on_device = [to_device(batch, self.context.device) for batch in micro_batches]
+        on_device = [batch.to(self.context.device) for batch in micro_batches]
         loss_scale = self.loss_scale.value if self.loss_scale else 1.0
         outcome = self.engine.run_step(
             on_device, self.context.world_size / self.num_stages / num_targets, loss_scale
         )
         loss_mean = self.context.sum([float(outcome.loss_sum)])[0] / num_targets
-        return step_result(
-            loss_mean, outcome.grad_norm, num_tokens, num_targets, outcome.skipped, self.loss_scale
-        )
+        return step_result(loss_mean, outcome.grad_norm, counts, outcome.skipped, self.loss_scale)
 
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """Scores of this replica's batches, on every stage; the stages work on different batches at once."""
@@ -133,8 +127,8 @@ class PipelineParallelEngine:
         results = []
         with torch.no_grad():
             for batch in batches:
-                tensors = to_device(batch, self.context.device)
-                output = self.stage(self.engine.receive_activations(tensors), **tensors)
+                on_device = batch.to(self.context.device)
+                output = self.stage(self.engine.receive_activations(on_device), on_device)
                 if self.engine.is_last_stage():
                     # Off the device: another rank would find its own in their place.
                     results.append(type(output)(*(values.cpu() for values in output)))
@@ -187,7 +181,7 @@ class _StageEngine(PipelineEngine):
         self.ahead = recompute_ahead and not self.is_last_stage()
         self.partial_forwards: dict[int, _PartialForward] = {}
 
-    def run_step(self, batches: Sequence[dict[str, Tensor]], scale: float, loss_scale: float) -> _StageEngine:
+    def run_step(self, batches: Sequence[Batch], scale: float, loss_scale: float) -> _StageEngine:
         """Forward and backward of all micro-batches and one update; the outcome is in the attributes.
 
         The gradients are those of `scale` times the loss, and on their way through the stages `loss_scale`
@@ -201,11 +195,11 @@ class _StageEngine(PipelineEngine):
         self._exec_schedule(self._train_schedule())
         return self
 
-    def receive_activations(self, batch: dict[str, Tensor]) -> Tensor | None:
+    def receive_activations(self, batch: Batch) -> Tensor | None:
         """The tensor [B,S,W] that the stage before sends for `batch`; None at the first stage."""
         if self.is_first_stage():
             return None
-        shape = (*batch["input_ids"].shape, self.stage_module.boundary_width)
+        shape = (*batch.shape, self.stage_module.boundary_width)
         received_BSW = torch.empty(shape, dtype=self.boundary_dtype, device=self.device)
         p2p.recv(received_BSW, self.prev_stage)
         return received_BSW
@@ -224,13 +218,12 @@ class _StageEngine(PipelineEngine):
         self.num_forwards += 1
         received_BSW = None if self.is_first_stage() else self.pipe_buffers["inputs"][buffer_id]
         if not self.ahead:
-            self.pipe_buffers["outputs"][buffer_id] = self.stage_module(received_BSW, **batch)
+            self.pipe_buffers["outputs"][buffer_id] = self.stage_module(received_BSW, batch)
             return
-        inputs = {name: batch[name] for name in batch if name != "labels"}
-        partial_BSW = self.stage_module.begin(received_BSW, **inputs)
-        self.partial_forwards[buffer_id] = _PartialForward(inputs, partial_BSW, _rng_state(self.device))
+        partial_BSW = self.stage_module.begin(received_BSW, batch)
+        self.partial_forwards[buffer_id] = _PartialForward(batch, partial_BSW, _rng_state(self.device))
         with torch.no_grad():
-            self.pipe_buffers["outputs"][buffer_id] = self.stage_module.finish(partial_BSW, **inputs)
+            self.pipe_buffers["outputs"][buffer_id] = self.stage_module.finish(partial_BSW, batch)
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         p2p.send(self.pipe_buffers["outputs"][buffer_id].detach(), self.next_stage)
@@ -248,7 +241,7 @@ class _StageEngine(PipelineEngine):
             partial.detached_BSW = partial.tensor_BSW.detach().requires_grad_()
         with _with_rng_state(self.device, partial.rng_state):
             self.pipe_buffers["outputs"][buffer_id] = self.stage_module.finish(
-                partial.detached_BSW, **partial.inputs
+                partial.detached_BSW, partial.batch
             )
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
@@ -309,7 +302,7 @@ class _PartialForward:
     `detached_BSW` is `tensor_BSW` cut from its graph, so that it collects the gradient for it.
     """
 
-    inputs: dict[str, Tensor]
+    batch: Batch
     tensor_BSW: Tensor | None
     rng_state: tuple[Tensor, Tensor | None]
     detached_BSW: Tensor | None = None

@@ -6,6 +6,7 @@ Shapes: B batch, S tokens, D hidden size, N supervised tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.errors import ModelError
+from ssmlora_dist.models.attention import rows_of, segment_attention
 from ssmlora_dist.models.structure import decoder_layers
 from ssmlora_dist.quantization import keep_weights_of_recompute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORED_LABEL = -100
 COMPARED_WORDS = 7
 # Float32 logits of several units; one product either way, so that no more than rounding may differ.
 HEAD_TOLERANCE = 1e-5
@@ -137,47 +139,45 @@ class CausalLMLoss(nn.Module):
     def __init__(self, model: PreTrainedModel, chunk_size: int) -> None:
         super().__init__()
         self.model = model
+        segment_attention(model)
         logit_cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.uses_own_logits = not _is_the_models_own(model, logit_cap)
         head: Any = None if self.uses_own_logits else model.get_output_embeddings()
         self.head = ChunkedHead(head, chunk_size, logit_cap)
 
-    def forward(self, labels: Tensor, scored: Tensor | None = None, **inputs: Tensor) -> Any:
+    def forward(self, batch: Batch) -> Any:
         """Sum of the cross-entropies of the supervised tokens, a float32 scalar, in nats.
 
-        Args:
-            labels: [B,S], -100 where there is no loss; token t is predicted from the tokens before it.
-            scored: [B,S] bool; when given, `Scores` are returned instead, without gradients: which of the
-                supervised tokens count for the exact match.
-            inputs: `input_ids`, `attention_mask`, `position_ids`, each [B,S]; `dropout_seeds`, [B] int64.
+        `Scores` without gradients for a batch that says what is scored.
         """
-        if scored is not None:
-            with torch.no_grad():
-                return self._scores(labels, scored, inputs)
-        headed_ND, targets_N, _ = self._supervised(labels, inputs)
-        return self.head(headed_ND, targets_N)
+        with rows_of(batch, self.model) as inputs:
+            return self.of(batch, inputs)
 
-    def _scores(self, labels: Tensor, scored: Tensor, inputs: dict[str, Tensor]) -> Scores:
-        headed_ND, targets_N, rows_N = self._supervised(labels, inputs)
-        scored_N = scored[:, 1:][labels[:, 1:] != IGNORED_LABEL]
-        loss_N, missed_N = self.head(headed_ND, targets_N, per_token=True)
-        num_rows = labels.shape[0]
+    def of(self, batch: Batch, inputs: Mapping[str, Any]) -> Any:
+        """The same for inputs of the decoder other than the batch's, within `rows_of`."""
+        if batch.scored is not None:
+            with torch.no_grad():
+                return self._scores(batch, batch.scored, inputs)
+        return self.head(self._supervised(batch, inputs), batch.targets)
+
+    def _scores(self, batch: Batch, scored_N: Tensor, inputs: Mapping[str, Any]) -> Scores:
+        loss_N, missed_N = self.head(self._supervised(batch, inputs), batch.targets, per_token=True)
+        num_rows, num_tokens = batch.shape
+        rows_N = batch.places // num_tokens
+        zeros_B = rows_N.new_zeros(num_rows)
         return Scores(
             loss_sums=loss_N.new_zeros(num_rows).index_add_(0, rows_N, loss_N),
-            num_targets=torch.bincount(rows_N, minlength=num_rows),
-            exact=rows_N.new_zeros(num_rows).index_add_(0, rows_N, (missed_N & scored_N).long()) == 0,
+            num_targets=zeros_B.index_add(0, rows_N, torch.ones_like(rows_N)),
+            exact=zeros_B.index_add(0, rows_N, (missed_N & scored_N).long()) == 0,
         )
 
-    def _supervised(self, labels: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the head is given for each target, the targets, and their rows."""
-        mask_BS = labels[:, 1:] != IGNORED_LABEL
-        targets_N, rows_N = labels[:, 1:][mask_BS], mask_BS.nonzero()[:, 0]
+    def _supervised(self, batch: Batch, inputs: Mapping[str, Any]) -> Tensor:
+        """What the head is given for each target, [N,D], or its logits [N,V]."""
         if self.uses_own_logits:
-            positions_K = mask_BS.any(0).nonzero()[:, 0]
-            logits_BKV = self.model(**inputs, use_cache=False, logits_to_keep=positions_K).logits
-            return logits_BKV[mask_BS[:, positions_K]], targets_N, rows_N
+            logits_BKV = self.model(**inputs, use_cache=False, logits_to_keep=batch.columns).logits
+            return logits_BKV.flatten(0, 1).index_select(0, batch.column_places)
         hidden_BSD = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-        return hidden_BSD[:, :-1][mask_BS], targets_N, rows_N
+        return hidden_BSD.flatten(0, 1).index_select(0, batch.places)
 
 
 class _PassThrough(nn.Module):

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.state import join_stages
+from ssmlora_dist.batches import Batch
+from ssmlora_dist.models.attention import rows_of, segment_attention
 from ssmlora_dist.models.loss import CausalLMLoss
 from ssmlora_dist.models.structure import Structure, keep_structure, structure_of
 
@@ -156,6 +158,7 @@ class PipelineStage(nn.Module):
         super().__init__()
         self.stage = stage
         self.model = model
+        segment_attention(model)
         self.loss = CausalLMLoss(model, chunk_size) if stage.is_last else None
         # In a tuple, so that what they share with the model keeps one name. The loss runs the decoder whole.
         structure = structure_of(model)
@@ -170,53 +173,46 @@ class PipelineStage(nn.Module):
                 is_last=stage.is_last and index == last,
             )
 
-    def forward(
-        self, received_BSW: Tensor | None, *, labels: Tensor, scored: Tensor | None = None, **inputs: Tensor
-    ) -> Any:
+    def forward(self, received_BSW: Tensor | None, batch: Batch) -> Any:
         """[B,S,W] for the next stage; at the last one, what `CausalLMLoss` returns.
 
         Args:
             received_BSW: from the stage before; None at the first.
-            labels: [B,S]; read by the last stage.
-            scored: [B,S] bool, to get scores.
-            inputs: `input_ids`, read by the first stage, `attention_mask`, of which every stage makes its own
-                masks, and `position_ids`, each [B,S]; `dropout_seeds`, [B] int64, read by every stage.
+            batch: whole; the first stage reads the token ids, the last one the targets.
         """
         if self.loss is not None:
-            with self._entering(received_BSW, inputs) as given:
-                return self.loss(labels=labels, scored=scored, **given)
-        return self.finish(self.begin(received_BSW, **inputs), **inputs)
+            with self._entering(received_BSW, batch) as given:
+                return self.loss.of(batch, given)
+        return self.finish(self.begin(received_BSW, batch), batch)
 
-    def begin(self, received_BSW: Tensor | None, **inputs: Tensor) -> Tensor | None:
+    def begin(self, received_BSW: Tensor | None, batch: Batch) -> Tensor | None:
         """[B,S,W] for `finish`, from the layers before its own; what was received, if it runs all."""
         if len(self._decoders) == 1:
             return received_BSW
-        return self._run(self._decoders[0], received_BSW, inputs)
+        return self._run(self._decoders[0], received_BSW, batch)
 
-    def finish(self, begun_BSW: Tensor | None, **inputs: Tensor) -> Tensor:
+    def finish(self, begun_BSW: Tensor | None, batch: Batch) -> Tensor:
         """[B,S,W] for the next stage, from what `begin` has returned."""
-        return self._run(self._decoders[-1], begun_BSW, inputs)
+        return self._run(self._decoders[-1], begun_BSW, batch)
 
-    def _run(self, decoder: Any, entering_BSW: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
-        with self._entering(entering_BSW, inputs) as given:
+    def _run(self, decoder: Any, entering_BSW: Tensor | None, batch: Batch) -> Tensor:
+        with self._entering(entering_BSW, batch) as given:
             decoder(**given, use_cache=False)
             leaving_BSW = _boundary.sent
         assert leaving_BSW is not None, "the last layer of the decoder has run"
         return leaving_BSW
 
     @contextmanager
-    def _entering(
-        self, entering_BSW: Tensor | None, inputs: dict[str, Tensor]
-    ) -> Iterator[dict[str, Tensor]]:
+    def _entering(self, entering_BSW: Tensor | None, batch: Batch) -> Iterator[dict[str, Any]]:
         """A decoder's inputs: token ids, or in their place a tensor that another one has sent."""
         _boundary.received = entering_BSW
         try:
-            if entering_BSW is None:
+            with rows_of(batch, self.model) as inputs:
+                if entering_BSW is not None:
+                    del inputs["input_ids"]
+                    # Only for its shape, dtype and place: the first layer is given what was sent.
+                    inputs["inputs_embeds"] = entering_BSW[..., : self._hidden_size]
                 yield inputs
-            else:
-                rest = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
-                # Only for its shape, dtype and place: the first layer is given what was sent.
-                yield {**rest, "inputs_embeds": entering_BSW[..., : self._hidden_size]}
         finally:
             _boundary.received = _boundary.sent = None
 

@@ -1,15 +1,16 @@
 """Dropout without memory: whether an element is kept is a pure function of its position.
 
-The position is (seed of the row, `dropout_id`, token in the row, component); an id is that of one adapter of
-one decoder layer. So a backward pass, a recompute and any split of batch or layers over processes find the
-mask that the forward pass had, and nothing is stored. CPU and CUDA, here and in Triton, give the same bits.
+The position is (seed of the token, `dropout_id`, component); an id is that of one adapter of one decoder
+layer, and the seed of a token is one of its sample's seed and of its place in the sample. So a backward pass,
+a recompute, packed rows and any split of batch, sequence or layers over processes find the mask that the
+forward pass had, and nothing is stored. CPU and CUDA, here and in Triton, give the same bits.
 
 Shapes: B batch, S tokens, C components; int32 arithmetic wraps around.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,17 +29,21 @@ class Dropout(NamedTuple):
     Attributes:
         dropout_id: which adapter of the model it is.
         probability: of dropping.
-        first_token: where the first of the tokens stands in its row, if the rows are split among processes.
     """
 
     dropout_id: int = 0
     probability: float = 0.0
-    first_token: int = 0
 
 
-def draw_seeds(num_rows: int, device: torch.device) -> Tensor:
-    """Seeds [B] int64 from torch's default CPU generator, which gradient checkpointing restores."""
-    return torch.randint(2**62, (num_rows,)).to(device)
+def token_seeds(sample_seed: int, num_tokens: int) -> Tensor:
+    """The seeds [S] int32 of a sample's tokens, on the CPU, from an int64 seed of its own."""
+    positions = torch.arange(num_tokens, dtype=torch.int32)
+    return _mixed(positions ^ _key(sample_seed, sample_seed >> 32))
+
+
+def draw_seeds(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Seeds int32 of `shape` from torch's default CPU generator, which gradient checkpointing restores."""
+    return torch.randint(-(2**31), 2**31, tuple(shape), dtype=torch.int32).to(device)
 
 
 def threshold(probability: float) -> int:
@@ -46,40 +51,30 @@ def threshold(probability: float) -> int:
     return min(round(probability * 2**32), 2**32 - 1) - 2**31
 
 
-def keep_mask(
-    seeds_B: Tensor, dropout_id: int, shape: tuple[int, ...], probability: float, first_token: int = 0
-) -> Tensor:
-    """Which elements are kept, bool of `shape` [...,S,C]; each is dropped with `probability`.
+def keep_mask(seeds: Tensor, dropout_id: int, num_components: int, probability: float) -> Tensor:
+    """Which elements are kept, bool [...,C]; each is dropped with `probability`.
 
     Args:
-        seeds_B: int64, one for each row of the batch, on the device of the mask.
+        seeds: of the tokens, [...] int32, on the device of the mask.
         dropout_id: which adapter.
-        shape: tokens and components last; what is before them counts as rows of the batch.
+        num_components: C.
         probability: of dropping.
-        first_token: where the first of the tokens stands in its row, if the rows are split among processes.
     """
-    *rows, num_tokens, num_components = shape
-    assert seeds_B.shape == (math.prod(rows),), "one seed for each row"
-    keys = [_key(seed, dropout_id) for seed in seeds_B.tolist()]
-    hash_ = torch.tensor(keys, dtype=torch.int32, device=seeds_B.device)
-    for first, number in ((first_token, num_tokens), (0, num_components)):
-        positions = torch.arange(first, first + number, dtype=torch.int32, device=seeds_B.device)
-        hash_ = _mixed(hash_.unsqueeze(-1) ^ positions)
-    return (hash_ >= threshold(probability)).view(shape)
+    hash_ = _mixed(seeds ^ _key(dropout_id))
+    components = torch.arange(num_components, dtype=torch.int32, device=seeds.device)
+    return _mixed(hash_.unsqueeze(-1) ^ components) >= threshold(probability)
 
 
-def dropout(
-    x_BSC: Tensor, seeds_B: Tensor, dropout_id: int, probability: float, first_token: int = 0
-) -> Tensor:
+def dropout(x_BSC: Tensor, seeds_BS: Tensor, dropout_id: int, probability: float) -> Tensor:
     """x [...,S,C]: what `keep_mask` drops is 0, the rest divided by 1 - probability; its own gradient."""
-    kept = keep_mask(seeds_B, dropout_id, tuple(x_BSC.shape), probability, first_token)
+    kept = keep_mask(seeds_BS, dropout_id, x_BSC.shape[-1], probability)
     return (x_BSC * kept).mul_(1 / (1 - probability))
 
 
-def _key(seed: int, dropout_id: int) -> int:
-    """The hash of an adapter's `dropout_id` and of both halves of a row's seed, as an int32."""
+def _key(*values: int) -> int:
+    """The hash of some numbers, of each its lower 32 bits, as an int32."""
     hash_ = START
-    for value in (dropout_id, seed, seed >> 32):
+    for value in values:
         hash_ = (hash_ ^ value) % 2**32
         for shift, factor in zip(SHIFTS, (*FACTORS, 1), strict=True):
             hash_ = (hash_ ^ hash_ >> shift) * factor % 2**32

@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
         state: received, in the dtype between layers; None for a form without one.
         parameters: by name.
         scaling: of the output, for forms with `scales_in_forward`.
-        seeds: of the dropout, int64, one for each row [B]; None keeps everything.
+        seeds: of the dropout, int32, one for each token [B,S]; None keeps everything.
         dropout: which adapter drops, and with what probability.
     """
 

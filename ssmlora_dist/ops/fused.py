@@ -39,19 +39,17 @@ def down_project(
     seeds: Tensor | None = None,
     dropout_id: int = 0,
     dropout: float = 0.0,
-    first_token: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """x, to be given to the frozen layers, and z = x W_a [B,S,R] for each of `weights`, in one product.
 
     Args:
         x_BSD: input of the frozen layers.
         weights: `lora_A` [R,D] of each adapter that reads x.
-        seeds: of the dropout on what `weights` read, int64, one for each row [B]; None keeps everything.
+        seeds: of the dropout on what `weights` read, int32, one for each token [B,S]; None keeps everything.
         dropout_id: which adapter draws.
         dropout: its probability.
-        first_token: where the first of the tokens stands in its row, for the dropout.
     """
-    rng_args = (dropout_id, dropout, first_token)
+    rng_args = (dropout_id, dropout)
     if not torch.is_grad_enabled():
         return x_BSD, list(_projections(x_BSD, seeds, rng_args, weights))
     through_BSD, *z = _DownProjection.apply(x_BSD, seeds, rng_args, *weights)  # type: ignore[no-untyped-call]
@@ -108,7 +106,7 @@ def add_delta(
         form: what is computed in between.
         parameters: the form's, by name.
         scaling: of the adapter's output.
-        seeds: of the form's dropout, int64, one for each row [B]; None keeps everything.
+        seeds: of the form's dropout, int32, one for each token [B,S]; None keeps everything.
         dropout: which adapter drops, and with what probability.
         in_place: y takes the place of `base`, which is lost.
 
@@ -130,7 +128,7 @@ def add_delta(
 class _DownProjection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float, int], *weights: Tensor
+        ctx: Any, x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float], *weights: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.rng_args = rng_args
@@ -194,7 +192,7 @@ class _Delta(torch.autograd.Function):
 
 
 def _projections(
-    x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float, int], weights: Sequence[Tensor]
+    x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float], weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     z = F.linear(_dropped(x, seeds, rng_args), _stacked(weights).to(x.dtype))
     return z.split(weights[0].shape[0], -1)
@@ -218,7 +216,7 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right).to(dtype)
 
 
-def _dropped(x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float, int]) -> Tensor:
+def _dropped(x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float]) -> Tensor:
     return x if seeds is None else torch.ops.ssmlora.dropout(x, seeds, *rng_args)
 
 

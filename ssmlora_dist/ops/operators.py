@@ -76,7 +76,7 @@ def _fake_dropout(x: Tensor, *_: Any) -> Tensor:
 
 register_operator(
     dropout,
-    "(Tensor x, Tensor seeds, int dropout_id, float probability, int first_token) -> Tensor",
+    "(Tensor x, Tensor seeds, int dropout_id, float probability) -> Tensor",
     _fake_dropout,
     "ssmlora_dist.ops.triton_dropout",
 )

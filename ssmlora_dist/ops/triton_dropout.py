@@ -34,19 +34,17 @@ def _absorb(hash, value):
 
 
 @triton.jit
-def is_kept(seeds_ptr, dropout_id, tokens, T, components, num_positions, first_token, threshold):
+def is_kept(seeds_ptr, dropout_id, tokens, T, components, threshold):
     """`dropout.keep_mask` of tokens [BT], of T, and components [C], as [BT,C]."""
-    seeds = tl.load(seeds_ptr + tokens // num_positions, tokens < T, 0)
+    seeds = tl.load(seeds_ptr + tokens, tokens < T, 0)
     hash = _absorb(_absorb(_START, dropout_id), seeds)
-    hash = _absorb(hash, seeds >> 32)
-    hash = _absorb(hash, tokens % num_positions + first_token)
     hash = _absorb(hash[:, None], components[None, :])
     return hash.to(tl.int32, bitcast=True) >= threshold
 
 
-@triton.jit(do_not_specialize=["dropout_id", "num_positions", "first_token", "threshold"])
+@triton.jit(do_not_specialize=["dropout_id", "threshold"])
 def _dropout_kernel(
-    x_ptr, y_ptr, seeds_ptr, x_stride, num_positions, first_token, dropout_id, threshold, keep_scale,
+    x_ptr, y_ptr, seeds_ptr, x_stride, dropout_id, threshold, keep_scale,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
@@ -54,17 +52,17 @@ def _dropout_kernel(
     inside = (components < C)[None, :]
     x = tl.load(x_ptr + token[:, None] * x_stride + components[None, :], inside, 0.0)
     T = tl.num_programs(0)
-    kept = is_kept(seeds_ptr, dropout_id, token, T, components, num_positions, first_token, threshold)
+    kept = is_kept(seeds_ptr, dropout_id, token, T, components, threshold)
     y = tl.where(kept, x.to(tl.float32) * keep_scale, 0.0)
     tl.store(y_ptr + token[:, None] * C + components[None, :], y, inside)
 
 
-def dropout(x_BSC: Tensor, seeds: Tensor, dropout_id: int, probability: float, first_token: int) -> Tensor:
+def dropout(x_BSC: Tensor, seeds: Tensor, dropout_id: int, probability: float) -> Tensor:
     """See `dropout.dropout`."""
     x = rows(x_BSC)
     y = x_BSC.new_empty(x_BSC.shape)
     grid = (x.shape[0], triton.cdiv(x.shape[1], DROPOUT_BLOCK))
-    args = rng_kernel_args(x_BSC, probability, dropout_id, first_token)
+    args = rng_kernel_args(probability, dropout_id)
     _dropout_kernel[grid](x, y, seeds.contiguous(), x.stride(0), *args, C=x.shape[1], BLOCK=DROPOUT_BLOCK)
     return y
 
@@ -75,8 +73,6 @@ def rows(tensor_BSC: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def rng_kernel_args(
-    tensor_BSC: Tensor, probability: float, dropout_id: int, first_token: int
-) -> tuple[int, int, int, int, float]:
+def rng_kernel_args(probability: float, dropout_id: int) -> tuple[int, int, float]:
     """What kernels are told of dropout, behind the tensors."""
-    return tensor_BSC.shape[-2], first_token, dropout_id, threshold(probability), 1 / (1 - probability)
+    return dropout_id, threshold(probability), 1 / (1 - probability)

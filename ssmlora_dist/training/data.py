@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ssmlora_dist.config.build import build_data
+from ssmlora_dist.batches import Batch
+from ssmlora_dist.config.build import build_data, row_tokens
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import (
     BatchShape,
@@ -51,6 +51,7 @@ class RunData:
         sample: of the training examples: all that are in memory, or the first of a stream.
         num_steps: optimiser steps of the run.
         num_examples: that are trained on; None: of a stream, not known.
+        num_rows: that hold them; None: of a stream, not known.
         contents: of the data, as checkpoints keep them (`training.contents`).
         compares: whether validation losses in the checkpoint are of the same data.
 
@@ -70,19 +71,20 @@ class RunData:
     ) -> None:
         training = config.training
         self._seed, self._rank = config.run.seed, context.rank
-        self._drops = config.adapter.dropout > 0
         self._shape = BatchShape(
             training.global_batch_size,
             training.micro_batch_size,
             dims.data_parallel_rank,
             dims.data_parallel_size,
             tokenizer.pad_token_id,
+            config.run.seed if config.adapter.dropout else None,
         )
         commits = context.on_main(lambda: revisions(config, resume_point))
         train, self.validation = build_data(pinned(config, commits), tokenizer)
         self.contents = self._compared(config, train, commits, context, resume_point)
         self.compares = same_validation(resume_point, self.contents["validation"], warn)
         self.num_examples = None if isinstance(train, ExampleStream) else len(train)
+        self.num_rows: int | None = None
         self.sample: Dataset
         self._batches: GlobalBatches | StreamedBatches
         if isinstance(train, ExampleStream):
@@ -100,8 +102,9 @@ class RunData:
         else:
             assert training.num_epochs or training.max_steps, "refused by config.rules"
             self.sample = train
-            self._batches = GlobalBatches(train, self._shape, self._seed)
-            self.num_steps = training.max_steps or self._batches.num_steps(training.num_epochs or 1.0)
+            self._batches = batches = GlobalBatches(train, self._shape, self._seed, row_tokens(config))
+            self.num_rows = batches.num_rows
+            self.num_steps = training.max_steps or batches.num_steps(training.num_epochs or 1.0)
         encoder = TextEncoder(tokenizer)
         self.endings = encoder.endings(self.sample.closings)
         if (doubt := encoder.doubt(self.sample.closings)) is not None:
@@ -125,8 +128,8 @@ class RunData:
         validation = examples_digest(self.validation.examples) if self.validation else None
         return {"revisions": commits, "train": found[0], "validation": validation}
 
-    def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
-        """Of `step` (from 0), collated; seeds what a backbone drops by itself, in its attention.
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Of `step` (from 0); seeds what a backbone drops by itself, in its attention.
 
         Raises:
             DataError: of a stream, on every rank: the records to come cannot be used.
@@ -135,12 +138,9 @@ class RunData:
         torch.manual_seed(int(seed.generate_state(1)[0]))
         batches = self._batches.micro_batches(step)
         self._warn_of_rows_left_out()
-        if not self._drops:
-            return batches
-        rows = self._shape.dropout_seeds(step, self._seed)
-        return [{**batch, "dropout_seeds": seeds} for batch, seeds in zip(batches, rows, strict=True)]
+        return batches
 
-    def probe_batches(self, number: int) -> list[dict[str, Tensor]]:
+    def probe_batches(self, number: int) -> list[Batch]:
         """The first micro-batches of training, as on one rank; of a stream, of its first examples."""
         size = self._shape.micro_batch_size
         alone = BatchShape(size, size, 0, 1, self._shape.pad_token_id)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from ssmlora_dist.config.build import build_data, check_model, check_tracking
+from ssmlora_dist.config.build import build_data, check_model, check_tracking, row_tokens
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.data import Dataset, ExampleStream, examples_digest, num_steps_of
+from ssmlora_dist.data import Dataset, ExampleStream, examples_digest, num_steps_of, rows_of_epoch
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.tokenization import TextEncoder
 from ssmlora_dist.tracking import RunDirectory
@@ -60,7 +60,7 @@ def describe(
     check_tracking(config, warn)
     config = settle_places(resume_point, config)
     check_settings(resume_point, config)
-    check_model(config)
+    check_model(config, device_type)
     tokenizer, _ = tokenizer_of(config, resume_point, first_start(resume_point), warn)
     train, validation = build_data(pinned(config, revisions(config, resume_point)), tokenizer)
     _compare(config, resume_point, train, validation, warn)
@@ -75,8 +75,9 @@ def describe(
         accounts += account_lines(name, report, is_streamed=is_streamed and name == "train")
         if (warning := report.warning()) is not None:
             warn(f"data.{name}: {warning}")
+    num_rows = None if is_streamed else len(rows_of_epoch(sample, config.run.seed, 0, row_tokens(config)))
     num_steps = training.max_steps or num_steps_of(
-        training.num_epochs or 1.0, len(sample), training.global_batch_size
+        training.num_epochs or 1.0, num_rows or 0, training.global_batch_size
     )
     resolved = json.dumps(config.model_dump(mode="json", by_alias=True), indent=2)
     if (complete := completion(resume_point, directory, num_steps)) is not None:
@@ -87,6 +88,7 @@ def describe(
         world_size,
         num_steps=num_steps,
         num_examples=None if is_streamed else len(sample),
+        num_rows=num_rows,
         accounts=accounts,
         resume_point=resume_point,
     )

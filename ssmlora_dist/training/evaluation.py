@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ssmlora_dist.data import IGNORE_INDEX, Dataset, Example, evaluation_batches
+from ssmlora_dist.batches import Batch
+from ssmlora_dist.data import Dataset, Example, evaluation_batches
 from ssmlora_dist.evaluation.teacher_forced import ExampleScore, Score, summarize
 from ssmlora_dist.progress import Progress, progress
 
 
 def evaluate(
-    score: Callable[[Iterable[dict[str, Tensor]]], list[Any]],
+    score: Callable[[Iterable[Batch]], list[Any]],
     dataset: Dataset,
     *,
     micro_batch_size: int,
@@ -41,10 +39,10 @@ def evaluate(
     )
     rows_of = [[dataset[i] if i is not None else None for i in batch.indices] for batch in batches]
 
-    def scored(shown: Progress) -> Iterator[dict[str, Tensor]]:
-        for done, (batch, rows) in enumerate(zip(batches, rows_of, strict=True)):
+    def scored(shown: Progress) -> Iterator[Batch]:
+        for done, batch in enumerate(batches):
             shown.update(done)
-            yield {**batch.tensors, "scored": _scored(batch.tensors["labels"], rows)}
+            yield batch.batch
 
     with progress(description, len(batches)) as shown:
         results = score(scored(shown))
@@ -59,14 +57,6 @@ def evaluate(
     ]
     groups = sorted({_group(example) for example in dataset.examples}, key=int)
     return summarize(scores, groups, sum_over_ranks)
-
-
-def _scored(labels_BS: Tensor, examples: list[Example | None]) -> Tensor:
-    """[B,S] bool: the first `num_scored` target tokens of each row, or all of them."""
-    is_target_BS = labels_BS != IGNORE_INDEX
-    limits = [e.num_scored if e and e.num_scored is not None else labels_BS.shape[1] for e in examples]
-    limit_B1 = torch.tensor(limits, device=labels_BS.device).unsqueeze(1)
-    return is_target_BS & (is_target_BS.cumsum(1) <= limit_B1)
 
 
 def _group(example: Example) -> str:

@@ -39,6 +39,7 @@ def run_header(
     *,
     num_steps: int,
     num_examples: int | None,
+    num_rows: int | None,
     accounts: Sequence[str],
     resume_point: ResumePoint,
 ) -> str:
@@ -50,6 +51,7 @@ def run_header(
         world_size: number of ranks.
         num_steps: optimiser steps in all.
         num_examples: that are trained on; None: of a stream, not known.
+        num_rows: that hold them.
         accounts: lines about what became of the data.
         resume_point: where the run begins.
     """
@@ -63,9 +65,10 @@ def run_header(
     offloaded = [what for what in ("optimizer", "parameters") if getattr(section, f"offload_{what}")]
     ranks += [f"{' and '.join(offloaded)} in host memory"] if offloaded else []
     steps = f"{num_steps}"
-    if num_examples:
-        epochs = num_steps * training.global_batch_size / num_examples
+    if num_examples and num_rows:
+        epochs = num_steps * training.global_batch_size / num_rows
         steps += f" = {epochs:.2f} epochs of {num_examples} examples"
+        steps += f" in {num_rows} packed rows" if config.data.packing else ""
     lines = [
         _line("device", device_text(device)),
         _line("ranks", ", ".join(ranks)),

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.distributed.engine import Check, StepResult, no_check
 from ssmlora_dist.errors import TrainingError
 
@@ -17,7 +16,7 @@ class Engine(Protocol):
     """What the loop needs of a topology."""
 
     def train_step(
-        self, micro_batches: Sequence[dict[str, Tensor]], learning_rate: float, check: Check = no_check
+        self, micro_batches: Sequence[Batch], learning_rate: float, check: Check = no_check
     ) -> StepResult:
         """One step of the optimiser on this rank's micro-batches; what `check` raises ends it before that."""
 
@@ -45,7 +44,7 @@ class StepRecord:
 
 def train(
     engine: Engine,
-    micro_batches: Callable[[int], Sequence[dict[str, Tensor]]],
+    micro_batches: Callable[[int], Sequence[Batch]],
     learning_rate: Callable[[int], float],
     *,
     num_steps: int,

@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.probe import candidate_places, candidates, choose_places
 from ssmlora_dist.api import add_adapters, remove_adapters
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.build import probe_budget
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.context import DistributedContext
-from ssmlora_dist.distributed.engine import count_targets, squared_norms, to_device
+from ssmlora_dist.distributed.engine import squared_norms
 from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.errors import TrainingError
 from ssmlora_dist.models import decoder_layers, structure_of
@@ -24,8 +25,6 @@ from ssmlora_dist.progress import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Batch = Mapping[str, Tensor]
 
 
 def probe_places(
@@ -76,7 +75,7 @@ def gradient_scores(
         for index in counted(own, "probing where to adapt", len(own)):
             # Of what the backbone drops itself.
             torch.manual_seed(config.run.seed + index)
-            squares[index] = _squared_norms(loss, to_device(batches[index], context.device), measured, scale)
+            squares[index] = _squared_norms(loss, batches[index].to(context.device), measured, scale)
     finally:
         remove_adapters(model).train(was_training)
     by_index = {index: each for rank in context.gather(squares) for index, each in rank.items()}
@@ -99,8 +98,8 @@ def _squared_norms(
     """By name, of the gradients of the mean loss over the target tokens."""
     while True:
         value = 1.0 if scale is None else scale.value
-        total = loss(**batch)
-        (total * (value / count_targets(batch))).backward()
+        total = loss(batch)
+        (total * (value / batch.num_targets)).backward()
         squares = squared_norms(parameters, value)
         for parameter in parameters.values():
             parameter.grad = None

@@ -32,6 +32,7 @@ def step_row(
         "tokens_per_second": result.num_tokens / seconds,
         "tokens_per_second_per_device": result.num_tokens / seconds / num_ranks,
         "target_tokens_per_second": result.num_target_tokens / seconds,
+        "padding_share": result.num_padding_tokens / result.num_tokens,
         "step_seconds": seconds,
         "data_seconds": record.data_seconds,
         "skipped_steps": float(record.skipped_steps),

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.adapters.state_means import record_states, replaced_states
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.build import backbone_settings, build_backbone, build_store, check_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset
@@ -106,7 +105,7 @@ def _train(
     tracker = tracker_of(config, context, console, resume_point)
     config = settle_places(resume_point, config)
     check_settings(resume_point, config)
-    check_model(config)
+    check_model(config, context.device.type)
     began: str = context.share(first_start(resume_point))
     tokenizer, contents = tokenizer_of(config, resume_point, began, console.warn)
     dims = parallel_dims_of(config, context)
@@ -126,6 +125,7 @@ def _train(
             context.world_size,
             num_steps=data.num_steps,
             num_examples=data.num_examples,
+            num_rows=data.num_rows,
             accounts=[*data.accounts(), *tasks.notes],
             resume_point=resume_point,
         )
@@ -358,7 +358,7 @@ class _Run:
             if self.context.is_main:
                 self._log(metrics, step)
 
-    def _checked(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    def _checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
             # Between stages it would hold up the pipeline.
             if self.dims.num_stages == 1:

@@ -16,6 +16,7 @@ from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.placement import time_axes
 from ssmlora_dist.api import add_adapters
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.build import build_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
@@ -61,7 +62,7 @@ class TopologyEngine(Engine, Protocol):
     def module(self) -> nn.Module:
         """The part of the model that this rank holds."""
 
-    def score(self, batches: Iterable[Mapping[str, Tensor]]) -> list[Any]:
+    def score(self, batches: Iterable[Batch]) -> list[Any]:
         """`models.loss.Scores` of each of this replica's batches, on every rank that works on them."""
 
     @property

@@ -17,6 +17,7 @@ class Totals:
         num_steps: steps done.
         skipped_steps: of these, how many updated nothing.
         num_tokens: tokens computed, padding included.
+        num_padding_tokens: of these the padding.
         num_target_tokens: tokens with a loss.
         step_seconds: wall time of the steps.
         first_loss, last_loss: of the first and the last step; None if not finite.
@@ -25,6 +26,7 @@ class Totals:
     num_steps: int = 0
     skipped_steps: int = 0
     num_tokens: int = 0
+    num_padding_tokens: int = 0
     num_target_tokens: int = 0
     step_seconds: float = 0.0
     first_loss: float | None = None
@@ -38,6 +40,7 @@ class Totals:
         self.num_steps += 1
         self.skipped_steps = record.skipped_steps
         self.num_tokens += record.result.num_tokens
+        self.num_padding_tokens += record.result.num_padding_tokens
         self.num_target_tokens += record.result.num_target_tokens
         self.step_seconds += record.step_seconds
         self.last_loss = loss
@@ -55,4 +58,5 @@ class Totals:
             "tokens_per_second": self.num_tokens / seconds,
             "tokens_per_second_per_device": self.num_tokens / seconds / num_ranks,
             "target_tokens_per_second": self.num_target_tokens / seconds,
+            "padding_share": self.num_padding_tokens / max(1, self.num_tokens),
         }

@@ -16,11 +16,12 @@ from ssmlora_dist.adapters.health import watch_state
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.placement import time_axes
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.ops import registry
 from tests.own_forms import Fading, Mixing
-from tests.tiny import adapted_model, randomize_adapters, tiny_model, token_ids
+from tests.tiny import adapted_model, dropout_seeds, randomize_adapters, tiny_model, token_ids
 
 OWN = ("constant", "gated", "lora", "rolled", "ssmlora", Fading.name, Mixing.name)
 every_form = pytest.mark.parametrize("form", OWN)
@@ -37,7 +38,7 @@ def training_results(config: AdapterConfig, dtype: torch.dtype, checkpointing: b
         checkpoint_layers(model)
     tokens = token_ids(3, 7)
     loss = CausalLMLoss(model.train(), chunk_size=5)(
-        tokens, input_ids=tokens, dropout_seeds=torch.tensor([4, 5, 6])
+        Batch.of(tokens, input_ids=tokens, dropout_seeds=dropout_seeds([4, 5, 6], 7))
     )
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in adapter_parameters(model).items()}}
@@ -94,7 +95,7 @@ def test_a_closed_form_trains_lora_as_lora_does(form: str) -> None:
                 drawn = torch.randn(parameter.shape, generator=generator)
                 parameter.data.copy_(drawn)
         tokens = token_ids(2, 7)
-        loss = CausalLMLoss(model, chunk_size=5)(tokens, input_ids=tokens)
+        loss = CausalLMLoss(model, chunk_size=5)(Batch.of(tokens, input_ids=tokens))
         loss.backward()
         gradients = {name: p.grad for name, p in adapter_parameters(model).items() if "lora_" in name}
         results.append({"loss": loss.detach(), **gradients})

@@ -183,7 +183,7 @@ def test_lora_dropout_acts_on_the_input_while_training() -> None:
     trained = layer.train()(x)
     torch.manual_seed(SEED)
     dropped = (
-        x * keep_mask(draw_seeds(x.shape[0], x.device), DROPOUT_ID, tuple(x.shape), dropout) / (1 - dropout)
+        x * keep_mask(draw_seeds(x.shape[:2], x.device), DROPOUT_ID, x.shape[-1], dropout) / (1 - dropout)
     )
     expected = layer.base_layer(x) + SCALING * (dropped @ layer.lora_A.weight.T) @ layer.lora_B.weight.T
     torch.testing.assert_close(trained, expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
@@ -261,7 +261,7 @@ def test_adapters_of_one_call_share_its_seeds_and_draw_apart() -> None:
     ]
     layers[1].load_state_dict(layers[0].state_dict())
     x = tokens()
-    dropout_seeds = torch.arange(x.shape[0])
+    dropout_seeds = torch.arange(x.shape[0] * x.shape[1], dtype=torch.int32).view(x.shape[:2])
     generator_state = torch.get_rng_state()
     with layer_context(layers, LayerCall(x.shape[:2], dropout_seeds)):
         first, second = (layer(x) for layer in layers)
@@ -272,8 +272,8 @@ def test_adapters_of_one_call_share_its_seeds_and_draw_apart() -> None:
     assert torch.equal(torch.get_rng_state(), generator_state), "seeds were drawn although there were some"
     with layer_context(layers, LayerCall(x.shape[:2])):
         call = layers[0].call
-        drawn = call.dropout_seeds(x.shape[0], x.device)
-        assert call.dropout_seeds(x.shape[0], x.device) is drawn
+        drawn = call.dropout_seeds(x.device)
+        assert call.dropout_seeds(x.device) is drawn
     assert not torch.equal(torch.get_rng_state(), generator_state)
 
 
@@ -357,7 +357,7 @@ def test_tokens_that_a_layer_has_flattened_are_those_of_its_rows(method: str) ->
     layer = randomized(
         make(base_layer("dense"), RANK, ALPHA, 0.0 if method == "time module" else 0.5)
     ).train()
-    x, seeds = tokens(), torch.arange(2)
+    x, seeds = tokens(), torch.arange(6, dtype=torch.int32).view(2, 3)
     state = torch.randn(2, 3, 1, RANK)
     found = []
     for given in (x, x.flatten(0, 1)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -30,7 +31,7 @@ def batches(data, size=12, micro=1, rank=0, ranks=1, seed=0):
 
 
 def shown(micro_batches):
-    return [index - 1 for batch in micro_batches for index in batch["input_ids"][:, 0].tolist()]
+    return [index - 1 for batch in micro_batches for index in batch.inputs["input_ids"][:, 0].tolist()]
 
 
 @pytest.mark.parametrize("num_examples", [5, 12, 17, 100])
@@ -47,31 +48,37 @@ def test_every_epoch_shows_every_example_once(num_examples):
 def test_the_same_global_batches_on_any_topology(ranks, micro):
     data = dataset(17)
     for step in (0, 1, 5):
-        expected = batches(data).indices(step)
+        expected = [index for (index,) in batches(data).indices(step)]
         per_rank = [batches(data, 12, micro, rank, ranks).micro_batches(step) for rank in range(ranks)]
         assert [index for share in per_rank for index in shown(share)] == expected
         assert all(len(share) == 12 // ranks // micro for share in per_rank)
-        assert all(len(batch["input_ids"]) == micro for share in per_rank for batch in share)
+        assert all(batch.shape[0] == micro for share in per_rank for batch in share)
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 12), (2, 3), (4, 1), (4, 3)])
-def test_a_row_has_the_same_dropout_seed_on_any_topology(ranks, micro):
-    for step in (0, 1, 5):
-        (expected,) = BatchShape(12, 12, 0, 1, PAD).dropout_seeds(step, seed=0)
-        shapes = [BatchShape(12, micro, rank, ranks, PAD) for rank in range(ranks)]
-        per_rank = [shape.dropout_seeds(step, seed=0) for shape in shapes]
-        assert [seed for share in per_rank for seeds in share for seed in seeds.tolist()] == expected.tolist()
-        assert all(len(seeds) == micro for share in per_rank for seeds in share)
+@pytest.mark.parametrize("row_tokens", [None, 7])
+def test_an_example_has_the_same_dropout_seeds_on_any_topology(ranks, micro, row_tokens):
+    data = dataset(17)
+
+    def seeds(step, micro, rank, ranks):
+        shape = BatchShape(12, micro, rank, ranks, PAD, dropout_seed=0)
+        loader = GlobalBatches(data, shape, 0, row_tokens)
+        found = [batch.inputs["dropout_seeds"] for batch in loader.micro_batches(step)]
+        return [row[:3].tolist() for batch in found for row in batch]
+
+    for step in (0, 1):
+        shares = [seeds(step, micro, rank, ranks) for rank in range(ranks)]
+        assert [row for share in shares for row in share] == seeds(step, 12, 0, 1)
 
 
-def test_dropout_seeds_depend_on_seed_step_and_row_and_are_frozen():
+def test_dropout_seeds_depend_on_seed_step_and_example_and_are_frozen():
     """Written down so that a change of library or code that would break resuming is seen."""
-    shape = BatchShape(4, 4, 0, 1, PAD)
+    shape = BatchShape(4, 4, 0, 1, PAD, dropout_seed=0)
     frozen = [-5208354772856091714, -892417645563214505, -5525438022468806686, 8283279666186566265]
-    assert shape.dropout_seeds(3, seed=0)[0].tolist() == frozen
-    others = (*shape.dropout_seeds(3, seed=1), *shape.dropout_seeds(4, seed=0))
-    drawn = [seed for seeds in others for seed in seeds.tolist()]
-    assert len({*frozen, *drawn}) == 12
+    assert shape.dropout_seeds([1] * 4, 3) == [[seed] for seed in frozen]
+    assert shape.dropout_seeds([2, 1, 1, 0], 3) == [frozen[:2], [frozen[2]], [frozen[3]], []]
+    other = replace(shape, dropout_seed=1).dropout_seeds([4], 3) + shape.dropout_seeds([4], 4)
+    assert len({*frozen, *(seed for row in other for seed in row)}) == 12
 
 
 def test_any_step_can_come_first():
@@ -83,13 +90,14 @@ def test_any_step_can_come_first():
 
 
 def test_a_global_batch_may_hold_more_than_an_epoch():
-    counts = Counter(batches(dataset(5), size=12).indices(0))
+    counts = Counter(index for (index,) in batches(dataset(5), size=12).indices(0))
     assert sorted(counts.values()) == [2, 2, 2, 3, 3]
 
 
 def test_order_depends_on_the_seed_and_is_frozen():
     """Written down so that a change of library or code that would break resuming is seen."""
-    assert batches(dataset(8), size=8, seed=0).indices(0) == [6, 3, 5, 0, 7, 2, 1, 4]
+    in_order = [index for (index,) in batches(dataset(8), size=8, seed=0).indices(0)]
+    assert in_order == [6, 3, 5, 0, 7, 2, 1, 4]
     assert batches(dataset(8), size=8, seed=1).indices(0) != batches(dataset(8), size=8, seed=0).indices(0)
 
 
@@ -112,20 +120,20 @@ def test_evaluation_shows_each_example_once(num_examples, ranks, micro):
     assert len({len(share) for share in shares}) == 1
     seen = []
     for batch in (batch for share in shares for batch in share):
-        assert len(batch.indices) == len(batch.tensors["input_ids"]) == micro
+        assert len(batch.indices) == batch.batch.shape[0] == micro
+        rows = batch.batch.places // batch.batch.shape[1]
         for row, index in enumerate(batch.indices):
-            labels = batch.tensors["labels"][row]
+            num_targets = int((rows == row).sum())
             if index is None:
-                assert (labels == -100).all()
-                assert batch.tensors["attention_mask"][row].any()
+                assert num_targets == 0
             else:
                 seen.append(index)
-                assert int((labels != -100).sum()) == data[index].num_targets
-                assert batch.tensors["input_ids"][row, 0] == index + 1
+                assert num_targets == data[index].num_targets
+                assert batch.batch.inputs["input_ids"][row, 0] == index + 1
     assert sorted(seen) == list(range(num_examples))
 
 
 def test_evaluation_begins_with_the_longest():
     data = dataset(6, lengths=[2, 9, 4, 5, 9, 7])
-    widths = [batch.tensors["input_ids"].shape[1] for batch in evaluation_batches(data, 2, 0, 1, PAD)]
+    widths = [batch.batch.shape[1] for batch in evaluation_batches(data, 2, 0, 1, PAD)]
     assert widths == [9, 7, 4]

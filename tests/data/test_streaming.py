@@ -41,12 +41,18 @@ def batches(source, size=4, micro=1, rank=0, ranks=1, **begin):
     return StreamedBatches(source, BatchShape(size, micro, rank, ranks, PAD), here, **begin)
 
 
+def targets_of(batch):
+    """By row."""
+    rows = batch.places // batch.shape[1]
+    return [batch.targets[rows == row] for row in range(batch.shape[0])]
+
+
 def shown(tokenizer, micro_batches):
     """The numbers of the records in the order of training."""
     return [
-        int(tokenizer.decode(row[(row != -100)], skip_special_tokens=True))
+        int(tokenizer.decode(targets, skip_special_tokens=True))
         for batch in micro_batches
-        for row in batch["labels"]
+        for targets in targets_of(batch)
     ]
 
 
@@ -127,7 +133,7 @@ def test_the_same_global_batches_on_any_topology(byte_tokenizer, path, ranks, mi
         assert [n for share in shares for n in shown(byte_tokenizer, share)] == row_of(
             byte_tokenizer, alone, [step]
         )
-        assert all(len(batch["labels"]) == micro for share in shares for batch in share)
+        assert all(batch.shape[0] == micro for share in shares for batch in share)
     main.close()
     alone.close()
 
@@ -147,7 +153,7 @@ def test_a_document_may_fill_more_than_a_block(byte_tokenizer, tmp_path):
         byte_tokenizer.decode(row, skip_special_tokens=True)
         for step in range(10)
         for batch in loader.micro_batches(step)
-        for row in batch["input_ids"]
+        for row in batch.inputs["input_ids"]
     )
     loader.close()
     assert sum(texts.values()) == 100

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.distributed.cost_model import (
     AdapterShape,
     ModelCosts,
@@ -78,7 +79,7 @@ def counted_flops(model: Any, checkpointing: bool) -> tuple[int, int]:
     labels[:, -SUPERVISED:] = input_ids[:, -SUPERVISED:]
     module = CausalLMLoss(model, CHUNK)
     with FlopCounterMode(display=False, custom_mapping=FLOPS_OF_ADAPTERS) as counter:
-        loss = module(input_ids=input_ids, labels=labels)
+        loss = module(Batch.of(labels, input_ids=input_ids))
         forward = counter.get_total_flops()
         loss.backward()
     return forward, counter.get_total_flops() - forward

@@ -15,6 +15,7 @@ from torch import Tensor
 from ssmlora_dist import AdapterConfig, add_adapters, remove_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.projections import shortest_name
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.models import decoder_layers, empty_model, load_config, load_model, structure_of
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
@@ -22,7 +23,7 @@ from ssmlora_dist.models.stage import PipelineStage, StageLayers, cut_to_stage
 from ssmlora_dist.models.structure import check_layers
 from ssmlora_dist.quantization import is_quantized
 from tests.decoders import PAGE, REFUSED, TESTED, bare_config, page
-from tests.tiny import SEED, randomize_adapters, token_ids
+from tests.tiny import SEED, dropout_seeds, randomize_adapters, token_ids
 
 # Float32 logits of several units, with other shapes of the products.
 TOLERANCE = 2e-5
@@ -66,7 +67,6 @@ def batch() -> dict[str, Tensor]:
     tokens = token_ids(BATCH, TOKENS)
     return {
         "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
         "position_ids": torch.arange(TOKENS).expand_as(tokens),
     }
 
@@ -82,7 +82,7 @@ def assert_same(some: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 def trained(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     inputs = batch()
-    loss = CausalLMLoss(model.train(), chunk_size=5)(labels=inputs["input_ids"], **inputs)
+    loss = CausalLMLoss(model.train(), chunk_size=5)(Batch.of(inputs["input_ids"], **inputs))
     loss.backward()
     return loss.detach(), gradients(model)
 
@@ -125,9 +125,9 @@ def test_i3_two_stages_are_one(model_type: str) -> None:
         cut_to_stage(model, stage)
         pieces.append((model, PipelineStage(model, stage, 5)))
     (_, first), (_, last) = pieces
-    sent = first(None, labels=inputs["input_ids"], **inputs)
+    sent = first(None, Batch.of(inputs["input_ids"], **inputs))
     received = sent.detach().requires_grad_()
-    staged = last(received, labels=inputs["input_ids"], **inputs)
+    staged = last(received, Batch.of(inputs["input_ids"], **inputs))
     staged.backward()
     sent.backward(received.grad)
     assert torch.equal(staged.detach(), loss)
@@ -168,7 +168,7 @@ def test_i5_cached_generation_is_the_full_pass(model_type: str) -> None:
 @decoders
 def test_our_loss_is_the_models_own(model_type: str) -> None:
     model, inputs = adapted(model_type), batch()
-    found = CausalLMLoss(model, chunk_size=5)(labels=inputs["input_ids"], **inputs)
+    found = CausalLMLoss(model, chunk_size=5)(Batch.of(inputs["input_ids"], **inputs))
     own = logits(model, **{"tokens" if key == "input_ids" else key: value for key, value in inputs.items()})
     wanted = F.cross_entropy(own[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(found, wanted, rtol=LOSS_TOLERANCE, atol=0)
@@ -212,7 +212,7 @@ def test_state_and_dropout_follow_tokens_that_a_layer_flattens(
     add_adapters(model, AdapterConfig(rank=4, alternate=projections, every_layer=["q_proj"], dropout=0.5))
     randomize_adapters(model)
     model.train()
-    tokens, seeds = token_ids(3, TOKENS), torch.arange(3)
+    tokens, seeds = token_ids(3, TOKENS), dropout_seeds(range(3), TOKENS)
     together = logits(model, tokens, dropout_seeds=seeds)
     for row in range(3):
         alone = logits(model, tokens[row : row + 1], dropout_seeds=seeds[row : row + 1])

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssmlora_dist.batches import IGNORED_LABEL, Batch
 from ssmlora_dist.models import load_config
 from ssmlora_dist.models.loading import build_skeleton
-from ssmlora_dist.models.loss import IGNORED_LABEL, CausalLMLoss, Scores, checkpoint_layers
+from ssmlora_dist.models.loss import CausalLMLoss, Scores, checkpoint_layers
 from tests.tiny import (
     FAMILY_NAMES,
     VOCAB_SIZE,
@@ -37,7 +38,7 @@ def batch() -> dict[str, Tensor]:
     labels = input_ids.clone()
     labels[0, :4] = IGNORED_LABEL
     labels[1] = IGNORED_LABEL
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    return {"input_ids": input_ids, "labels": labels}
 
 
 NUM_TARGETS = [5, 0, 8]  # the first token of a row is never predicted
@@ -60,7 +61,7 @@ def assert_near(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_the_loss_and_its_gradient_are_those_of_transformers(model_type: str) -> None:
     model = adapted_model(model_type)
     inputs = batch()
-    total = CausalLMLoss(model, chunk_size=4)(**inputs)
+    total = CausalLMLoss(model, chunk_size=4)(Batch.of(**inputs))
     expected = model(**inputs, use_cache=False).loss * sum(NUM_TARGETS)
     assert total.dtype == torch.float32
     assert total.shape == ()
@@ -71,9 +72,9 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(model_type: str) ->
 def test_the_cap_of_gemma_2_is_in_the_loss() -> None:
     """With logits as large as these it changes the loss by far more than the tolerance."""
     model = adapted_model("gemma2")
-    capped = CausalLMLoss(model, chunk_size=4)(**batch())
+    capped = CausalLMLoss(model, chunk_size=4)(Batch.of(**batch()))
     model.config.final_logit_softcapping = None
-    assert (CausalLMLoss(model, chunk_size=4)(**batch()) - capped).abs() > 0.1
+    assert (CausalLMLoss(model, chunk_size=4)(Batch.of(**batch())) - capped).abs() > 0.1
 
 
 def test_the_weight_of_the_head_keeps_its_one_name() -> None:
@@ -85,20 +86,20 @@ def test_the_weight_of_the_head_keeps_its_one_name() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 12, 14, 1000])
 def test_the_chunk_size_does_not_show(chunk_size: int) -> None:
     model = adapted_model()
-    expected = CausalLMLoss(model, chunk_size=13)(**batch())  # all targets at once
-    total = CausalLMLoss(model, chunk_size)(**batch())
+    expected = CausalLMLoss(model, chunk_size=13)(Batch.of(**batch()))  # all targets at once
+    total = CausalLMLoss(model, chunk_size)(Batch.of(**batch()))
     torch.testing.assert_close(total, expected, rtol=LOSS_TOLERANCE, atol=0)
     assert_near(gradients(total, model), gradients(expected, model))
 
 
 def in_training(module: CausalLMLoss, inputs: dict[str, Tensor]) -> Any:
-    total = module(**inputs)
+    total = module(Batch.of(**inputs))
     total.backward()
     return total
 
 
 def in_scoring(module: CausalLMLoss, inputs: dict[str, Tensor]) -> Any:
-    return module(scored=inputs["labels"] != IGNORED_LABEL, **inputs)
+    return module(Batch.of(scored=inputs["labels"] != IGNORED_LABEL, **inputs))
 
 
 class Logits(TorchDispatchMode):
@@ -144,12 +145,12 @@ def test_a_batch_without_targets_gives_0_with_a_graph(dtype: torch.dtype) -> Non
     inputs = batch()
     inputs["labels"] = torch.full_like(inputs["labels"], IGNORED_LABEL)
     inputs["labels"][:, 0] = 5  # nothing comes before it to predict it from
-    total = CausalLMLoss(model, chunk_size=4)(**inputs)
+    total = CausalLMLoss(model, chunk_size=4)(Batch.of(**inputs))
     assert total.dtype == torch.float32
     assert total == 0
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(total, model).values())
     scores = CausalLMLoss(model, chunk_size=4)(
-        scored=torch.ones_like(inputs["labels"], dtype=torch.bool), **inputs
+        Batch.of(scored=torch.ones_like(inputs["labels"], dtype=torch.bool), **inputs)
     )
     assert scores.loss_sums.tolist() == [0.0, 0.0, 0.0]
     assert scores.num_targets.tolist() == [0, 0, 0]
@@ -174,7 +175,7 @@ def test_scores_are_those_computed_directly(model_type: str, chunk_size: int) ->
     inputs = greedy_labels(model)
     labels = inputs["labels"]
     scored = labels != IGNORED_LABEL
-    scores = CausalLMLoss(model, chunk_size)(scored=scored, **inputs)
+    scores = CausalLMLoss(model, chunk_size)(Batch.of(scored=scored, **inputs))
     with torch.no_grad():
         logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
     losses = F.cross_entropy(
@@ -186,7 +187,7 @@ def test_scores_are_those_computed_directly(model_type: str, chunk_size: int) ->
     torch.testing.assert_close(scores.loss_sums, losses, rtol=LOSS_TOLERANCE, atol=LOSS_TOLERANCE)
     assert scores.num_targets.tolist() == [4, 0, 8]
     assert scores.exact.tolist() == [False, True, True]
-    total = CausalLMLoss(model, chunk_size)(**inputs)
+    total = CausalLMLoss(model, chunk_size)(Batch.of(**inputs))
     torch.testing.assert_close(scores.loss_sums.sum(), total, rtol=LOSS_TOLERANCE, atol=0)
 
 
@@ -197,7 +198,7 @@ def test_only_scored_tokens_count_for_the_exact_match() -> None:
     without_the_miss = everything.clone()
     without_the_miss[0, 7] = False
     module = CausalLMLoss(model, chunk_size=3)
-    whole, partly = (module(scored=scored, **inputs) for scored in (everything, without_the_miss))
+    whole, partly = (module(Batch.of(scored=scored, **inputs)) for scored in (everything, without_the_miss))
     assert whole.exact.tolist() == [False, True, True]
     assert partly.exact.tolist() == [True, True, True]
     assert torch.equal(whole.loss_sums, partly.loss_sums)
@@ -218,9 +219,9 @@ def test_layers_are_checkpointed_in_training_only() -> None:
     for layer_idx, layer in enumerate(layers_of(model)):
         layer.mlp.register_forward_pre_hook(count(layer_idx))
     module = CausalLMLoss(model, chunk_size=4)
-    module.eval()(**batch()).backward()
+    module.eval()(Batch.of(**batch())).backward()
     assert set(calls.values()) == {1}
-    module.train()(**batch()).backward()
+    module.train()(Batch.of(**batch())).backward()
     assert set(calls.values()) == {1 + 2}
 
 
@@ -263,13 +264,13 @@ def hook_the_head(model: Any) -> None:
 
 def assert_loss_is_the_models_own(model: Any, module: CausalLMLoss) -> None:
     inputs = batch()
-    total = module(**inputs)
+    total = module(Batch.of(**inputs))
     seen = {name: tensor for name, tensor in inputs.items() if name != "labels"}
     logits, targets = model(**seen, use_cache=False).logits[:, :-1], inputs["labels"][:, 1:]
     expected = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="sum")
     torch.testing.assert_close(total, expected, rtol=LOSS_TOLERANCE, atol=0)
     assert_near(gradients(total, model), gradients(expected, model))
-    scores = module(scored=inputs["labels"] != IGNORED_LABEL, **inputs)
+    scores = module(Batch.of(scored=inputs["labels"] != IGNORED_LABEL, **inputs))
     torch.testing.assert_close(scores.loss_sums.sum(), total, rtol=LOSS_TOLERANCE, atol=0)
     assert scores.num_targets.tolist() == NUM_TARGETS
 
@@ -326,6 +327,6 @@ def test_own_logits_without_targets() -> None:
     scale_one_forward(model)
     inputs = batch()
     inputs["labels"] = torch.full_like(inputs["labels"], IGNORED_LABEL)
-    total = CausalLMLoss(model, chunk_size=4)(**inputs)
+    total = CausalLMLoss(model, chunk_size=4)(Batch.of(**inputs))
     assert total == 0
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(total, model).values())

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ssmlora_dist import AdapterConfig, add_adapters, load_adapter, save_adapter
 from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models import load_model, structure_of
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
@@ -173,7 +174,7 @@ INPUTS = {
 
 
 def trained(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = CausalLMLoss(model, 4)(labels=INPUTS["input_ids"], **INPUTS)
+    loss = CausalLMLoss(model, 4)(Batch.of(INPUTS["input_ids"], **INPUTS))
     loss.backward()
     return loss.detach(), {
         name: p.grad for name, p in adapter_parameters(model).items() if p.grad is not None
@@ -213,7 +214,7 @@ def test_its_loss_is_the_one_of_its_own_logits() -> None:
     assert module.uses_own_logits
     own, labels = model(**INPUTS).logits, INPUTS["input_ids"]
     wanted = F.cross_entropy(own[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    torch.testing.assert_close(module(labels=labels, **INPUTS), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(module(Batch.of(labels, **INPUTS)), wanted, rtol=1e-6, atol=0)
 
 
 def test_checkpointing_changes_nothing() -> None:
@@ -238,9 +239,9 @@ def test_two_stages_are_one() -> None:
         cut_to_stage(model, stage)
     first = PipelineStage(models[0], StageLayers(0, 3, 4), 4, num_ahead=1)
     last = PipelineStage(models[1], StageLayers(3, 4, 4), 4)
-    sent = first(None, labels=INPUTS["input_ids"], **INPUTS)
+    sent = first(None, Batch.of(INPUTS["input_ids"], **INPUTS))
     received = sent.detach().requires_grad_()
-    staged = last(received, labels=INPUTS["input_ids"], **INPUTS)
+    staged = last(received, Batch.of(INPUTS["input_ids"], **INPUTS))
     staged.backward()
     sent.backward(received.grad)
     for model in models:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist import add_adapters
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.models.loss import checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers, cut_to_stage
 
@@ -18,9 +19,9 @@ NUM_LAYERS = 5
 INPUT_IDS = torch.arange(24).view(2, 12)
 INPUTS = {
     "input_ids": INPUT_IDS,
-    "attention_mask": torch.ones_like(INPUT_IDS),
     "position_ids": torch.arange(12).expand(2, 12),
 }
+BATCH = Batch.of(INPUT_IDS, **INPUTS)
 
 
 def stage_of(first: int, stop: int, num_ahead: int | None, **changes: Any) -> PipelineStage:
@@ -53,12 +54,12 @@ def test_the_last_stage_takes_the_models_own_logits_where_its_head_does_more(
         output.logits = 3 * output.logits
         return output
 
-    plain = stage_of(0, NUM_LAYERS, None)(None, labels=INPUT_IDS, **INPUTS)
+    plain = stage_of(0, NUM_LAYERS, None)(None, BATCH)
     monkeypatch.setattr(owner, "forward", scaled)
     whole, first, last = (stage_of(*place, None) for place in ((0, NUM_LAYERS), (0, 2), (2, NUM_LAYERS)))
-    expected = whole(None, labels=INPUT_IDS, **INPUTS)
+    expected = whole(None, BATCH)
     assert abs(expected - plain) > 1
-    assert torch.equal(last(first(None, labels=INPUT_IDS, **INPUTS), labels=INPUT_IDS, **INPUTS), expected)
+    assert torch.equal(last(first(None, BATCH), BATCH), expected)
 
 
 @pytest.mark.parametrize("num_ahead", [None, 0, 1, 2, 3, 4])
@@ -66,13 +67,13 @@ def test_the_last_stage_takes_the_models_own_logits_where_its_head_does_more(
 def test_two_pieces_compute_what_one_does(first: int, stop: int, num_ahead: int | None) -> None:
     whole, split = stage_of(first, stop, None), stage_of(first, stop, num_ahead)
     assert [name for name, _ in whole.named_parameters()] == [name for name, _ in split.named_parameters()]
-    expected = whole(received_by(whole), labels=INPUT_IDS, **INPUTS)
-    assert torch.equal(split(received_by(split), labels=INPUT_IDS, **INPUTS), expected)
+    expected = whole(received_by(whole), BATCH)
+    assert torch.equal(split(received_by(split), BATCH), expected)
     received = received_by(split)
-    begun = split.begin(received, **INPUTS)
+    begun = split.begin(received, BATCH)
     # All at once, and nothing of it at the boundary of what `finish` runs.
     assert (begun is received) == (num_ahead not in (1, 2))
-    assert torch.equal(split.finish(begun, **INPUTS), expected)
+    assert torch.equal(split.finish(begun, BATCH), expected)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +84,9 @@ def test_each_layer_runs_in_one_of_them(num_ahead: int | None, in_begin: int, in
     runs: list[int] = []
     for index, layer in enumerate(stage.model.get_decoder().layers):
         layer.register_forward_hook(lambda *_, index=index: runs.append(index))
-    begun = stage.begin(received_by(stage), **INPUTS)
+    begun = stage.begin(received_by(stage), BATCH)
     assert runs == list(range(in_begin))
-    stage.finish(begun, **INPUTS)
+    stage.finish(begun, BATCH)
     assert runs == list(range(in_begin + in_finish))
 
 
@@ -96,7 +97,7 @@ def test_the_layers_kept_are_not_recomputed(num_kept: int, recomputed: list[int]
     runs: list[int] = []
     for index, layer in enumerate(stage.model.get_decoder().layers):
         layer.self_attn.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
-    output = stage(received_by(stage), labels=INPUT_IDS, **INPUTS)
+    output = stage(received_by(stage), BATCH)
     assert runs == [0, 1, 2]
     output.sum().backward()
     assert runs[3:] == recomputed

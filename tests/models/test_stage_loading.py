@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models import load_model
 from ssmlora_dist.models.safetensors_file import StoredTensor
@@ -79,7 +80,6 @@ def test_a_chain_of_stages_gives_the_logits_of_hugging_face_bitwise(
         model_type, num_hidden_layers=NUM_LAYERS, tie_word_embeddings=tied, **WHOLE_ROWS
     )
     inputs = {
-        "attention_mask": torch.ones_like(token_ids),
         "position_ids": torch.arange(token_ids.shape[1]).expand_as(token_ids),
     }
     boundaries = BOUNDARIES[len(model_type) % len(BOUNDARIES)]
@@ -99,7 +99,7 @@ def test_a_chain_of_stages_gives_the_logits_of_hugging_face_bitwise(
                 logits = model.lm_head(hidden)
             else:
                 piece = PipelineStage(model, stage, 8)
-                carried = piece(carried, labels=token_ids, input_ids=token_ids, **inputs)
+                carried = piece(carried, Batch.of(token_ids, input_ids=token_ids, **inputs))
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap

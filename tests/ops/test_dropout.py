@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist.ops.dropout import START, draw_seeds, dropout, keep_mask
+from tests.tiny import dropout_seeds
 
 SEEDS = [0, 1, 2**40 + 7, 2**62 - 1, -5]
 # A share that is further from its probability than this many standard deviations is none: one in 3.5 million.
@@ -19,14 +20,15 @@ DEVIATIONS = 5.0
 def mask(
     seed: int = 3, dropout_id: int = 2, shape: tuple[int, ...] = (4, 256, 8), probability: float = 0.5
 ) -> Tensor:
-    """Of rows whose seeds count up from `seed`."""
-    return keep_mask(seed + torch.arange(shape[0]), dropout_id, shape, probability)
+    """Of samples whose seeds count up from `seed`."""
+    seeds_BS = dropout_seeds(range(seed, seed + shape[0]), shape[1])
+    return keep_mask(seeds_BS, dropout_id, shape[2], probability)
 
 
-def by_hand(seed: int, dropout_id: int, *position: int) -> int:
+def by_hand(*parts: int) -> int:
     """The hash in Python's own integers."""
     value = START
-    for part in (dropout_id, seed, seed >> 32, *position):
+    for part in parts:
         value = (value ^ part) & 0xFFFFFFFF
         value = (value ^ (value >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
         value = (value ^ (value >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
@@ -41,7 +43,10 @@ def test_the_bits_are_those_of_the_hash(seed: int) -> None:
     for probability in (0.5, 0.1):
         border = round(probability * 2**32) - 2**31
         expected = torch.tensor(
-            [by_hand(seed + row, dropout_id, *position) >= border for row, *position in positions]
+            [
+                by_hand(dropout_id, by_hand(seed + row, seed + row >> 32, token), component) >= border
+                for row, token, component in positions
+            ]
         ).view(shape)
         assert torch.equal(mask(seed, dropout_id, shape, probability), expected)
 
@@ -49,7 +54,7 @@ def test_the_bits_are_those_of_the_hash(seed: int) -> None:
 def test_the_bits_do_not_change_from_release_to_release() -> None:
     """A resumed run draws what the uninterrupted one would have."""
     bits = mask(seed=2**40 + 7, dropout_id=9, shape=(1, 4, 8)).flatten().int().tolist()
-    assert hex(int("".join(map(str, bits)), 2)) == "0x47ad13c0"
+    assert hex(int("".join(map(str, bits)), 2)) == "0x9b7e7ab2"
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.9])
@@ -87,10 +92,10 @@ def test_an_element_does_not_know_what_is_around_it() -> None:
     assert torch.equal(mask(seed=4, shape=(3, 32, 8)), whole[1:])
     assert torch.equal(mask(shape=(4, 7, 8)), whole[:, :7])
     assert torch.equal(mask(shape=(4, 32, 3)), whole[:, :, :3])
-    seeds_B = 3 + torch.arange(4)
-    assert torch.equal(keep_mask(seeds_B, 2, (4, 25, 8), 0.5, first_token=7), whole[:, 7:])
+    seeds_BS = dropout_seeds(range(3, 7), 32)
+    assert torch.equal(keep_mask(seeds_BS[:, 7:], 2, 8, 0.5), whole[:, 7:])
     x = torch.randn(4, 32, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(dropout(x[:, 7:], seeds_B, 2, 0.5, 7), dropout(x, seeds_B, 2, 0.5)[:, 7:])
+    assert torch.equal(dropout(x[:, 7:], seeds_BS[:, 7:], 2, 0.5), dropout(x, seeds_BS, 2, 0.5)[:, 7:])
 
 
 def test_more_is_dropped_with_a_higher_probability_and_nothing_else_changes() -> None:
@@ -102,9 +107,9 @@ def test_more_is_dropped_with_a_higher_probability_and_nothing_else_changes() ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_is_kept_is_scaled_up(dtype: torch.dtype) -> None:
     x = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
-    seeds_B = torch.tensor([3, 9])
-    kept = keep_mask(seeds_B, 1, (2, 5, 7), 0.25)
-    dropped = dropout(x, seeds_B, 1, 0.25)
+    seeds_BS = dropout_seeds([3, 9], 5)
+    kept = keep_mask(seeds_BS, 1, 7, 0.25)
+    dropped = dropout(x, seeds_BS, 1, 0.25)
     assert dropped.dtype == dtype
     assert torch.equal(dropped[~kept], torch.zeros_like(dropped[~kept]))
     torch.testing.assert_close(dropped[kept], x[kept] / 0.75)
@@ -113,8 +118,8 @@ def test_what_is_kept_is_scaled_up(dtype: torch.dtype) -> None:
 
 def test_seeds_follow_torchs_own_generator() -> None:
     torch.manual_seed(5)
-    first, second = (draw_seeds(3, torch.device("cpu")) for _ in range(2))
-    assert first.dtype == torch.int64
-    assert len({*first.tolist(), *second.tolist()}) == 6
+    first, second = (draw_seeds((1, 3), torch.device("cpu")) for _ in range(2))
+    assert first.dtype == torch.int32
+    assert len({*first.flatten().tolist(), *second.flatten().tolist()}) == 6
     torch.manual_seed(5)
-    assert torch.equal(draw_seeds(3, torch.device("cpu")), first)
+    assert torch.equal(draw_seeds((1, 3), torch.device("cpu")), first)

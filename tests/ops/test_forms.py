@@ -21,12 +21,14 @@ from ssmlora_dist.ops.ssmlora import SSMLoRA
 from tests.ops.ssmlora.one_module import TOLERANCES, kept_by
 from tests.ops.ssmlora.recurrence import weights_like
 from tests.own_forms import Fading, Mixing
+from tests.tiny import dropout_seeds
 
 SEED = 31
 OWN = [name for name in form_names() if form_named(name).__module__.startswith("ssmlora_dist.")]
 BATCH, FEATURES, OUT_FEATURES, NUM_AXES, SCALING = 3, 12, 10, 3, 1.25
-SEEDS = torch.tensor([2**40 + 7, -5, 3])
-DROPOUT = Dropout(dropout_id=5, probability=0.3, first_token=2)
+# Of as many tokens as any test has.
+SEEDS = dropout_seeds([2**40 + 7, -5, 3], 64)
+DROPOUT = Dropout(dropout_id=5, probability=0.3)
 
 
 FORMS = [*map(form_named, OWN), Fading, Mixing]
@@ -65,6 +67,7 @@ def draw(form: Form, tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
 def by_form(form: Form, leaves: dict[str, Tensor], seeds: Tensor | None) -> list[Tensor]:
     """y, and the state handed on if there is one, as an adapter computes them."""
     own = {name: leaves[name] for name in form.start_values()}
+    seeds = None if seeds is None else seeds[:, : leaves["x"].shape[1]]
     read = seeds if form.drops_input else None
     x, (z,) = fused.down_project(leaves["x"], [leaves["lora_A"]], read, *DROPOUT)
     # Nothing of `base` is a leaf to be lost: it is added to in place.
@@ -81,6 +84,7 @@ def by_reference(form: Form, leaves: dict[str, Tensor], seeds: Tensor | None) ->
     own = {name: leaves[name] for name in form.start_values()}
     dtype = leaves["x"].dtype
     read = leaves["x"]
+    seeds = None if seeds is None else seeds[:, : read.shape[1]]
     if seeds is not None and form.drops_input:
         read = read * torch.ops.ssmlora.dropout(torch.ones_like(read), seeds, *DROPOUT)
     z = F.linear(read, leaves["lora_A"].to(dtype))
@@ -204,7 +208,7 @@ def test_a_closed_form_is_lora_bit_for_bit(kind: type[Form], dtype: torch.dtype)
 
 def test_lora_is_its_reference() -> None:
     leaves = draw(LoRA(rank=4), 5, torch.float64)
-    mask = torch.ops.ssmlora.dropout(torch.ones_like(leaves["x"]), SEEDS, *DROPOUT)
+    mask = torch.ops.ssmlora.dropout(torch.ones_like(leaves["x"]), SEEDS[:, :5], *DROPOUT)
     [got] = by_form(LoRA(rank=4), leaves, SEEDS)
     given = (leaves[name] for name in ("x", "base", "lora_A", "lora_B"))
     expected = lora(*given, scaling=SCALING, dropout_mask_BSD=mask)
@@ -233,7 +237,7 @@ def test_ssmlora_is_written_out_bit_for_bit() -> None:
     low, high = torch.aminmax(h, dim=-1, keepdim=True)
     divisor = (high - low) + 1e-8
     n = (h - low) / divisor
-    mask = torch.ops.ssmlora.dropout(torch.ones(BATCH, 5, 4), SEEDS, *DROPOUT).view(-1, 4)
+    mask = torch.ops.ssmlora.dropout(torch.ones(BATCH, 5, 4), SEEDS[:, :5], *DROPOUT).view(-1, 4)
     u = torch.addcmul(z, n, mask) * SCALING
     y = torch.addmm(leaves["base"].detach().view(-1, OUT_FEATURES), u, b.t())
     assert torch.equal(got["y"].view(y.shape), y)

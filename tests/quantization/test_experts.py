@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.loss import CausalLMLoss
 from ssmlora_dist.quantization import (
@@ -399,6 +400,6 @@ def test_layouts_that_are_not_known_are_refused_without_weights() -> None:
 def test_the_load_balancing_loss_stays_out_of_our_loss(family: str) -> None:
     model = tiny_model(family)
     tokens = torch.randint(1, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(SEED))
-    loss = CausalLMLoss(model, chunk_size=5)(tokens, input_ids=tokens)
+    loss = CausalLMLoss(model, chunk_size=5)(Batch.of(tokens, input_ids=tokens))
     model.config.output_router_logits = True
-    assert torch.equal(CausalLMLoss(model, chunk_size=5)(tokens, input_ids=tokens), loss)
+    assert torch.equal(CausalLMLoss(model, chunk_size=5)(Batch.of(tokens, input_ids=tokens)), loss)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.data import Dataset, DatasetReport, Example
 from ssmlora_dist.models.loss import Scores
-from ssmlora_dist.training.evaluation import _scored, evaluate
+from ssmlora_dist.training.evaluation import evaluate
 
 IGNORED = -100
 
@@ -41,13 +41,7 @@ def test_the_first_target_tokens_are_scored(
     labels: list[int], num_scored: int | None, expected: list[bool]
 ) -> None:
     row = Example(torch.zeros(5).numpy(), torch.tensor(labels).numpy(), num_scored)
-    assert _scored(torch.tensor([labels]), [row]).tolist() == [expected]
-
-
-def test_rows_are_scored_each_by_its_own_number_and_filler_not_at_all() -> None:
-    labels = torch.tensor([[IGNORED, 5, 6], [IGNORED, 5, 6], [IGNORED] * 3])
-    rows: list[Example | None] = [example(3, 2, num_scored=1), example(3, 2), None]
-    assert _scored(labels, rows).tolist() == [[False, True, False], [False, True, True], [False] * 3]
+    assert row.scored_tokens.tolist() == expected
 
 
 class FirstTokenScorer:
@@ -56,14 +50,15 @@ class FirstTokenScorer:
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
 
-    def __call__(self, batches: Iterable[dict[str, Tensor]]) -> list[Scores]:
-        return [self._score(**batch) for batch in batches]
+    def __call__(self, batches: Iterable[Batch]) -> list[Scores]:
+        return [self._score(batch) for batch in batches]
 
-    def _score(self, labels: Tensor, scored: Tensor, input_ids: Tensor, **_: Tensor) -> Scores:
-        assert not (scored & (labels == IGNORED)).any()
-        self.shapes.append(tuple(labels.shape))
-        num_targets = (labels != IGNORED).sum(1)
-        first = input_ids[:, 0]
+    def _score(self, batch: Batch) -> Scores:
+        assert batch.scored is not None
+        self.shapes.append(batch.shape)
+        num_rows, num_tokens = batch.shape
+        num_targets = torch.bincount(batch.places // num_tokens, minlength=num_rows)
+        first = batch.inputs["input_ids"][:, 0]
         return Scores((first * num_targets).float(), num_targets, first % 2 == 0)
 
 

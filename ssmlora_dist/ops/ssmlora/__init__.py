@@ -82,9 +82,7 @@ class SSMLoRA(Form):
 
     def _arguments(self, inputs: Inputs) -> tuple[Any, ...]:
         """Those that both operators take."""
-        dropout_id, probability, first_token = inputs.dropout
-        recurrence = Recurrence(
-            inputs.scaling, self.normalization, self.carry, probability, dropout_id, first_token
-        )
+        dropout_id, probability = inputs.dropout
+        recurrence = Recurrence(inputs.scaling, self.normalization, self.carry, probability, dropout_id)
         transition, input = inputs.parameters["state_transition"], inputs.parameters["state_input"]
         return inputs.z, inputs.state, transition, input, inputs.seeds, *recurrence

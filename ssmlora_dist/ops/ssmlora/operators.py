@@ -9,7 +9,7 @@ from torch import Tensor
 from ssmlora_dist.ops.operators import register_operator
 from ssmlora_dist.ops.ssmlora.state_step import state_backward, state_forward
 
-_RECURRENCE = "float scaling, str normalization, str carry, float dropout, int dropout_id, int first_token"
+_RECURRENCE = "float scaling, str normalization, str carry, float dropout, int dropout_id"
 _STATE = f"Tensor z, Tensor h_prev, Tensor transition, Tensor input, Tensor? seeds, {_RECURRENCE}"
 _GRADIENTS = "Tensor d_u, Tensor? d_carried, bool needs_d_h_prev"
 _KERNELS = "ssmlora_dist.ops.ssmlora.triton_kernels"

@@ -27,7 +27,6 @@ class Recurrence(NamedTuple):
         carry: what is handed on: `normalized` (n) or `raw` (h).
         dropout: probability, on the normalised state; drawn where seeds are given.
         dropout_id: which adapter of the model draws.
-        first_token: where the first of the tokens stands in its row, for the dropout.
     """
 
     scaling: float
@@ -35,7 +34,6 @@ class Recurrence(NamedTuple):
     carry: str = "normalized"
     dropout: float = 0.0
     dropout_id: int = 0
-    first_token: int = 0
 
 
 def state_forward(
@@ -122,8 +120,7 @@ def _dropout_factors(
     """K [T,R]: 1 / (1 - p) where the normalised state is kept, 0 where it is dropped."""
     if seeds is None or not recurrence.dropout:
         return None
-    shape = tuple(z_BSR.shape)
-    kept = keep_mask(seeds, recurrence.dropout_id, shape, recurrence.dropout, recurrence.first_token)
+    kept = keep_mask(seeds, recurrence.dropout_id, z_BSR.shape[-1], recurrence.dropout)
     return _rows(kept, dtype).mul_(1 / (1 - recurrence.dropout))
 
 

@@ -109,10 +109,10 @@ def _normalized_backward(h, n, divisor, d_n, R: tl.constexpr, RP: tl.constexpr, 
     return d_n / divisor[:, None]
 
 
-@triton.jit(do_not_specialize=["dropout_id", "T", "num_positions", "first_token", "threshold"])
+@triton.jit(do_not_specialize=["dropout_id", "T", "threshold"])
 def _forward_kernel(
     z_ptr, g_ptr, c_ptr, d_ptr, seeds_ptr, u_ptr, carried_ptr,
-    T, z_stride, g_stride, num_positions, first_token, dropout_id, threshold, keep_scale, scaling,
+    T, z_stride, g_stride, dropout_id, threshold, keep_scale, scaling,
     R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     NORMALIZATION: tl.constexpr, RAW: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +123,7 @@ def _forward_kernel(
     n, _ = _normalized(h, R, RP, NORMALIZATION)
     carried = h if RAW else n
     if DROPOUT:
-        kept_BR = is_kept(seeds_ptr, dropout_id, tokens, T, columns, num_positions, first_token, threshold)
+        kept_BR = is_kept(seeds_ptr, dropout_id, tokens, T, columns, threshold)
         n = tl.where(kept_BR, n * keep_scale, 0.0)
     z = tl.load(z_ptr + tokens[:, None] * z_stride + columns[None, :], inside, 0.0).to(tl.float32)
     offsets = tokens[:, None] * R + columns[None, :]
@@ -131,12 +131,12 @@ def _forward_kernel(
     tl.store(carried_ptr + offsets, carried, inside)
 
 
-@triton.jit(do_not_specialize=["dropout_id", "T", "num_positions", "first_token", "threshold"])
+@triton.jit(do_not_specialize=["dropout_id", "T", "threshold"])
 def _backward_kernel(
     d_u_ptr, d_carried_ptr, z_ptr, g_ptr, c_ptr, d_ptr, seeds_ptr,
     u_ptr, d_z_ptr, d_g_ptr, sums_ptr,
     T, d_u_stride, d_carried_stride, z_stride, g_stride,
-    num_positions, first_token, dropout_id, threshold, keep_scale, scaling,
+    dropout_id, threshold, keep_scale, scaling,
     R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NORMALIZATION: tl.constexpr,
     RAW: tl.constexpr, DROPOUT: tl.constexpr, CARRIED: tl.constexpr, NEEDS_D_G: tl.constexpr,
 ):  # fmt: skip
@@ -165,9 +165,7 @@ def _backward_kernel(
         d_n = d_u * scaling
         kept = n
         if DROPOUT:
-            kept_BR = is_kept(
-                seeds_ptr, dropout_id, tokens, T, columns, num_positions, first_token, threshold
-            )
+            kept_BR = is_kept(seeds_ptr, dropout_id, tokens, T, columns, threshold)
             d_n = tl.where(kept_BR, d_n * keep_scale, 0.0)
             kept = tl.where(kept_BR, n * keep_scale, 0.0)
         if CARRIED:
@@ -208,7 +206,6 @@ def state_forward(
     carry: str,
     dropout: float,
     dropout_id: int,
-    first_token: int,
 ) -> tuple[Tensor, Tensor]:
     """See `state_step.state_forward`."""
     z, g = rows(z_BSR), rows(h_prev_BSR)
@@ -219,7 +216,7 @@ def state_forward(
     _forward_kernel[grid](
         z, g, _matrix(transition_RR), _matrix(input_RR), drawn, u, carried,
         z.shape[0], z.stride(0), g.stride(0),
-        *rng_kernel_args(z_BSR, dropout, dropout_id, first_token), scaling,
+        *rng_kernel_args(dropout, dropout_id), scaling,
         **sizes, NORMALIZATION=_NORMALIZATIONS[normalization], RAW=carry == "raw", DROPOUT=drawn is not None,
     )  # fmt: skip
     return u, carried
@@ -239,7 +236,6 @@ def state_backward(
     carry: str,
     dropout: float,
     dropout_id: int,
-    first_token: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `state_step.state_backward`."""
     z, g, d_u = rows(z_BSR), rows(h_prev_BSR), rows(d_u_BSR)
@@ -255,7 +251,7 @@ def state_backward(
     _backward_kernel[(num_programs, num_pieces)](
         d_u, d_carried, z, g, _matrix(transition_RR), _matrix(input_RR), drawn, u, d_z, d_h_prev, sums,
         num_tokens, d_u.stride(0), 0 if d_carried is None else d_carried.stride(0), z.stride(0), g.stride(0),
-        *rng_kernel_args(z_BSR, dropout, dropout_id, first_token), scaling,
+        *rng_kernel_args(dropout, dropout_id), scaling,
         **sizes, NORMALIZATION=_NORMALIZATIONS[normalization], RAW=carry == "raw", DROPOUT=drawn is not None,
         CARRIED=d_carried is not None, NEEDS_D_G=needs_d_h_prev,
     )  # fmt: skip

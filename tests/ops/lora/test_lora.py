@@ -20,6 +20,7 @@ from tests.ops.ssmlora.one_module import (
     kept_by,
 )
 from tests.ops.ssmlora.recurrence import weights_like
+from tests.tiny import dropout_seeds
 
 FORM = LoRA(rank=4)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -60,8 +61,8 @@ def test_lora_is_its_formula(dtype: torch.dtype, num_readers: int) -> None:
 
 def test_lora_drops_the_input_of_its_own_half_alone() -> None:
     inputs = draw()
-    seeds = torch.tensor(DROPOUT_SEEDS)
-    kept = keep_mask(seeds, DROPOUT_ID, tuple(inputs.x_BSD.shape), DROPOUT).double() / (1 - DROPOUT)
+    seeds = dropout_seeds(DROPOUT_SEEDS, inputs.x_BSD.shape[1])
+    kept = keep_mask(seeds, DROPOUT_ID, inputs.x_BSD.shape[-1], DROPOUT).double() / (1 - DROPOUT)
 
     def ours(x_BSD: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x_BSD, (z_BSR,) = fused.down_project(x_BSD, [a], seeds, DROPOUT_ID, DROPOUT)
@@ -76,6 +77,6 @@ def test_lora_drops_the_input_of_its_own_half_alone() -> None:
     assert len(kept_by(lambda: ours(*leaves), *leaves[1:], inputs.frozen_OD, seeds)) == 2, "x and z"
     _, (z_BSR,) = fused.down_project(inputs.x_BSD, [inputs.lora_A_RD], seeds, DROPOUT_ID, DROPOUT)
     _, (rest_BSR,) = fused.down_project(
-        inputs.x_BSD[:, 2:], [inputs.lora_A_RD], seeds, DROPOUT_ID, DROPOUT, 2
+        inputs.x_BSD[:, 2:], [inputs.lora_A_RD], seeds[:, 2:], DROPOUT_ID, DROPOUT
     )
     torch.testing.assert_close(rest_BSR, z_BSR[:, 2:], rtol=0, atol=TOLERANCES[torch.float64])

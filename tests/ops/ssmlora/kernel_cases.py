@@ -16,10 +16,11 @@ from torch import Tensor
 from ssmlora_dist.ops import dropout, triton_dropout
 from ssmlora_dist.ops.ssmlora import state_step, triton_kernels
 from ssmlora_dist.ops.ssmlora.reference import MIN_SPREAD
+from tests.tiny import dropout_seeds
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-BATCH, SCALING, DROPOUT_ID, PROBABILITY, FIRST_TOKEN = 2, 1.5, 5, 0.3, 1000
-SEEDS = torch.tensor([2**40 + 7, -5], device=DEVICE)
+BATCH, SCALING, DROPOUT_ID, PROBABILITY = 2, 1.5, 5, 0.3
+SEEDS = dropout_seeds([2**40 + 7, -5], 600).to(DEVICE)
 # Relative to the largest number of a tensor. Float32: sums in another order. Otherwise results are rounded to
 # 8 or 11 bits, and numbers that differ in their last bit may be rounded apart; Triton's interpreter rounds to
 # bfloat16 towards zero, as no GPU does.
@@ -58,8 +59,14 @@ def run(
     """All results of both operators; not `full`: no gradient of the carried state, and none of h_prev."""
     normalization, carry, probability = form
     inputs = [tensors[name] for name in ("z", "h_prev", "transition", "input")]
-    rng_args = (probability, DROPOUT_ID, FIRST_TOKEN)
-    settings = (SEEDS if probability else None, SCALING, normalization, carry, *rng_args)
+    rng_args = (probability, DROPOUT_ID)
+    settings = (
+        SEEDS[:, : inputs[0].shape[1]] if probability else None,
+        SCALING,
+        normalization,
+        carry,
+        *rng_args,
+    )
     d_carried = tensors["d_carried"] if full else None
     forward = module.state_forward(*inputs, *settings)
     return *forward, *module.state_backward(tensors["d_u"], d_carried, full, *inputs, *settings)
@@ -131,8 +138,8 @@ def test_the_same_bits_in_every_run() -> None:
 def test_dropout_drops_the_same(dtype: torch.dtype) -> None:
     x = torch.randn(2, 7, 1500, generator=torch.Generator().manual_seed(0))
     x = x.to(DEVICE, dtype)[..., :1300]
-    got = triton_dropout.dropout(x, SEEDS, DROPOUT_ID, PROBABILITY, FIRST_TOKEN)
-    expected = dropout.dropout(x, SEEDS, DROPOUT_ID, PROBABILITY, FIRST_TOKEN)
+    got = triton_dropout.dropout(x, SEEDS[:, :7], DROPOUT_ID, PROBABILITY)
+    expected = dropout.dropout(x, SEEDS[:, :7], DROPOUT_ID, PROBABILITY)
     assert torch.equal(got == 0, expected == 0)
     torch.testing.assert_close(got, expected, rtol=TOLERANCES[dtype], atol=0)
 

@@ -19,6 +19,7 @@ from tests.ops.ssmlora.recurrence import weights_like
 
 SEED = 17
 BATCH, FEATURES, OUT_FEATURES, SCALING, DROPOUT_ID, DROPOUT = 2, 24, 20, 1.5, 5, 0.3
+# Of the samples in the two rows.
 DROPOUT_SEEDS = [2**40 + 7, 3]
 # Both sides sum the same terms in other orders; errors are relative to the largest number of a tensor. In
 # bfloat16 they also round at other places, each time by up to 2^-9, and a gradient through minmax sees some.
@@ -79,7 +80,7 @@ def run_fused(
         inputs.lora_B_OR,
         *settings_of(inputs, recurrence),
         seeds,
-        Dropout(recurrence.dropout_id, recurrence.dropout, recurrence.first_token),
+        Dropout(recurrence.dropout_id, recurrence.dropout),
     )
     assert carried_BSR is not None
     return y_BSO, carried_BSR
@@ -97,7 +98,7 @@ def run_reference(
 ) -> tuple[Tensor, Tensor]:
     mask_BSR = None
     if seeds is not None:
-        kept = keep_mask(seeds, recurrence.dropout_id, tuple(inputs.h_prev_BSR.shape), recurrence.dropout)
+        kept = keep_mask(seeds, recurrence.dropout_id, inputs.h_prev_BSR.shape[-1], recurrence.dropout)
         mask_BSR = kept.to(inputs.lora_A_RD.dtype) / (1 - recurrence.dropout)
     y_BSO, carried_BSR = reference.time_module(
         inputs.x_BSD,

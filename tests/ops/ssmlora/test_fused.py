@@ -34,6 +34,7 @@ from tests.ops.ssmlora.one_module import (
     settings_of,
 )
 from tests.ops.ssmlora.recurrence import weights_like
+from tests.tiny import dropout_seeds
 
 normalizations = pytest.mark.parametrize("normalization", ["minmax", "rms", "none"])
 carries = pytest.mark.parametrize("carry", ["normalized", "raw"])
@@ -46,7 +47,7 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("detach", [False, True], ids=["full", "detached"])
 @pytest.mark.parametrize("drop", [False, True], ids=["no_dropout", "dropout"])
 def test_i10_every_form(normalization: str, carry: str, dtype: torch.dtype, detach: bool, drop: bool) -> None:
-    seeds = torch.tensor(DROPOUT_SEEDS) if drop else None
+    seeds = dropout_seeds(DROPOUT_SEEDS, 5) if drop else None
     recurrence = Recurrence(SCALING, normalization, carry, DROPOUT, DROPOUT_ID)
     assert_is_the_reference(draw(dtype=dtype), recurrence, detach, seeds)
 
@@ -112,7 +113,7 @@ def test_i10_one_axis_of_several() -> None:
 @pytest.mark.parametrize("drop", [False, True], ids=["no_dropout", "dropout"])
 def test_gradcheck(normalization: str, carry: str, drop: bool) -> None:
     inputs = draw(tokens=2)
-    seeds = torch.tensor(DROPOUT_SEEDS) if drop else None
+    seeds = dropout_seeds(DROPOUT_SEEDS, 2) if drop else None
 
     def outputs(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         moved = Inputs(*leaves, frozen_OD=inputs.frozen_OD)
@@ -124,7 +125,7 @@ def test_gradcheck(normalization: str, carry: str, drop: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_in_every_run(dtype: torch.dtype) -> None:
     inputs = draw(129, 16, dtype)
-    options = (Recurrence(SCALING, dropout=DROPOUT), False, torch.tensor(DROPOUT_SEEDS))
+    options = (Recurrence(SCALING, dropout=DROPOUT), False, dropout_seeds(DROPOUT_SEEDS, 129))
     first, second = (outputs_and_gradients(run_fused, inputs, *options) for _ in range(2))
     assert all(
         a is not None and b is not None and torch.equal(a, b) for a, b in zip(first, second, strict=True)
@@ -134,7 +135,7 @@ def test_the_same_bits_in_every_run(dtype: torch.dtype) -> None:
 def test_tokens_split_among_processes_drop_what_whole_rows_do() -> None:
     whole = draw(tokens=7)
     recurrence = Recurrence(SCALING, dropout=DROPOUT, dropout_id=DROPOUT_ID)
-    seeds = torch.tensor(DROPOUT_SEEDS)
+    seeds = dropout_seeds(DROPOUT_SEEDS, 7)
     y_BSO, carried_BSR, d_x_BSD, d_h_prev_BSR, *d_weights = outputs_and_gradients(
         run_fused, whole, recurrence, False, seeds
     )
@@ -143,7 +144,7 @@ def test_tokens_split_among_processes_drop_what_whole_rows_do() -> None:
         part = replace(
             whole, x_BSD=whole.x_BSD[:, first:stop], h_prev_BSR=whole.h_prev_BSR[:, first:stop]
         ).copy()
-        outputs = run_fused(part, recurrence._replace(first_token=first), False, seeds)
+        outputs = run_fused(part, recurrence, False, seeds[:, first:stop])
         weights = [weights_like(y_BSO)[:, first:stop], weights_like(carried_BSR)[:, first:stop]]
         parts.append([*outputs, *torch.autograd.grad(outputs, part.leaves, weights)])
     joined = [torch.cat(tensors, 1) for tensors in list(zip(*parts, strict=True))[:4]]
@@ -179,7 +180,7 @@ def test_gradients_of_gradients_are_refused() -> None:
 @pytest.mark.parametrize("drop", [False, True], ids=["no_dropout", "dropout"])
 def test_x_z_and_the_state_received_are_all_that_is_kept(dtype: torch.dtype, drop: bool) -> None:
     inputs = draw(dtype=dtype)
-    seeds = torch.tensor(DROPOUT_SEEDS) if drop else None
+    seeds = dropout_seeds(DROPOUT_SEEDS, 5) if drop else None
     own = (*inputs.leaves[2:], inputs.frozen_OD)
     recurrence = Recurrence(SCALING, dropout=DROPOUT)
     kept = kept_by(
@@ -269,7 +270,7 @@ def test_on_cuda_it_is_what_it_is_on_the_cpu(
     recurrence = Recurrence(SCALING, normalization, carry, DROPOUT, DROPOUT_ID)
     results = []
     for device in ("cuda", "cpu"):
-        seeds = torch.tensor(DROPOUT_SEEDS, device=device) if drop else None
+        seeds = dropout_seeds(DROPOUT_SEEDS, 129).to(device) if drop else None
         found = outputs_and_gradients(run_fused, inputs.copy(device), recurrence, False, seeds)
         results.append([None if tensor is None else tensor.cpu() for tensor in found])
     assert_same(*results, TOLERANCES[dtype])
