@@ -77,6 +77,15 @@ RATES: dict[str, Overrides] = {
     )
     for name in (REFERENCE, "zero 1", "zero 2, optimizer offloaded", "zero 3, nothing persistent")
 }
+# Two or three examples a row, of which there are four in a batch as well.
+PACKED: dict[str, Overrides] = {
+    f"packed, {name}": (*_DROPOUT, "data.packing=true", "data.max_length=160", *overrides)
+    for name, overrides in {
+        REFERENCE: (),
+        "zero 3": TOPOLOGIES["zero 3, nothing persistent"],
+        "micro-batch 2": ("training.micro_batch_size=2",),
+    }.items()
+}
 _WITHOUT_EVALUATION: dict[str, Overrides] = {**TOPOLOGIES, **DROPPING}
 
 # Three examples, so that two ranks do not share them evenly.
@@ -161,6 +170,7 @@ HALF: dict[str, Overrides] = {
 JOBS: dict[str, Overrides] = {
     **_WITHOUT_EVALUATION,
     **EVALUATED,
+    **PACKED,
     **QUANTIZED,
     **MICRO_BATCHES,
     **TIED,

@@ -76,6 +76,7 @@ _OTHERS: dict[str, Overrides] = {
         ("gpt_neox", ["query_key_value", "attention.dense"]),
     )
 }
+_PACKED = (*_DROPOUT, "data.packing=true", "data.max_length=160")
 _TIED = f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}'
 
 
@@ -99,6 +100,7 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
     "lora": (1, ("adapter.method=lora",)),
     "tied from a file": (1, (_TIED,)),
     "dropout": (1, _DROPOUT),
+    "packed": (1, _PACKED),
     "places": (1, _PLACES),
     **{model_type: (1, overrides) for model_type, overrides in _OTHERS.items()},
     # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
@@ -117,6 +119,7 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
     "experts in stages": (2, (*PLAIN["experts"][1], *_split((0, 2))), "experts"),
     "float16 in stages": (2, (*PLAIN["float16"][1], *_split((0, 2))), "float16"),
     "lora in stages": (3, (*PLAIN["lora"][1], *_split((0, 2, 3))), "lora"),
+    "packed in stages": (2, (*_PACKED, *_split((0, 3), 1)), "packed"),
     "tied from a file in two": (2, (_TIED, *_split((0, 3))), "tied from a file"),
     "tied from a file in three": (3, (_TIED, *_split((0, 1, 3))), "tied from a file"),
     **{

@@ -49,7 +49,10 @@ BITWISE_ONLY: dict[str, tuple[int, Overrides]] = {
     "pp2zero1": (2, ("parallel.pipeline_stages=2", "parallel.zero_stage=1")),
 }
 STREAMED: dict[str, tuple[int, Overrides]] = {
-    f"streamed-{name}": (TOPOLOGIES[name][0], (*TOPOLOGIES[name][1], f"data.train={_STREAM}"))
+    f"streamed-{name}": (
+        TOPOLOGIES[name][0],
+        (*TOPOLOGIES[name][1], f"data.train={_STREAM}", "data.packing=true", "data.max_length=160"),
+    )
     for name in ("dp1", "zero3", "pp2")
 }
 # With forms of the state that the package does not know, one of which reads all axes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.distributed.context import DistributedContext
-from ssmlora_dist.distributed.engine import DataParallelEngine, clip_gradients, count_targets
+from ssmlora_dist.distributed.engine import DataParallelEngine, clip_gradients
 from ssmlora_dist.distributed.loss_scale import INITIAL
 
 from .conftest import WORLD_SIZES, Results
@@ -85,21 +87,6 @@ def test_parameters_without_gradients_count_for_nothing() -> None:
     assert clip_gradients({"a": nn.Parameter(torch.zeros(2))}, max_norm=1.0) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        ([[-100, -100, 5, 6]], 2),
-        ([[-100, 5], [-100, -100]], 1),
-        # Nothing comes before the first token to predict it from.
-        ([[4, 5, 6]], 2),
-        ([[4], [5]], 0),
-        ([[-100, 0]], 1),
-    ],
-)
-def test_targets_are_counted(labels: list[list[int]], expected: int) -> None:
-    assert count_targets({"labels": torch.tensor(labels)}) == expected
-
-
 @pytest.mark.parametrize("poison", ["gradients", "loss"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
@@ -166,8 +153,8 @@ def test_nothing_waits_for_the_device_between_micro_batches(monkeypatch: pytest.
     weight = torch.nn.Parameter(torch.ones(1))
 
     class DeepSpeed(SimpleNamespace):
-        def __call__(self, labels: torch.Tensor) -> torch.Tensor:
-            return (labels.float().sum() * weight).sum().as_subclass(Device)
+        def __call__(self, batch: Batch) -> torch.Tensor:
+            return (batch.targets.float().sum() * weight).sum().as_subclass(Device)
 
     deepspeed = DeepSpeed(
         optimizer=SimpleNamespace(param_groups=[{}]),
@@ -184,7 +171,9 @@ def test_nothing_waits_for_the_device_between_micro_batches(monkeypatch: pytest.
     optimizer = torch.optim.SGD([weight], lr=1.0)
     engine = DataParallelEngine(deepspeed.module, {"weight": weight}, optimizer, config, context, 1.0)
     waits_at_check: list[int] = []
-    batches = [{"labels": torch.tensor([[7, value]]).as_subclass(Device)} for value in (1, 2, 3)]
+    ids = torch.tensor([[7, 7]])
+    given = [Batch.of(ids + value, input_ids=ids) for value in (1, 2, 3)]
+    batches = [replace(batch, targets=batch.targets.as_subclass(Device)) for batch in given]
     Device.waits.clear()
     result = engine.train_step(batches, 0.1, lambda: waits_at_check.append(len(Device.waits)))
     assert Device.waits.count("to") == len(batches)

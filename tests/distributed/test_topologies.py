@@ -16,6 +16,7 @@ from .jobs import (
     EVALUATED,
     HALF,
     MICRO_BATCHES,
+    PACKED,
     QUANTIZED,
     RATES,
     REFERENCE,
@@ -114,6 +115,20 @@ def test_dropout_acts(results: Results, num_ranks: int) -> None:
 @pytest.mark.parametrize("job", DROPPING)
 def test_a_sample_drops_the_same_on_every_topology(results: Results, num_ranks: int, job: str) -> None:
     assert_same_training(results, (job, num_ranks), (DROPOUT, 1))
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+@pytest.mark.parametrize("job", PACKED)
+def test_packed_rows_train_the_same(results: Results, num_ranks: int, job: str) -> None:
+    assert_same_training(results, (job, num_ranks), (f"packed, {REFERENCE}", 1))
+
+
+def test_packed_rows_hold_several_examples_and_little_padding(results: Results) -> None:
+    one_by_one, packed = results.summary(DROPOUT, 1), results.summary(f"packed, {REFERENCE}", 1)
+    assert packed["num_target_tokens"] > 1.5 * one_by_one["num_target_tokens"]
+    assert packed["padding_share"] == one_by_one["padding_share"] == 0, "a micro-batch is one row"
+    in_twos = results.summary("packed, micro-batch 2", 1)
+    assert 0 < in_twos["padding_share"] < results.summary("dropout, micro-batch 2", 1)["padding_share"]
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)

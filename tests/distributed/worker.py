@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.distributed.context import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.distributed.ds_config import deepspeed_config
@@ -141,9 +142,9 @@ class SquaredOutputs(nn.Module):
         with torch.no_grad():
             self.linear.weight.copy_(torch.arange(1.0, 7.0).view(2, 3))
 
-    def forward(self, labels: Tensor, inputs: Tensor, added: Tensor) -> Tensor:
-        """inputs [B,S,3], added [B] -> a scalar; labels [B,S] are only counted."""
-        return self.linear(inputs).square().sum() + added.sum()
+    def forward(self, batch: Batch) -> Tensor:
+        """Of `inputs` [B,S,3] and `added` [B] a scalar; the targets are only counted."""
+        return self.linear(batch.inputs["inputs"]).square().sum() + batch.inputs["added"].sum()
 
 
 def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str)
                 "loss": ("added", torch.inf),
                 "overflow": ("inputs", 1e17),
             }[poison]
-            batches[-1][key][0] = value
+            batches[-1].inputs[key][0] = value
         result = engine.train_step(batches, learning_rate=0.1)
         found["skipped"].append(result.skipped)
         found["grad_norm"].append(result.grad_norm)
@@ -188,13 +189,10 @@ def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str)
     return found
 
 
-def _micro_batch(rank: int, index: int) -> dict[str, Tensor]:
+def _micro_batch(rank: int, index: int) -> Batch:
     generator = torch.Generator().manual_seed(10 * rank + index)
-    return {
-        "labels": torch.ones(1, 4, dtype=torch.int64),
-        "inputs": torch.randn(1, 4, 3, generator=generator),
-        "added": torch.zeros(1),
-    }
+    inputs = torch.randn(1, 4, 3, generator=generator)
+    return Batch.of(torch.ones(1, 4, dtype=torch.int64), inputs=inputs, added=torch.zeros(1))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def facts(config: RunConfig, world_size: int = 1, **changes: Any) -> dict[str, s
     settings: dict[str, Any] = {
         "num_steps": 10,
         "num_examples": 32,
+        "num_rows": 32,
         "accounts": account_lines("train", DatasetReport(40, 32, 8)),
         "resume_point": ResumePoint(),
     }

@@ -32,8 +32,8 @@ class ScriptedEngine:
         skipped = self.skipped[step]
         numbers = (math.nan if skipped else 2.0, math.inf if skipped else 1.0)
         if self.halved:
-            return StepResult(*numbers, 8, 4, skipped, loss_scale=1.0, scale_halved=self.halved[step])
-        return StepResult(*numbers, 8, 4, skipped)
+            return StepResult(*numbers, 8, 0, 4, skipped, loss_scale=1.0, scale_halved=self.halved[step])
+        return StepResult(*numbers, 8, 0, 4, skipped)
 
 
 def run(skipped: Sequence[bool], max_nonfinite_steps: int = 2) -> tuple[ScriptedEngine, list[StepRecord]]:

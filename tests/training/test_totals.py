@@ -11,7 +11,8 @@ from ssmlora_dist.training.totals import Totals
 
 
 def record(step: int, loss: float = 2.0, skipped_steps: int = 0) -> StepRecord:
-    result = StepResult(loss, grad_norm=1.0, num_tokens=100, num_target_tokens=30, skipped=False)
+    counts = {"num_tokens": 100, "num_padding_tokens": 10, "num_target_tokens": 30}
+    result = StepResult(loss, grad_norm=1.0, **counts, skipped=False)
     return StepRecord(step, 1e-3, result, step_seconds=0.5, data_seconds=0.1, skipped_steps=skipped_steps)
 
 
