@@ -100,7 +100,8 @@ def _squared_norms(
     while True:
         value = 1.0 if scale is None else scale.value
         total = loss(**batch)
-        (total * (value / count_targets(batch))).backward()
+        # 0 x infinity: a loss that is not finite makes the gradients so.
+        (total * (value / count_targets(batch) + 0.0 * total.detach())).backward()
         squares = squared_norms(parameters, value)
         for parameter in parameters.values():
             parameter.grad = None
