@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -92,6 +93,16 @@ class ExampleStream:
         with progress(f"reading the first records of {self._reader.name}"):
             first = next(block for block in self.blocks(Position()) if block.examples)
         return Dataset(first.examples, first.report, frozenset(self._reader.closings))
+
+    def first(self, number: int) -> list[Example]:
+        """The first examples that training takes.
+
+        Raises:
+            DataError: as of `blocks`.
+        """
+        with progress(f"reading the first records of {self._reader.name}"):
+            blocks = (block.examples for block in self.blocks(Position()))
+            return list(itertools.islice(itertools.chain.from_iterable(blocks), number))
 
     def check(self, position: Mapping[str, Any]) -> None:
         """Reads to where training stood.
