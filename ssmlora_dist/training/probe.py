@@ -53,7 +53,8 @@ def gradient_scores(
     """Of every place that may be adapted, in the order of the model; the arguments are `probe_places`'.
 
     The squared norm of the gradient of `lora_B`, of a micro-batch's mean loss over its target tokens; the
-    mean over the micro-batches.
+    mean over the micro-batches. In float16 what is too small for the loss scale may depend on the number of
+    ranks, as each has a scale of its own.
     """
     structure = structure_of(backbone)
     found = candidate_places(config.adapter, decoder_layers(backbone), structure.linears)
