@@ -35,7 +35,7 @@ _SLICE = re.compile(r"(-?[0-9]{1,6})?:(-?[0-9]{1,6})?(:(-?[0-9]{1,6})?)?")
 class AdapterConfig(BaseModel):
     """Where adapters sit and how their state runs through depth (DESIGN section 2).
 
-    `alternate` lists projections of which each layer gets one, in turn: layer i gets
+    `alternate` lists projections of which each layer gets one, in turn: the i-th layer that is adapted gets
     `alternate[i % len(alternate)]`. `every_layer` names those adapted in each layer that has them: a
     list, `"all-linear"` (all linear layers of a decoder layer but routers and what `alternate` names), or a
     regular expression that matches full names as a whole, such as `".*attn.(q|v)_proj"`. By PEFT's rules a
@@ -58,7 +58,7 @@ class AdapterConfig(BaseModel):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability; on the normalised state, or on the input of a plain LoRA module."""
     alternate: tuple[str, ...] = ("q_proj", "v_proj")
-    """Projections that take turns over the layers, such as `["q_proj", "v_proj"]`."""
+    """Projections that take turns over the adapted layers, such as `["q_proj", "v_proj"]`."""
     every_layer: tuple[str, ...] | str = ()
     """Projections adapted in each layer: names, `"all-linear"`, or a regular expression for full names."""
     every_layer_method: str = "lora"
@@ -232,7 +232,7 @@ class AdapterConfig(BaseModel):
     @property
     def methods(self) -> tuple[str, ...]:
         """The forms that adapters are of."""
-        if self.places:
+        if self.places or self.is_unprobed:
             return (self.method,)
         named = ((self.method, self.alternate), (self.every_layer_method, self.every_layer))
         return tuple(dict.fromkeys(method for method, names in named if names))

@@ -346,10 +346,8 @@ def _placement_of(layers: Mapping[str, set[int]], paths: Paths, source: Path) ->
     # What no layer has is refused where the adapter meets the model.
     every = tuple(name for name, where in layers.items() if where == ((having[name] & chosen) or chosen))
     rest = {name: where for name, where in layers.items() if name not in every}
-    alternate = tuple(sorted(rest, key=lambda name: min(index % len(rest) for index in rest[name])))
-    expected = {
-        name: {index for index in chosen if index % len(rest) == turn} for turn, name in enumerate(alternate)
-    }
+    alternate = tuple(sorted(rest, key=lambda name: min(rest[name])))
+    expected = {name: set(sorted(chosen)[turn :: len(rest)]) for turn, name in enumerate(alternate)}
     if rest != expected:
         # Brought into order where the adapter meets the model.
         return {

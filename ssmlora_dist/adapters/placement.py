@@ -20,7 +20,8 @@ def placement(config: AdapterConfig, layer_idx: int) -> dict[str, str]:
         return {}
     chosen = dict.fromkeys(config.listed, config.every_layer_method)
     if config.alternate:
-        chosen = {config.alternate[layer_idx % len(config.alternate)]: config.method, **chosen}
+        turn = layer_idx if config.layer_indices is None else config.layer_indices.index(layer_idx)
+        chosen = {config.alternate[turn % len(config.alternate)]: config.method, **chosen}
     return chosen
 
 

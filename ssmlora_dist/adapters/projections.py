@@ -88,7 +88,7 @@ def resolve(config: AdapterConfig, prefix: str, paths: Paths) -> AdapterConfig:
     # Of the others nothing is adapted.
     paths = [own if index in layers else () for index, own in enumerate(paths)]
     for turn, name in enumerate(config.alternate):
-        _check_alternate(name, [index for index in layers if index % len(config.alternate) == turn], paths)
+        _check_alternate(name, layers[turn :: len(config.alternate)], paths)
     in_turn = {path for own in paths for name in config.alternate for path in named_by(name, own)}
     if isinstance(config.every_layer, tuple):
         names = [each for name in config.every_layer for each in _expanded(name, paths)]

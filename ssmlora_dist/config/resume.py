@@ -102,6 +102,10 @@ def resume_problems(then: Mapping[str, Any], now: RunConfig) -> list[str]:
             "this release; continue with the release that wrote it"
         ]
     old, new = _values(before), _values(now)
+    if before.adapter.places and now.adapter.places:
+        # They are all that is adapted: the rest may have said how many parameters a probe spends.
+        for name in ("alternate", "every_layer", "every_layer_method", "layers"):
+            del old[f"adapter.{name}"]
     return [
         f"{field}: {shown(new[field])} given, {shown(old[field])} in the checkpoint; may not change in a run "
         f"that is continued: {rule.reason}; set it back, or begin anew under another run.name"
@@ -139,9 +143,6 @@ def _values(config: RunConfig) -> dict[str, Any]:
         # Left out, it stands for its defaults.
         if isinstance(source, dict) and source["format"] == "retrieval" and source["retrieval"] is None:
             source["retrieval"] = RetrievalSection().model_dump(mode="json")
-    if content["adapter"]["places"]:
-        # They are all that is adapted: the rest may have said how many parameters a probe spends.
-        content["adapter"] |= {"alternate": [], "every_layer": [], "layers": None}
     values = {}
     for field in leaves():
         value: Any = content

@@ -40,6 +40,7 @@ def rule_problems(
     """
     lines = [
         *_end_of_training(config, doubtful),
+        *_state_learning_rate(config, doubtful),
         *_model(config, doubtful),
         *_evaluation(config, doubtful),
         *task_problems(config, doubtful, check_files=check_files),
@@ -81,6 +82,20 @@ def _end_of_training(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
         yield (
             f"training.warmup_steps: {training.warmup_steps} given; allowed: fewer than training.max_steps "
             f"{training.max_steps}; lower it or train longer"
+        )
+
+
+def _state_learning_rate(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+    adapter, ratio = config.adapter, config.training.state_learning_rate_ratio
+    names = ("method", "alternate", "every_layer", "every_layer_method", "placement", "places")
+    fields = ("training.state_learning_rate_ratio", *(f"adapter.{name}" for name in names))
+    if ratio == 1 or not doubtful.clear_of(*fields):
+        return
+    if not any(adapter.form(name).start_values() for name in adapter.methods):
+        yield (
+            f"training.state_learning_rate_ratio: {ratio:g} given; allowed: only 1 with adapters of the form "
+            f"{' and '.join(map(shown, adapter.methods))}, which has no parameters of a state; remove it, or "
+            "set adapter.method to a form that has"
         )
 
 

@@ -220,8 +220,9 @@ RULES = (
         condition='"probe" without adapter.places only with parallel.pipeline_stages 1 and '
         "parallel.zero_stage below 3",
         reason="a probe takes gradients of the whole backbone on every rank, before anything is split",
-        remedy="run the probe once with --set run.name=probe training.max_steps=1 parallel.pipeline_stages=1 "
-        "parallel.zero_stage=0, and copy adapter.places from its config.json",
+        remedy="set parallel.pipeline_stages to 1, parallel.zero_stage to 2 or less and "
+        "parallel.offload_parameters, which needs ZeRO 3, to false; or name adapter.places, as a run with "
+        "these settings writes them to its config.json before its first step",
         broken=_probed_in_parts,
     ),
     TopologyRule(

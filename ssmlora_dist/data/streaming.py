@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -97,6 +98,16 @@ class ExampleStream:
             first = next(block for block in self.blocks(Position()) if block.rows)
         examples = [example for row in first.rows for example in row]
         return Dataset(examples, first.report, frozenset(self._reader.closings))
+
+    def first(self, number: int) -> list[list[Example]]:
+        """The first rows that training takes.
+
+        Raises:
+            DataError: as of `blocks`.
+        """
+        with progress(f"reading the first records of {self._reader.name}"):
+            blocks = (block.rows for block in self.blocks(Position()))
+            return list(itertools.islice(itertools.chain.from_iterable(blocks), number))
 
     def check(self, position: Mapping[str, Any]) -> None:
         """Reads to where training stood.

@@ -81,6 +81,8 @@ class RunData:
         )
         commits = context.on_main(lambda: revisions(config, resume_point))
         train, self.validation = build_data(pinned(config, commits), tokenizer)
+        self._train, self._on_main = train, context.on_main
+        self._row_tokens = row_tokens(config)
         self.contents = self._compared(config, train, commits, context, resume_point)
         self.compares = same_validation(resume_point, self.contents["validation"], warn)
         self.num_examples = None if isinstance(train, ExampleStream) else len(train)
@@ -102,7 +104,7 @@ class RunData:
         else:
             assert training.num_epochs or training.max_steps, "refused by config.rules"
             self.sample = train
-            self._batches = batches = GlobalBatches(train, self._shape, self._seed, row_tokens(config))
+            self._batches = batches = GlobalBatches(train, self._shape, self._seed, self._row_tokens)
             self.num_rows = batches.num_rows
             self.num_steps = training.max_steps or batches.num_steps(training.num_epochs or 1.0)
         encoder = TextEncoder(tokenizer)
@@ -141,11 +143,12 @@ class RunData:
         return batches
 
     def probe_batches(self, number: int) -> list[Batch]:
-        """The first micro-batches of training, as on one rank; of a stream, of its first examples."""
+        """The first micro-batches of training, as on one rank; every rank calls it."""
         size = self._shape.micro_batch_size
-        alone = BatchShape(size, size, 0, 1, self._shape.pad_token_id)
-        batches = GlobalBatches(self.sample, alone, self._seed)
-        return [batch for step in range(number) for batch in batches.micro_batches(step)]
+        alone = BatchShape(number * size, size, 0, 1, self._shape.pad_token_id)
+        if isinstance(stream := self._train, ExampleStream):
+            return alone.micro_batches(self._on_main(lambda: stream.first(number * size)), 0)
+        return GlobalBatches(stream, alone, self._seed, self._row_tokens).micro_batches(0)
 
     def accounts(self) -> list[str]:
         """Lines about what became of the records, of a stream the first ones."""

@@ -52,7 +52,8 @@ def gradient_scores(
     """Of every place that may be adapted, in the order of the model; the arguments are `probe_places`'.
 
     The squared norm of the gradient of `lora_B`, of a micro-batch's mean loss over its target tokens; the
-    mean over the micro-batches.
+    mean over the micro-batches. In float16 what is too small for the loss scale may depend on the number of
+    ranks, as each has a scale of its own.
     """
     structure = structure_of(backbone)
     found = candidate_places(config.adapter, decoder_layers(backbone), structure.linears)
@@ -99,7 +100,8 @@ def _squared_norms(
     while True:
         value = 1.0 if scale is None else scale.value
         total = loss(batch)
-        (total * (value / batch.num_targets)).backward()
+        # 0 x infinity: a loss that is not finite makes the gradients so.
+        (total * (value / batch.num_targets + 0.0 * total.detach())).backward()
         squares = squared_norms(parameters, value)
         for parameter in parameters.values():
             parameter.grad = None

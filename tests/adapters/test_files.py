@@ -288,7 +288,7 @@ def test_what_peft_can_do_and_this_cannot_is_refused(
         ({"q_proj": [3], "v_proj": [2]}, {"alternate": ("v_proj", "q_proj"), "layers": (2, 3)}),
         (
             {"q_proj": [3], "v_proj": [1], "k_proj": [2], "o_proj": [1, 2, 3]},
-            {"alternate": ("q_proj", "v_proj", "k_proj"), "every_layer": ("o_proj",), "layers": (1, 2, 3)},
+            {"alternate": ("v_proj", "k_proj", "q_proj"), "every_layer": ("o_proj",), "layers": (1, 2, 3)},
         ),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.placement import placement, time_axes
+from tests.tiny import tiny_model
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MLP_AND_OUTPUT = ("o_proj", "gate_proj", "up_proj", "down_proj")
@@ -23,6 +24,20 @@ def test_alternating_projections_take_turns() -> None:
         {"o_proj": "ssmlora"},
         {"q_proj": "ssmlora"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("::2", ["0.q_proj", "2.v_proj", "4.q_proj"]),
+        ((5, 1, -4), ["1.q_proj", "2.v_proj", "5.q_proj"]),
+        (None, ["0.q_proj", "1.v_proj", "2.q_proj", "3.v_proj", "4.q_proj", "5.v_proj"]),
+    ],
+)
+def test_turns_are_taken_over_the_layers_that_are_adapted(layers: Any, expected: list[str]) -> None:
+    model = add_adapters(tiny_model(num_layers=6), AdapterConfig(method="lora", rank=2, layers=layers))
+    adapted = [name.split(".") for name in adapter_parameters(model) if name.endswith("lora_A.weight")]
+    assert [f"{parts[2]}.{parts[4]}" for parts in adapted] == expected
 
 
 @pytest.mark.parametrize("every_layer_method", ["lora", "ssmlora"])

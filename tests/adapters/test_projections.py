@@ -153,8 +153,9 @@ def test_layers_are_indices_or_a_slice(layers: Any, chosen: Any) -> None:
     assert resolve(resolved, PREFIX, ALIKE * 2) == resolved
     placed = [placement(resolved, index) for index in range(6)]
     assert [index for index, own in enumerate(placed) if own] == list(range(6) if chosen is None else chosen)
-    # By absolute index, whatever is left out.
-    assert all(next(iter(own)) == ("q_proj", "v_proj")[index % 2] for index, own in enumerate(placed) if own)
+    assert [next(iter(own)) for own in placed if own] == [
+        ("q_proj", "v_proj")[turn % 2] for turn in range(len(chosen or placed))
+    ]
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,13 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
         ("adapter: `every_layer` is no regular expression", "list names"),
     ),
     # Training
+    "a rate for a state that is none": (
+        [("training.state_learning_rate_ratio", 0.5), ("adapter.method", "lora")],
+        (
+            'training.state_learning_rate_ratio: 0.5 given; allowed: only 1 with adapters of the form "lora"',
+            "remove it, or set adapter.method",
+        ),
+    ),
     "no end": ([("training.max_steps", None)], ("training.max_steps:", "exactly one", "num_epochs")),
     "two ends": ([("training.num_epochs", 1)], ("training.max_steps: 100 given beside", "set it to null")),
     "all warm-up": (

@@ -177,6 +177,8 @@ def test_what_places_were_chosen_by_is_no_matter() -> None:
                 "probe_parameters": 999,
                 "layers": "0:4",
                 "alternate": ["k_proj"],
+                "every_layer": ["o_proj"],
+                "every_layer_method": "ssmlora",
                 "places": places,
             },
         )
@@ -185,7 +187,12 @@ def test_what_places_were_chosen_by_is_no_matter() -> None:
     assert problems(probed, copied) == problems(copied, probed) == []
     [line] = problems(probed, [("adapter", {"places": places[:1]})])
     assert line.startswith('adapter.places: ["0.q_proj"] given, ["0.q_proj", "3.up_proj"] in the checkpoint')
-    assert {line.partition(":")[0] for line in problems([], copied)} == {
+    # Where one side has none, the pattern is all that it has.
+    for old, new in (([], copied), (copied, [])):
+        assert [line.partition(":")[0] for line in problems(old, new)] == ["adapter.places"]
+    pattern: list[Change] = [("adapter", {"every_layer": ["o_proj"], "layers": "0:4"})]
+    assert {line.partition(":")[0] for line in problems(pattern, copied)} == {
+        "adapter.every_layer",
+        "adapter.layers",
         "adapter.places",
-        "adapter.alternate",
     }

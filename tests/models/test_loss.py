@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -330,3 +331,49 @@ def test_own_logits_without_targets() -> None:
     total = CausalLMLoss(model, chunk_size=4)(Batch.of(**inputs))
     assert total == 0
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(total, model).values())
+
+
+class Waits(TorchDispatchMode):
+    """Operators whose result has a size or value that the host must learn from the device."""
+
+    _NAMES = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "bincount", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], list | tuple) else ())
+        )
+        if by_mask or any(name.startswith(waiting) for waiting in self._NAMES):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("run", [in_training, in_scoring])
+@pytest.mark.parametrize("lengths", [None, ((4, 5), (9,), (2, 3, 4))], ids=["padded", "packed"])
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_nothing_of_a_step_waits_for_the_device(
+    run: Callable[[CausalLMLoss, Batch], Any],
+    lengths: Any,
+    is_scaled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted_model()
+    if is_scaled:
+        scale_one_forward(model)
+    module = CausalLMLoss(model, chunk_size=4).train()
+    # Numbers on the host, by which a mask is known to be causal.
+    monkeypatch.setattr("ssmlora_dist.models.attention._is_causal", lambda *_: True)
+    inputs = batch()
+    given = Batch.of(lengths=lengths, position_ids=torch.arange(LENGTH).expand(BATCH, LENGTH), **inputs)
+    if run is in_scoring:
+        given = replace(given, scored=torch.ones_like(given.targets, dtype=torch.bool))
+    with Waits() as waits:
+        total = module(given)
+        if run is in_training:
+            total.backward()
+    assert waits.seen == []

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.models.tokenizer import load_tokenizer
@@ -59,6 +60,26 @@ def test_validation_is_warned_of_too(tmp_path: Path) -> None:
     ]
     assert data.accounts()[1] == "validation   1 examples of 2 rows; left out: 1 without an answer"
     assert data.metrics()["data/validation_num_without_target"] == 1.0
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_a_probe_has_the_first_micro_batches_of_training(
+    tmp_path: Path, is_streamed: bool, micro_batch_size: int
+) -> None:
+    # More than a block of the stream, which is of 4 examples.
+    records = [{"instruction": str(index), "output": "y"} for index in range(17)]
+    overrides = [f"training.micro_batch_size={micro_batch_size}", "training.max_steps=9", *UNVALIDATED]
+    data, _ = run_data(tmp_path, records, f"data.train.streaming={str(is_streamed).lower()}", *overrides)
+    probed = data.probe_batches(7)
+    trained = [batch for step in range(7) for batch in data.micro_batches(step)]
+    data.close()
+    assert len(probed) == 7
+    assert len({str(batch.inputs["input_ids"]) for batch in probed}) == 7
+    for found, expected in zip(probed, trained[:7], strict=True):
+        assert torch.equal(found.targets, expected.targets)
+        assert found.inputs.keys() == expected.inputs.keys()
+        assert all(torch.equal(found.inputs[name], tensor) for name, tensor in expected.inputs.items())
 
 
 @pytest.mark.parametrize("first_bad", [0, 8])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor
 from ssmlora_dist import add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.probe import candidates
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.build import build_backbone, check_model, probe_budget
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.errors import AdapterError, TrainingError
+from ssmlora_dist.models.loss import CausalLMLoss
+from ssmlora_dist.training import probe
 from ssmlora_dist.training.probe import gradient_scores, probe_places
 from tests.tiny import tiny_config, token_ids
 
@@ -52,14 +57,14 @@ def backbone_of(config: RunConfig) -> Any:
     return build_backbone(config, torch.device("cpu"))
 
 
-def batches(number: int = 3, seed: int = 0) -> list[dict[str, Tensor]]:
+def batches(number: int = 3, seed: int = 0) -> list[Batch]:
     """Rows with different numbers of targets."""
     rows = []
     for index in range(number):
         tokens = token_ids(2, 9, seed=seed + index)
         labels = tokens.clone()
         labels[:, : index + 2] = -100
-        rows.append({"input_ids": tokens, "labels": labels})
+        rows.append(Batch.of(labels, input_ids=tokens))
     return rows
 
 
@@ -88,9 +93,8 @@ def test_scores_are_squared_norms_of_the_gradients_of_lora_b() -> None:
     expected: dict[str, float] = {}
     for batch in batches():
         plain.zero_grad()
-        targets = batch["labels"][:, 1:]
-        logits = plain(input_ids=batch["input_ids"]).logits[:, :-1]
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        logits = plain(**batch.inputs).logits.flatten(0, 1)[batch.places]
+        torch.nn.functional.cross_entropy(logits, batch.targets).backward()
         for name, lora_A in starts.items():
             module = name.removesuffix(".lora_A.weight")
             gradient = config.adapter.scaling * plain.get_submodule(module).weight.grad @ lora_A.T
@@ -127,6 +131,41 @@ def test_ranks_share_the_work_and_agree() -> None:
 def test_float16_is_scaled() -> None:
     half, full = (scores_of(run_config(compute_dtype=dtype)) for dtype in ("float16", "float32"))
     assert half == pytest.approx(full, rel=HALF_TOLERANCE)
+
+
+def test_a_scale_that_is_too_large_is_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(compute_dtype="float16")
+    expected = scores_of(config)
+    monkeypatch.setattr(probe, "LossScale", lambda: LossScale(2.0**40))
+    passes = mock.Mock(wraps=probe.squared_norms)
+    monkeypatch.setattr(probe, "squared_norms", passes)
+    assert scores_of(config) == pytest.approx(expected, rel=HALF_TOLERANCE)
+    values = [call.args[1] for call in passes.call_args_list]
+    # Of the first micro-batch until its gradients are finite; a later one may have larger gradients.
+    assert values == sorted(values, reverse=True)
+    assert 2**12 < values[0] / values[-1] == 2 ** (len(values) - len(batches()))
+
+
+def test_gradients_that_no_scale_makes_finite_are_refused() -> None:
+    config = run_config(compute_dtype="float16")
+    backbone = backbone_of(config)
+    with torch.no_grad():
+        backbone.model.layers[1].mlp.up_proj.weight.fill_(60000)
+    with pytest.raises(TrainingError, match="not finite"):
+        gradient_scores(config, backbone, batches(), context_of())
+
+
+def test_a_loss_that_is_not_finite_has_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        CausalLMLoss, "forward", lambda self, **_: torch.tensor(torch.inf) + ones_of(self.model)
+    )
+    with pytest.raises(TrainingError, match="not finite"):
+        scores_of(run_config())
+
+
+def ones_of(model: Any) -> Tensor:
+    """0, of which the gradient of every adapter's parameter is 1."""
+    return sum((p.sum() - p.detach().sum()) for p in adapter_parameters(model).values())  # type: ignore[return-value]
 
 
 def test_the_backbone_is_left_as_it_was() -> None:

@@ -20,7 +20,7 @@ def test_steps_are_summed() -> None:
     totals = Totals()
     for step, loss in ((1, 3.0), (2, 2.5), (3, 2.0)):
         totals.add(record(step, loss, skipped_steps=step // 3))
-    assert totals == Totals(3, 1, 300, 90, 1.5, 3.0, 2.0)
+    assert totals == Totals(3, 1, 300, 30, 90, 1.5, 3.0, 2.0)
 
 
 def test_a_continued_run_counts_on() -> None:
@@ -53,12 +53,14 @@ def test_the_summary_has_rates_of_all_steps() -> None:
         "num_steps": 2,
         "skipped_steps": 0,
         "num_tokens": 200,
+        "num_padding_tokens": 20,
         "num_target_tokens": 60,
         "first_loss": 2.0,
         "last_loss": 2.0,
         "tokens_per_second": 200.0,
         "tokens_per_second_per_device": 50.0,
         "target_tokens_per_second": 60.0,
+        "padding_share": 0.1,
     }
 
 
