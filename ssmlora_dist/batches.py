@@ -33,6 +33,7 @@ class Batch:
         lengths: of the samples of each row if any row holds several; None: one sample a row.
         num_padding: tokens that are no sample's.
         scored: which targets count for the exact match, [N] bool; None: scores are not asked for.
+        num_shards: of how many ranks this one has a part of each row; `lengths` are of the whole rows.
     """
 
     inputs: Mapping[str, Tensor]
@@ -43,6 +44,7 @@ class Batch:
     lengths: Lengths | None = None
     num_padding: int = 0
     scored: Tensor | None = None
+    num_shards: int = 1
 
     @classmethod
     def of(
@@ -95,6 +97,28 @@ class Batch:
     def num_targets(self) -> int:
         """N."""
         return len(self.targets)
+
+    def shard(self, rank: int, number: int) -> Batch:
+        """The part of each row that one of `number` ranks computes; S must be a multiple of their number."""
+        tokens = self.shape[1]
+        size = tokens // number
+        assert size * number == tokens, "padded by the loader"
+        begin = rank * size
+        positions_N = self.places % tokens
+        chosen_N = (positions_N >= begin) & (positions_N < begin + size)
+        rows_N, own_N = (self.places // tokens)[chosen_N], positions_N[chosen_N] - begin
+        columns_K, columns_N = own_N.unique(return_inverse=True)
+        return replace(
+            self,
+            inputs={name: tensor[:, begin : begin + size] for name, tensor in self.inputs.items()},
+            targets=self.targets[chosen_N],
+            places=rows_N * size + own_N,
+            columns=columns_K,
+            column_places=rows_N * len(columns_K) + columns_N,
+            num_padding=self.num_padding if rank == 0 else 0,
+            scored=None if self.scored is None else self.scored[chosen_N],
+            num_shards=number,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The same with its tensors on `device`."""

@@ -76,16 +76,8 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
                 "configuration a RoPE setting that reaches further (`rope_parameters` with a factor)"
             ]
         )
-    if for_training and config.data.packing:
-        device, dtype = torch.device(device_type), getattr(torch, config.model.compute_dtype)
-        attention = attention_implementation(config.model.attention, model_config, device, dtype)
-        if (obstacle := packing_obstacle(model_config, attention)) is not None:
-            raise ConfigError(
-                [
-                    f"data.packing: true given; {model_config.model_type} models cannot keep packed samples "
-                    f"apart: {obstacle}; set it to false"
-                ]
-            )
+    if for_training and (problems := _row_problems(config, model_config, device_type)):
+        raise ConfigError(problems)
     model = empty_model(model_config, dtype=torch.bfloat16)
     structure = structure_of(model)
     check_layers(model)
@@ -98,6 +90,45 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
                 f"adapter: `probe_parameters` {budget} given or derived; the smallest adapter, in {place}, "
                 f"has {least}; raise it"
             )
+
+
+def _row_problems(config: RunConfig, model_config: PreTrainedConfig, device_type: str) -> list[str]:
+    """What keeps rows from being packed, or shared among ranks."""
+    ranks = config.parallel.sequence_parallel
+    if not config.data.packing and ranks == 1:
+        return []
+    device, dtype = torch.device(device_type), getattr(torch, config.model.compute_dtype)
+    attention = attention_implementation(config.model.attention, model_config, device, dtype)
+    problems = []
+    if (obstacle := packing_obstacle(model_config, attention)) is not None:
+        if config.data.packing:
+            problems.append(
+                f"data.packing: true given; {model_config.model_type} models cannot keep packed samples "
+                f"apart: {obstacle}; set it to false"
+            )
+        if ranks > 1:
+            problems.append(
+                f"parallel.sequence_parallel: {ranks} given; {model_config.model_type} models cannot work on "
+                f"parts of rows: {obstacle}; set it to 1"
+            )
+    if ranks == 1:
+        return problems
+    text_config = model_config.get_text_config()
+    heads: int = text_config.num_attention_heads
+    key_heads: int = getattr(text_config, "num_key_value_heads", None) or heads
+    if heads % ranks or (key_heads % ranks and ranks % key_heads):
+        fitting = [n for n in range(2, heads + 1) if not heads % n and not (key_heads % n and n % key_heads)]
+        allowed = f"1 or {', '.join(map(str, fitting))}" if fitting else "1"
+        problems.append(
+            f"parallel.sequence_parallel: {ranks} given; allowed: {allowed}, among which the model's {heads} "
+            f"attention heads and {key_heads} key-value heads can be shared out; change it"
+        )
+    if attention == "flash_attention_2":
+        problems.append(
+            f"parallel.sequence_parallel: {ranks} given with flash_attention_2; allowed: 1 with it; set "
+            'model.attention to "sdpa", which needs no mask either'
+        )
+    return problems
 
 
 def probe_budget(config: RunConfig) -> int:

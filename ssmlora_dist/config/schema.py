@@ -201,6 +201,8 @@ class ParallelSection(Section):
     """First layer of every stage, the first of them 0; null: balanced by the cost model."""
     recompute_ahead: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Layers of a stage recomputed while it awaits its gradient; `auto`: as memory allows; 0: none."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Ranks that share the tokens of each row (Ulysses attention), for inputs too long for one; 1: none."""
     timeout_seconds: int = Field(default=1800, ge=10)
     """Seconds that a rank waits for the others before it gives up."""
 

@@ -63,8 +63,8 @@ def _batch(topology: Topology) -> str | None:
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Ranks that share the global batch: all, or those of one pipeline stage."""
-    return max(1, world_size // config.parallel.pipeline_stages)
+    """Shares of the global batch: one for each rank of a pipeline stage, or for those that share rows."""
+    return max(1, world_size // (config.parallel.pipeline_stages * config.parallel.sequence_parallel))
 
 
 def _stages_and_ranks(topology: Topology) -> str | None:
@@ -73,6 +73,29 @@ def _stages_and_ranks(topology: Topology) -> str | None:
     return (
         f"{stages} given with {topology.world_size} rank{'s' * (topology.world_size > 1)}" if wrong else None
     )
+
+
+def _sequence_and_ranks(topology: Topology) -> str | None:
+    ranks = topology.config.parallel.sequence_parallel
+    wrong = topology.world_size % ranks != 0
+    return (
+        f"{ranks} given with {topology.world_size} rank{'s' * (topology.world_size > 1)}" if wrong else None
+    )
+
+
+def _sequence_and_stages(topology: Topology) -> str | None:
+    parallel = topology.config.parallel
+    wrong = parallel.sequence_parallel > 1 and parallel.pipeline_stages > 1
+    return (
+        f"{parallel.sequence_parallel} given with pipeline_stages {parallel.pipeline_stages}"
+        if wrong
+        else None
+    )
+
+
+def _sequence_and_length(topology: Topology) -> str | None:
+    ranks, length = topology.config.parallel.sequence_parallel, topology.config.data.max_length
+    return f"{length} given with parallel.sequence_parallel {ranks}" if length % ranks else None
 
 
 def _stages_and_zero(topology: Topology) -> str | None:
@@ -182,7 +205,8 @@ def _wants_flash(topology: Topology) -> bool:
 RULES = (
     TopologyRule(
         fields=("training.global_batch_size", "training.micro_batch_size"),
-        condition="a multiple of training.micro_batch_size x ranks / parallel.pipeline_stages",
+        condition="a multiple of training.micro_batch_size x ranks / "
+        "(parallel.pipeline_stages x parallel.sequence_parallel)",
         reason="every rank runs the same number of micro-batches in a step",
         remedy="change either batch size or the number of ranks",
         broken=_batch,
@@ -193,6 +217,27 @@ RULES = (
         reason="every stage has as many data-parallel ranks as the others",
         remedy="change parallel.pipeline_stages or the number of ranks",
         broken=_stages_and_ranks,
+    ),
+    TopologyRule(
+        fields=("parallel.sequence_parallel",),
+        condition="a divisor of the number of ranks",
+        reason="as many ranks share every row",
+        remedy="change parallel.sequence_parallel or the number of ranks",
+        broken=_sequence_and_ranks,
+    ),
+    TopologyRule(
+        fields=("parallel.sequence_parallel", "parallel.pipeline_stages"),
+        condition="1 with parallel.pipeline_stages above 1",
+        reason="stages exchange whole rows",
+        remedy="set one of them to 1",
+        broken=_sequence_and_stages,
+    ),
+    TopologyRule(
+        fields=("data.max_length", "parallel.sequence_parallel"),
+        condition="a multiple of parallel.sequence_parallel",
+        reason="rows are padded until each rank has as many tokens",
+        remedy="change data.max_length",
+        broken=_sequence_and_length,
     ),
     TopologyRule(
         fields=("parallel.zero_stage", "parallel.pipeline_stages"),

@@ -20,6 +20,7 @@ def collate(
     seeds: Sequence[Sequence[int]] | None = None,
     *,
     is_scored: bool = False,
+    multiple: int = 1,
 ) -> Batch:
     """Stacks rows, padded on the right to the longest.
 
@@ -27,12 +28,14 @@ def collate(
         rows: at least one, B, of at least one example each.
         pad_token_id: what fills `input_ids`; no sample sees it and the loss never counts it.
         seeds: of the dropout, an int64 for each example; None: nothing is dropped.
+        multiple: of which the number of tokens is to be one.
         is_scored: whether scores are asked for; of each example `num_scored` target tokens count.
 
     Returns:
         A batch on the CPU.
     """
-    num_tokens = max(sum(example.num_tokens for example in row) for row in rows)
+    longest = max(sum(example.num_tokens for example in row) for row in rows)
+    num_tokens = -(-longest // multiple) * multiple
     shape = (len(rows), num_tokens)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)

@@ -29,6 +29,8 @@ class BatchShape:
         data_parallel_size: the number of ranks that share the batch.
         pad_token_id: what fills a batch's shorter rows.
         dropout_seed: of what adapters drop; None: nothing.
+        sequence_rank: which part of its rows this rank computes.
+        sequence_size: the number of ranks that share rows.
 
     Raises:
         ValueError: the sizes do not divide.
@@ -40,6 +42,8 @@ class BatchShape:
     data_parallel_size: int
     pad_token_id: int
     dropout_seed: int | None = None
+    sequence_rank: int = 0
+    sequence_size: int = 1
 
     def __post_init__(self) -> None:
         if self.global_batch_size % (self.micro_batch_size * self.data_parallel_size):
@@ -56,7 +60,15 @@ class BatchShape:
         chosen = [
             slice(k, k + self.micro_batch_size) for k in range(begin, begin + share, self.micro_batch_size)
         ]
-        return [collate(rows[k], self.pad_token_id, seeds[k] if seeds else None) for k in chosen]
+        return [self.own_part(rows[k], seeds[k] if seeds else None) for k in chosen]
+
+    def own_part(
+        self, rows: Sequence[Row], seeds: Sequence[Sequence[int]] | None = None, *, is_scored: bool = False
+    ) -> Batch:
+        """What this rank computes of some rows; see `collate`."""
+        size = self.sequence_size
+        batch = collate(rows, self.pad_token_id, seeds, is_scored=is_scored, multiple=size)
+        return batch if size == 1 else batch.shard(self.sequence_rank, size)
 
     def dropout_seeds(self, num_examples: Sequence[int], step: int) -> list[list[int]] | None:
         """A seed for each example of global batch `step`, by row; None where nothing is dropped.
@@ -176,9 +188,7 @@ class EvaluationBatch:
     indices: list[int | None]
 
 
-def evaluation_batches(
-    dataset: Dataset, micro_batch_size: int, rank: int, size: int, pad_token_id: int
-) -> Iterator[EvaluationBatch]:
+def evaluation_batches(dataset: Dataset, shape: BatchShape) -> Iterator[EvaluationBatch]:
     """One rank's share of a data set, each example on exactly one rank.
 
     Every rank gets the same number of batches of the same number of rows, as forward passes under ZeRO-3 are
@@ -187,21 +197,18 @@ def evaluation_batches(
 
     Args:
         dataset: the examples.
-        micro_batch_size: rows of a batch.
-        rank: this data-parallel rank.
-        size: the number of data-parallel ranks.
-        pad_token_id: what fills a batch's shorter rows.
+        shape: of the batches of all ranks at a time.
     """
     by_length = sorted(range(len(dataset)), key=lambda index: -dataset[index].num_tokens)
-    num_per_round = micro_batch_size * size
+    num_per_round = shape.micro_batch_size * shape.data_parallel_size
     for begin in range(0, len(by_length), num_per_round):
         chosen: list[int | None] = list(by_length[begin : begin + num_per_round])
         filler = _without_labels(dataset[by_length[-1]])
         chosen += [None] * (num_per_round - len(chosen))
         # Dealt in turn, so that a last round which is not full is spread over the ranks.
-        mine = chosen[rank::size]
-        rows = [filler if index is None else dataset[index] for index in mine]
-        yield EvaluationBatch(collate([[row] for row in rows], pad_token_id, is_scored=True), mine)
+        mine = chosen[shape.data_parallel_rank :: shape.data_parallel_size]
+        rows = [[filler if index is None else dataset[index]] for index in mine]
+        yield EvaluationBatch(shape.own_part(rows, is_scored=True), mine)
 
 
 def _without_labels(example: Example) -> Example:

@@ -19,6 +19,7 @@ from ssmlora_dist.distributed.optimizer_state import (
     gather_optimizer_state,
     restore_optimizer_state,
 )
+from ssmlora_dist.distributed.sequence import SequenceGroup
 
 Check = Callable[[], None]
 RATE_RATIO = "rate_ratio"
@@ -65,6 +66,7 @@ class DataParallelEngine:
         context: this run's processes.
         max_grad_norm: global norm to clip to; None leaves gradients as they are.
         loss_scale: for float16; None scales nothing.
+        sequence_group: the ranks that share rows, if any do.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class DataParallelEngine:
         context: DistributedContext,
         max_grad_norm: float | None,
         loss_scale: LossScale | None = None,
+        sequence_group: SequenceGroup | None = None,
     ) -> None:
         import deepspeed
 
@@ -83,6 +86,7 @@ class DataParallelEngine:
         self.parameters = dict(sorted(parameters.items()))
         self.max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale
+        self.sequence_group = sequence_group
         self.zero_stage: int = config["zero_optimization"]["stage"]
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
@@ -141,9 +145,13 @@ class DataParallelEngine:
         return grad_norm, False
 
     def score(self, batches: Iterable[Batch]) -> list[Any]:
-        """What the module returns for each of this rank's batches, in evaluation mode."""
+        """What the module returns for each of this rank's batches, in evaluation mode; of whole rows."""
         self.module.eval()
-        return [self.module(batch.to(self.context.device)) for batch in batches]
+        group, results = self.sequence_group, []
+        for batch in batches:
+            scores = self.module(batch.to(self.context.device))
+            results.append(group.join(scores) if group is not None and batch.num_shards > 1 else scores)
+        return results
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on the CPU; every rank must call it."""

@@ -28,6 +28,8 @@ from ssmlora_dist.quantization import expert_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+EXCHANGE = "sequence_exchange"
+"""Attribute of a model whose rows are shared among ranks: `SequenceGroup.attend`."""
 SEGMENTED = {"sdpa": "segmented_sdpa", "eager": "segmented_eager"}
 """By the name of transformers' function, that of ours."""
 
@@ -40,21 +42,23 @@ class SegmentMask(NamedTuple):
     Attributes:
         lengths: of each row's samples; None: each row is one, padded behind.
         window: how many tokens a token sees at most, itself among them; None: all.
+        exchange: attends over whole rows where ranks have parts of them: see `SequenceGroup.attend`.
     """
 
     lengths: Lengths | None
     window: int | None
+    exchange: Callable[..., Tensor] | None = None
 
 
 class _Running(threading.local):
     """The rows that run in this thread.
 
     Attributes:
-        rows: in a tuple, their `lengths`; None outside of `rows_of`.
+        rows: their mask, but for the window; None outside of `rows_of`.
         num_seen: how often attention was computed on them.
     """
 
-    rows: tuple[Lengths | None] | None = None
+    rows: SegmentMask | None = None
     num_seen = 0
 
 
@@ -70,12 +74,13 @@ def rows_of(batch: Batch, model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         model: which has it; see `segment_attention`.
 
     Raises:
-        ModelError: samples of packed rows were not kept apart.
+        ModelError: samples of packed rows were not kept apart, or parts of rows not joined.
     """
     if model.config._attn_implementation not in SEGMENTED.values():
         yield {**batch.inputs, **_cumulative(batch)}
         return
-    _running.rows, _running.num_seen = (batch.lengths,), 0
+    exchange = getattr(model, EXCHANGE, None) if batch.num_shards > 1 else None
+    _running.rows, _running.num_seen = SegmentMask(batch.lengths, None, exchange), 0
     first = next(iter(batch.inputs.values()))
     try:
         # With a mask at hand transformers does not look for packed rows in the positions. Its values matter
@@ -84,8 +89,11 @@ def rows_of(batch: Batch, model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         yield {**batch.inputs, "attention_mask": mask_BS}
     finally:
         _running.rows = None
-    if batch.lengths is not None and not _running.num_seen:
-        raise ModelError("model: its attention does not keep packed samples apart; set data.packing to false")
+    if (batch.lengths is not None or batch.num_shards > 1) and not _running.num_seen:
+        raise ModelError(
+            "model: its attention neither keeps packed samples apart nor works on parts of rows; set "
+            "data.packing to false and parallel.sequence_parallel to 1"
+        )
 
 
 def _cumulative(batch: Batch) -> dict[str, Any]:
@@ -150,7 +158,7 @@ def _mask(make: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     window = settings.get("local_size")
     if not _is_causal(settings["mask_function"], window):
         return make(*args, **settings)
-    return SegmentMask(_running.rows[0], window)
+    return _running.rows._replace(window=window)
 
 
 def _is_causal(mask_function: Callable[..., Any], window: int | None) -> bool:
@@ -189,17 +197,24 @@ def _attend(
         shape = (*query_BHSD.shape[:-1], value_BHSD.shape[-1])
         return query_BHSD.new_empty(shape).transpose(1, 2), None
     attend = functools.partial(_causal, core, knows_causal, module, attention_mask.window, settings)
-    if attention_mask.lengths is None:
-        return attend(query_BHSD, key_BHSD, value_BHSD), None
-    rows = []
-    num_tokens = query_BHSD.shape[2]
-    for row, lengths in enumerate(attention_mask.lengths):
+    if attention_mask.lengths is not None:
+        attend = functools.partial(_by_sample, attend, attention_mask.lengths)
+    if attention_mask.exchange is not None:
+        attend = functools.partial(attention_mask.exchange, attend, module)
+    return attend(query_BHSD, key_BHSD, value_BHSD), None
+
+
+def _by_sample(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Lengths, *tensors_BHSD: Tensor
+) -> Tensor:
+    """[B,S,H,D] of rows of several samples, each by itself; what pads a row is a sample too."""
+    num_tokens = tensors_BHSD[0].shape[2]
+    outputs = []
+    for row, lengths in enumerate(rows):
         sizes = [*lengths, num_tokens - sum(lengths)]
-        parts = zip(
-            *(t[row : row + 1].split(sizes, dim=2) for t in (query_BHSD, key_BHSD, value_BHSD)), strict=True
-        )
-        rows.append(torch.cat([attend(*part) for part in parts if part[0].shape[2]], dim=1))
-    return torch.cat(rows), None
+        parts = zip(*(tensor[row : row + 1].split(sizes, dim=2) for tensor in tensors_BHSD), strict=True)
+        outputs.append(torch.cat([attend(*part) for part in parts if part[0].shape[2]], dim=1))
+    return torch.cat(outputs)
 
 
 def _causal(

@@ -71,11 +71,9 @@ class RunData:
     ) -> None:
         training = config.training
         self._seed, self._rank = config.run.seed, context.rank
-        self._shape = BatchShape(
+        self._shape = dims.batch_shape(
             training.global_batch_size,
             training.micro_batch_size,
-            dims.data_parallel_rank,
-            dims.data_parallel_size,
             tokenizer.pad_token_id,
             config.run.seed if config.adapter.dropout else None,
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ssmlora_dist.batches import Batch
-from ssmlora_dist.data import Dataset, Example, evaluation_batches
+from ssmlora_dist.data import BatchShape, Dataset, Example, evaluation_batches
 from ssmlora_dist.evaluation.teacher_forced import ExampleScore, Score, summarize
 from ssmlora_dist.progress import Progress, progress
 
@@ -15,10 +15,7 @@ def evaluate(
     score: Callable[[Iterable[Batch]], list[Any]],
     dataset: Dataset,
     *,
-    micro_batch_size: int,
-    pad_token_id: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
+    shape: BatchShape,
     sum_over_ranks: Callable[[Sequence[float]], list[float]],
     description: str = "evaluation",
 ) -> dict[str, Score]:
@@ -27,16 +24,11 @@ def evaluate(
     Args:
         score: gives the `models.loss.Scores` of each batch of this rank's share.
         dataset: the same on every rank.
-        micro_batch_size: rows of one forward pass.
-        pad_token_id: fills shorter rows.
-        data_parallel_rank: which share of the examples this rank scores.
-        data_parallel_size: number of shares.
+        shape: of the batches, and which share of the examples this rank scores.
         sum_over_ranks: adds values up over the shares.
         description: of this evaluation, where its progress is shown.
     """
-    batches = list(
-        evaluation_batches(dataset, micro_batch_size, data_parallel_rank, data_parallel_size, pad_token_id)
-    )
+    batches = list(evaluation_batches(dataset, shape))
     rows_of = [[dataset[i] if i is not None else None for i in batch.indices] for batch in batches]
 
     def scored(shown: Progress) -> Iterator[Batch]:

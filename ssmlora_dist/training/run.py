@@ -15,7 +15,7 @@ from ssmlora_dist.adapters.state_means import record_states, replaced_states
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.build import backbone_settings, build_backbone, build_store, check_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.data import Dataset
+from ssmlora_dist.data import BatchShape, Dataset
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.errors import CheckpointError, DataError
 from ssmlora_dist.evaluation.teacher_forced import OVERALL
@@ -282,7 +282,8 @@ class _Run:
         built = build_engine(self.config, self.context, self.dims, plan, checkpoint, warn, backbone)
         self.engine = built.engine
         self.shape, self.adapter = built.shape, built.adapter
-        self.num_trainable = int(self.context.sum([built.num_trainable])[0]) // self.dims.data_parallel_size
+        num_replicas = self.context.world_size // self.dims.num_stages
+        self.num_trainable = int(self.context.sum([built.num_trainable])[0]) // num_replicas
         self.base = backbone_settings(self.config) | self.data.endings
         self.base["tokenizer"] = self.config.model.tokenizer
         self.fingerprint = fingerprint
@@ -339,16 +340,14 @@ class _Run:
     def _scores(self, dataset: Dataset, description: str, *, is_shared: bool = True) -> Scores:
         """Of a data set that the replicas share, or that each of them has to itself, row by row."""
         dims = self.dims
-        rank, size = (dims.data_parallel_rank, dims.data_parallel_size) if is_shared else (0, 1)
+        rows = self.config.evaluation.micro_batch_size
+        shape = dims.batch_shape(rows * dims.data_parallel_size, rows, self.tokenizer.pad_token_id)
         return evaluate(
             lambda batches: self.engine.score(self._checked(batches)),
             dataset,
-            micro_batch_size=self.config.evaluation.micro_batch_size if is_shared else 1,
-            pad_token_id=self.tokenizer.pad_token_id,
-            data_parallel_rank=rank,
-            data_parallel_size=size,
-            # Every stage has the scores of its replica.
-            sum_over_ranks=lambda values: [v / dims.num_stages for v in self.context.sum(values)],
+            shape=shape if is_shared else BatchShape(1, 1, 0, 1, self.tokenizer.pad_token_id),
+            # Every stage has the scores of its replica, and every rank that shares rows.
+            sum_over_ranks=lambda values: [v / dims.num_copies for v in self.context.sum(values)],
             description=description,
         )
 

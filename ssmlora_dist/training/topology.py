@@ -20,7 +20,7 @@ from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.build import build_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
-from ssmlora_dist.data import Dataset
+from ssmlora_dist.data import BatchShape, Dataset
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.cost_model import (
     AdapterShape,
@@ -41,7 +41,9 @@ from ssmlora_dist.distributed.partition import (
     stage_layers,
     stage_table,
 )
+from ssmlora_dist.distributed.sequence import SequenceGroup
 from ssmlora_dist.errors import CheckpointError, ConfigError
+from ssmlora_dist.models.attention import EXCHANGE
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
 from ssmlora_dist.models.structure import decoder_layers, structure_of
@@ -81,19 +83,49 @@ class TopologyEngine(Engine, Protocol):
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """This rank in the topology: rank = stage * data_parallel_size + data_parallel_rank.
+    """This rank in the topology.
+
+    rank = (stage * data_parallel_size + data_parallel_rank) * sequence_size + sequence_rank.
 
     Attributes:
         data_parallel_rank: which share of the global batch it works on.
         data_parallel_size: number of shares.
         stage: which pipeline stage it holds.
         num_stages: number of stages.
+        sequence_rank: which part of its rows it computes.
+        sequence_size: number of ranks that share rows.
     """
 
     data_parallel_rank: int
     data_parallel_size: int
     stage: int
     num_stages: int
+    sequence_rank: int = 0
+    sequence_size: int = 1
+
+    @property
+    def num_copies(self) -> int:
+        """How many ranks have the scores of the same rows."""
+        return self.num_stages * self.sequence_size
+
+    def batch_shape(
+        self,
+        global_batch_size: int,
+        micro_batch_size: int,
+        pad_token_id: int,
+        dropout_seed: int | None = None,
+    ) -> BatchShape:
+        """This rank's share of global batches."""
+        return BatchShape(
+            global_batch_size,
+            micro_batch_size,
+            self.data_parallel_rank,
+            self.data_parallel_size,
+            pad_token_id,
+            dropout_seed,
+            self.sequence_rank,
+            self.sequence_size,
+        )
 
     @property
     def opposite_rank(self) -> int | None:
@@ -105,9 +137,13 @@ class ParallelDims:
 
 
 def parallel_dims_of(config: RunConfig, context: DistributedContext) -> ParallelDims:
-    """Where DeepSpeed's pipeline topology puts this rank."""
-    size = data_parallel_size(config, context.world_size)
-    return ParallelDims(context.rank % size, size, context.rank // size, config.parallel.pipeline_stages)
+    """Where DeepSpeed's pipeline topology puts this rank; those that share rows follow each other."""
+    size, parallel = data_parallel_size(config, context.world_size), config.parallel
+    replica, sequence_rank = divmod(context.rank, parallel.sequence_parallel)
+    stage, data_parallel_rank = divmod(replica, size)
+    return ParallelDims(
+        data_parallel_rank, size, stage, parallel.pipeline_stages, sequence_rank, parallel.sequence_parallel
+    )
 
 
 @dataclass(frozen=True)
@@ -284,8 +320,18 @@ def build_engine(
         if stage is None:
             module = CausalLMLoss(model, training.loss_chunk_size)
             uses_own_logits = module.uses_own_logits
+            sequence_group = SequenceGroup(dims.sequence_size) if dims.sequence_size > 1 else None
+            if sequence_group is not None:
+                setattr(model, EXCHANGE, sequence_group.attend)
             engine = DataParallelEngine(
-                module, parameters, optimizer, engine_config, context, training.max_grad_norm, loss_scale
+                module,
+                parameters,
+                optimizer,
+                engine_config,
+                context,
+                training.max_grad_norm,
+                loss_scale,
+                sequence_group,
             )
         else:
             # Imported here, as it imports deepspeed.

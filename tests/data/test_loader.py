@@ -116,7 +116,10 @@ def test_sizes_must_divide():
 )
 def test_evaluation_shows_each_example_once(num_examples, ranks, micro):
     data = dataset(num_examples, lengths=[2 + (5 * i) % 7 for i in range(num_examples)])
-    shares = [list(evaluation_batches(data, micro, rank, ranks, PAD)) for rank in range(ranks)]
+    shares = [
+        list(evaluation_batches(data, BatchShape(micro * ranks, micro, rank, ranks, PAD)))
+        for rank in range(ranks)
+    ]
     assert len({len(share) for share in shares}) == 1
     seen = []
     for batch in (batch for share in shares for batch in share):
@@ -135,5 +138,5 @@ def test_evaluation_shows_each_example_once(num_examples, ranks, micro):
 
 def test_evaluation_begins_with_the_longest():
     data = dataset(6, lengths=[2, 9, 4, 5, 9, 7])
-    widths = [batch.batch.shape[1] for batch in evaluation_batches(data, 2, 0, 1, PAD)]
+    widths = [batch.batch.shape[1] for batch in evaluation_batches(data, BatchShape(2, 2, 0, 1, PAD))]
     assert widths == [9, 7, 4]

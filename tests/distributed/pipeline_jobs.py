@@ -77,6 +77,7 @@ _OTHERS: dict[str, Overrides] = {
     )
 }
 _PACKED = (*_DROPOUT, "data.packing=true", "data.max_length=160")
+_ONE_KEY_HEAD = ("model.config.num_key_value_heads=1",)
 _TIED = f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}'
 
 
@@ -103,8 +104,25 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
     "packed": (1, _PACKED),
     "places": (1, _PLACES),
     **{model_type: (1, overrides) for model_type, overrides in _OTHERS.items()},
+    "one key-value head": (1, (*_ONE_KEY_HEAD, *VARIANTS[_NAMES[0]], *EVALUATION)),
     # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
     "two ranks": (2, VARIANTS[_NAMES[0]]),
+}
+# Rows that ranks share, in other sums. Before any pipeline: a process that had one makes no other engine.
+SEQUENCE: dict[str, tuple[int, Overrides, str]] = {
+    "shared rows": (2, (*VARIANTS[_NAMES[0]], "parallel.sequence_parallel=2"), _NAMES[0]),
+    "shared rows of packed samples": (2, (*_PACKED, "parallel.sequence_parallel=2"), "packed"),
+    "rows shared by four": (4, (*VARIANTS[_NAMES[0]], "parallel.sequence_parallel=4"), _NAMES[0]),
+    "rows shared at ZeRO 3 on two ranks each": (
+        4,
+        (*VARIANTS[_NAMES[0]], "parallel.sequence_parallel=2", "parallel.zero_stage=3"),
+        _NAMES[0],
+    ),
+    "shared rows of one key-value head": (
+        2,
+        (*_ONE_KEY_HEAD, *VARIANTS[_NAMES[0]], "parallel.sequence_parallel=2", *EVALUATION),
+        "one key-value head",
+    ),
 }
 # Every split, and every kind of model.
 SPLIT: dict[str, tuple[int, Overrides, str]] = {
@@ -153,7 +171,7 @@ NEAR: dict[str, tuple[int, Overrides, str]] = {
 }
 JOBS: dict[str, tuple[int, Overrides]] = {
     **PLAIN,
-    **{name: (ranks, overrides) for name, (ranks, overrides, _) in {**SPLIT, **NEAR}.items()},
+    **{name: (ranks, overrides) for name, (ranks, overrides, _) in {**SEQUENCE, **SPLIT, **NEAR}.items()},
 }
 
 

@@ -13,10 +13,21 @@ from safetensors.torch import load_file
 from ..launch.processes import finish, rank_variables
 from ..tiny import tiny_model
 from .jobs import ROWS, ROWS_FILE
-from .pipeline_jobs import JOBS, NEAR, NUM_LAYERS, NUM_STEPS, PLAIN, SPLIT, TIED_DIRECTORY, directory_name
+from .pipeline_jobs import (
+    JOBS,
+    NEAR,
+    NUM_LAYERS,
+    NUM_STEPS,
+    PLAIN,
+    SEQUENCE,
+    SPLIT,
+    TIED_DIRECTORY,
+    directory_name,
+)
 
 # Float32 sums over a few hundred tokens in another order, carried through twenty steps of AdamW.
 LOSS_TOLERANCE = 1e-4
+SEQUENCE_EVALUATED = ("one key-value head", "shared rows of one key-value head")
 ADAPTER_TOLERANCE = 2e-3
 
 
@@ -70,9 +81,10 @@ def test_stages_change_no_bit(trained: Trained, job: str) -> None:
     assert [name for name in adapter if not torch.equal(adapter[name], expected_adapter[name])] == []
 
 
-@pytest.mark.parametrize("job", NEAR)
+@pytest.mark.parametrize("job", [*NEAR, *SEQUENCE])
 def test_other_sums_stay_near(trained: Trained, job: str) -> None:
-    reference = NEAR[job][2]
+    """Invariants I3 at ZeRO 1 and I7."""
+    reference = {**NEAR, **SEQUENCE}[job][2]
     for row, expected in zip(trained.rows(job), trained.rows(reference), strict=True):
         assert abs(row["loss"] - expected["loss"]) <= LOSS_TOLERANCE, f"step {row['step']}"
     adapter, expected_adapter = trained.adapter(job), trained.adapter(reference)
@@ -85,6 +97,16 @@ def test_other_sums_stay_near(trained: Trained, job: str) -> None:
 @pytest.mark.parametrize("job", ["nf4", "experts"])
 def test_evaluation_gives_the_same_scores_in_stages(trained: Trained, job: str) -> None:
     assert trained.evaluation(f"{job} in stages") == trained.evaluation(job)
+
+
+def test_evaluation_gives_the_same_scores_of_shared_rows(trained: Trained) -> None:
+    alone, shared = (trained.evaluation(job) for job in SEQUENCE_EVALUATED)
+    for moment in ("before", "after"):
+        for length, score in alone[moment].items():
+            found = shared[moment][length]
+            assert found["num_examples"] == score["num_examples"]
+            assert found["exact_match"] == score["exact_match"]
+            assert found["loss"] == pytest.approx(score["loss"], abs=LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize("job", PLAIN)

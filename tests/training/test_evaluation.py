@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ssmlora_dist.batches import Batch
-from ssmlora_dist.data import Dataset, DatasetReport, Example
+from ssmlora_dist.data import BatchShape, Dataset, DatasetReport, Example
 from ssmlora_dist.models.loss import Scores
 from ssmlora_dist.training.evaluation import evaluate
 
@@ -89,10 +89,7 @@ def run(
     scores = evaluate(
         scorer,
         data,
-        micro_batch_size=micro_batch_size,
-        pad_token_id=0,
-        data_parallel_rank=rank,
-        data_parallel_size=world_size,
+        shape=BatchShape(micro_batch_size * world_size, micro_batch_size, rank, world_size, 0),
         sum_over_ranks=summed,
     )
     return scores, summed, scorer
