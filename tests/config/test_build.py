@@ -16,6 +16,7 @@ from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import AdapterError, ConfigError, ModelError
 from ssmlora_dist.models import load_model
 from ssmlora_dist.quantization import is_quantized
+from tests.decoders import bare_config
 from tests.tiny import layers_of, randomize_adapters, tiny_config, tiny_model, token_ids
 
 LORA = AdapterConfig(method="lora", rank=4, alternate=("q_proj", "v_proj"))
@@ -200,6 +201,26 @@ def test_rows_longer_than_the_positions_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.max_length: 129 given; allowed: at most 128"):
         check_model(run_config({"config": scaled}, max_length=129))
     check_model(run_config({"config": config}, max_length=65), for_training=False)
+
+
+def shared_among(ranks: int, model_type: str, *, packing: bool = False, **sizes: Any) -> None:
+    model = {"config": bare_config(model_type) | sizes, "compute_dtype": "float32"}
+    config = run_config(model, max_length=60, packing=packing)
+    parallel = config.parallel.model_copy(update={"sequence_parallel": ranks})
+    check_model(config.model_copy(update={"parallel": parallel}))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_that_cannot_be_packed_or_shared_are_refused() -> None:
+    shared_among(2, "qwen3_moe", packing=True)
+    with pytest.raises(ConfigError, match=r"data\.packing: true given; .*; set it to false"):
+        shared_among(1, "lfm2", packing=True)
+    with pytest.raises(ConfigError, match=r"parallel\.sequence_parallel: 2 given; .*; set it to 1"):
+        shared_among(2, "lfm2")
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48}
+    shared_among(6, "llama", **heads)
+    with pytest.raises(ConfigError, match=r"sequence_parallel: 3 given; allowed: 1 or 2, 6, among which"):
+        shared_among(3, "llama", **heads)
 
 
 def test_an_adapter_without_a_base_model(tmp_path: Path) -> None:

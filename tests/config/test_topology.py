@@ -41,6 +41,15 @@ CASES: list[tuple[list[Change], dict[str, Any], str | None]] = [
         {"world_size": 2},
         "parallel.stage_boundaries",
     ),
+    ([("parallel", {"sequence_parallel": 2, "zero_stage": 3})], {"world_size": 4}, None),
+    ([("parallel.sequence_parallel", 2)], {"world_size": 3}, "parallel.sequence_parallel"),
+    ([("parallel.sequence_parallel", 4), ("training.global_batch_size", 2)], {"world_size": 4}, None),
+    (
+        [("parallel", {"sequence_parallel": 2, "pipeline_stages": 2})],
+        {"world_size": 4},
+        "parallel.sequence_parallel",
+    ),
+    ([("parallel.sequence_parallel", 2), ("data.max_length", 65)], {"world_size": 2}, "data.max_length"),
     ([("adapter.placement", "probe"), ("parallel.zero_stage", 2)], {"world_size": 2}, None),
     ([("adapter.placement", "probe"), ("parallel.zero_stage", 3)], {"world_size": 2}, "adapter.placement"),
     (
@@ -128,7 +137,11 @@ def test_every_rule_can_be_broken() -> None:
     ]
     sharded: list[Change] = [("training.optimizer", "adamw_8bit"), ("parallel.zero_stage", 1)]
     pipeline: list[Change] = [
-        ("parallel", {"pipeline_stages": 3, "zero_stage": 2, "stage_boundaries": [0, 1]}),
+        (
+            "parallel",
+            {"pipeline_stages": 3, "sequence_parallel": 3, "zero_stage": 2, "stage_boundaries": [0, 1]},
+        ),
+        ("data.max_length", 65),
         ("adapter", {"state_dtype": "float16", "placement": "probe"}),
         ("evaluation.tasks_every_steps", 2),
     ]
