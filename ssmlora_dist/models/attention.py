@@ -76,7 +76,10 @@ def rows_of(batch: Batch, model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     Raises:
         ModelError: samples of packed rows were not kept apart, or parts of rows not joined.
     """
-    if model.config._attn_implementation not in SEGMENTED.values():
+    implementation = model.config._attn_implementation or ""
+    if implementation not in SEGMENTED.values():
+        if _needs_segments(batch) and (batch.num_shards > 1 or "flash" not in implementation):
+            raise _not_segmented()
         yield {**batch.inputs, **_cumulative(batch)}
         return
     exchange = getattr(model, EXCHANGE, None) if batch.num_shards > 1 else None
@@ -89,11 +92,19 @@ def rows_of(batch: Batch, model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         yield {**batch.inputs, "attention_mask": mask_BS}
     finally:
         _running.rows = None
-    if (batch.lengths is not None or batch.num_shards > 1) and not _running.num_seen:
-        raise ModelError(
-            "model: its attention neither keeps packed samples apart nor works on parts of rows; set "
-            "data.packing to false and parallel.sequence_parallel to 1"
-        )
+    if _needs_segments(batch) and not _running.num_seen:
+        raise _not_segmented()
+
+
+def _needs_segments(batch: Batch) -> bool:
+    return batch.lengths is not None or batch.num_shards > 1
+
+
+def _not_segmented() -> ModelError:
+    return ModelError(
+        "model: its attention neither keeps packed samples apart nor works on parts of rows; set "
+        "data.packing to false and parallel.sequence_parallel to 1"
+    )
 
 
 def _cumulative(batch: Batch) -> dict[str, Any]:
@@ -153,12 +164,12 @@ def _eager_of(module: nn.Module) -> _Function:
 
 def _mask(make: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     """A `SegmentMask` for the rows that run, where the layer's mask is causal, with or without a window."""
-    if _running.rows is None:
-        return make(*args, **settings)
-    window = settings.get("local_size")
-    if not _is_causal(settings["mask_function"], window):
-        return make(*args, **settings)
-    return _running.rows._replace(window=window)
+    rows, window = _running.rows, settings.get("local_size")
+    if rows is not None and _is_causal(settings["mask_function"], window):
+        return rows._replace(window=window)
+    if rows is not None and (rows.lengths is not None or rows.exchange is not None):
+        raise _not_segmented()
+    return make(*args, **settings)
 
 
 def _is_causal(mask_function: Callable[..., Any], window: int | None) -> bool:

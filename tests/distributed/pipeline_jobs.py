@@ -57,7 +57,7 @@ _NAMES = list(VARIANTS)
 TIED_DIRECTORY = "tied"
 # Time modules drop of their state, plain LoRA of its input.
 _DROPOUT = ("adapter.dropout=0.3", _SEVEN)
-_PLACES = ('adapter.places=["1.q_proj","1.up_proj","3.down_proj","4.q_proj"]', "adapter.alternate=[]")
+_PLACES = ('adapter.places=["1.q_proj","1.up_proj","2.down_proj","3.q_proj"]', "adapter.alternate=[]")
 _SIZES = {
     "vocab_size": 259,
     "num_hidden_layers": NUM_LAYERS,
@@ -152,9 +152,9 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
         f"{model_type} in two": (2, (*overrides, *_split((0, 3), 1)), model_type)
         for model_type, overrides in _OTHERS.items()
     },
-    # The first layer and the last have no adapter; of three stages the second has none on the axis of q_proj.
+    # The first layer has no adapter; of three stages the second has none on the axis of q_proj.
     "places in two": (2, (*_PLACES, *_split((0, 3), 1)), "places"),
-    "places in three": (3, (*_PLACES, *_split((0, 2, 4))), "places"),
+    "places in three": (3, (*_PLACES, *_split((0, 2, 3))), "places"),
     "balanced": (2, (*VARIANTS[_NAMES[0]], "parallel.pipeline_stages=2"), _NAMES[0]),
 }
 # Within a tolerance: other sums.

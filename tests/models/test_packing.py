@@ -47,7 +47,7 @@ def alone() -> list[Batch]:
 
 def adapted(model_type: str, quantization: str, *, is_checkpointed: bool) -> Any:
     model = copy.deepcopy(base_model(model_type, quantization))
-    add_adapters(model, replace(adapter_config(model), dropout=0.3))
+    add_adapters(model, adapter_config(model).model_copy(update={"dropout": 0.3}))
     randomize_adapters(model)
     if is_checkpointed:
         checkpoint_layers(model)
@@ -128,6 +128,17 @@ def test_flash_attention_is_told_where_samples_begin() -> None:
 def test_attention_that_saw_no_rows_is_an_error() -> None:
     """Samples would have seen each other without a word."""
     model = load_model(init="random", config=tiny_config("llama"), quantization="none", seed=SEED)
-    segment_attention(model)
-    with pytest.raises(ModelError, match=r"data\.packing"), rows_of(packed(), model):
+    refused = pytest.raises(ModelError, match=r"data\.packing")
+    with refused, rows_of(packed(), model):
         pass
+    segment_attention(model)
+    with refused, rows_of(packed(), model):
+        pass
+
+
+def test_layers_under_another_mask_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(init="random", config=tiny_config("llama"), quantization="none", seed=SEED)
+    monkeypatch.setattr("ssmlora_dist.models.attention._is_causal", lambda *_: False)
+    with pytest.raises(ModelError, match=r"data\.packing"):
+        logits(model, packed())
+    assert torch.equal(logits(model, alone()[0]), model(**alone()[0].inputs, use_cache=False).logits)
