@@ -2,9 +2,9 @@
 
     python benchmarks/packing.py --config configs/quickstart.json --micro-batch-size 8
 
-Both train samples of one data set with one model: rows of one sample, so many a micro-batch and padded to the
-longest, and packed rows of up to `data.max_length` tokens, one a micro-batch. They are timed in turn, a forward
-and a backward pass each; the rates are those of the supervised tokens that went through.
+Both train samples of one data set with one model: rows of one sample, so many a micro-batch and padded to
+the longest, and packed rows of up to `data.max_length` tokens, one a micro-batch. They are timed in turn, a
+forward and a backward pass each; the rates are those of the supervised tokens that went through.
 """
 
 from __future__ import annotations
