@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssmlora_dist import AdapterConfig, add_adapters, save_adapter
-from ssmlora_dist.data import ExampleReader, ExampleStream, generate_retrieval, read_dataset
+from ssmlora_dist.data import BatchShape, ExampleReader, ExampleStream, generate_retrieval, read_dataset
 from ssmlora_dist.models import base_fingerprint, load_model, load_tokenizer
 from ssmlora_dist.models.loss import Scores
 from ssmlora_dist.models.merging import merge_adapter
@@ -93,16 +93,13 @@ def test_evaluating(told: Told, tmp_path: Path) -> None:
     del told.updates[:]
 
     def score(batches: Any) -> list[Any]:
-        rows = [batch["labels"].shape[0] for batch in batches]
+        rows = [batch.shape[0] for batch in batches]
         return [Scores(torch.zeros(n), torch.ones(n), torch.ones(n, dtype=torch.bool)) for n in rows]
 
     evaluate(
         score,
         dataset,
-        micro_batch_size=2,
-        pad_token_id=0,
-        data_parallel_rank=0,
-        data_parallel_size=1,
+        shape=BatchShape(2, 2, 0, 1, 0),
         sum_over_ranks=list,
         description="evaluation before training",
     )

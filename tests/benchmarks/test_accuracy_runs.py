@@ -28,9 +28,10 @@ from benchmarks.accuracy.training import (
     score,
     upper_model,
 )
+from ssmlora_dist.batches import IGNORED_LABEL
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models import load_model, load_tokenizer
-from ssmlora_dist.models.loss import IGNORED_LABEL, CausalLMLoss
+from ssmlora_dist.models.loss import CausalLMLoss
 from ssmlora_dist.tokenization import TextEncoder
 
 SEED = 20261126

@@ -14,6 +14,7 @@ from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.models.tokenizer import load_tokenizer
 from ssmlora_dist.training.data import RunData
 from ssmlora_dist.training.resume_point import ResumePoint
+from ssmlora_dist.training.topology import ParallelDims
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_tiny.json"
 LONG = {"instruction": "x" * 500, "output": "y", "id": 1}
@@ -28,7 +29,7 @@ def run_data(directory: Path, records: list[Any], *overrides: str) -> tuple[RunD
     settings = [f"data.train={source}", "data.max_length=64", "training.global_batch_size=2", *overrides]
     config = load_config(CONFIG, settings, world_size=1)
     context: Any = SimpleNamespace(rank=0, on_main=lambda action: action(), gather=lambda value: [value])
-    dims: Any = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1)
+    dims = ParallelDims(data_parallel_rank=0, data_parallel_size=1, stage=0, num_stages=1)
     said: list[str] = []
     resume_point = ResumePoint(None, None, False)
     return RunData(config, load_tokenizer("bytes"), context, dims, resume_point, said.append), said

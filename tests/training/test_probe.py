@@ -157,7 +157,7 @@ def test_gradients_that_no_scale_makes_finite_are_refused() -> None:
 
 def test_a_loss_that_is_not_finite_has_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        CausalLMLoss, "forward", lambda self, **_: torch.tensor(torch.inf) + ones_of(self.model)
+        CausalLMLoss, "forward", lambda self, _: torch.tensor(torch.inf) + ones_of(self.model)
     )
     with pytest.raises(TrainingError, match="not finite"):
         scores_of(run_config())
