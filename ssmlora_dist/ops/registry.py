@@ -22,8 +22,14 @@ def register_form(form: type[Form]) -> type[Form]:
     """Makes a form known by its `name`, for `AdapterConfig.method`; returns it, so it can be a decorator.
 
     Raises:
-        AdapterError: the name is another form's.
+        AdapterError: it lacks `name` or `step`, or the name is another form's.
     """
+    lacking = [name for name in ("name", "step") if getattr(form, name, None) is getattr(Form, name, None)]
+    if lacking:
+        raise AdapterError(
+            f"register_form: {form.__module__}.{form.__qualname__} defines no `{lacking[0]}`; a form has a "
+            "`name` and a `step` of its own"
+        )
     if (known := _forms.setdefault(form.name, form)) is not form:
         raise AdapterError(
             f"register_form: {form.name!r} is the name of {known.__module__}.{known.__qualname__}; give "

@@ -17,7 +17,7 @@ from ssmlora_dist.adapters.projections import linear_layers, named_by, skipped_l
 from ssmlora_dist.config.build import build_store, meta_model, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
-from ssmlora_dist.models import decoder_layers, structure_of
+from ssmlora_dist.models import decoder_layers, empty_model, structure_of
 from ssmlora_dist.models.configuration import stored_quantization
 from ssmlora_dist.models.loading import attention_implementation
 from ssmlora_dist.quantization import expert_weights
@@ -71,7 +71,7 @@ def run_header(
     lines = [
         _line("device", device_text(device)),
         _line("ranks", ", ".join(ranks)),
-        *model_lines(config, device),
+        *model_lines(config, device, model),
         _line("adapts", adapted_text(model)),
         _line("parameters", f"{trainable:,} trained, {frozen:,} frozen"),
         _line(
@@ -110,7 +110,7 @@ def evaluation_header(
     lines = [
         _line("device", device_text(device)),
         _line("ranks", f"{world_size}, each with the whole model"),
-        *model_lines(config, device),
+        *model_lines(config, device, empty_model(shapes_of(config.model))),
         _line("adapter", "none" if adapter is None else str(adapter)),
         *tasks,
         _line("writes to", str(directory)),
@@ -119,21 +119,20 @@ def evaluation_header(
     return "\n".join(lines)
 
 
-def model_lines(config: RunConfig, device: torch.device) -> list[str]:
-    """What the backbone is, and how it is stored and computed with."""
+def model_lines(config: RunConfig, device: torch.device, model: PreTrainedModel) -> list[str]:
+    """What the backbone is, and how it is stored and computed with; `model` is it without storage."""
     section = config.model
-    model_config = shapes_of(section)
     dtype = section.compute_dtype
-    attention = attention_implementation(section.attention, model_config, device, getattr(torch, dtype))
+    attention = attention_implementation(section.attention, model.config, device, getattr(torch, dtype))
     name = "random weights" if section.init == "random" else section.path
     return [
-        _line("model", f"{name} ({model_config.model_type})"),
+        _line("model", f"{name} ({model.config.model_type})"),
         _line("computes in", f"{dtype}, attention {attention}"),
-        _line("quantised", _quantization_text(config)),
+        _line("quantised", _quantization_text(config, model)),
     ]
 
 
-def _quantization_text(config: RunConfig) -> str:
+def _quantization_text(config: RunConfig, model: PreTrainedModel) -> str:
     section, mode = config.model, config.quantization.mode
     read_from = None
     if section.path is not None and section.init == "pretrained":
@@ -141,7 +140,7 @@ def _quantization_text(config: RunConfig) -> str:
     if mode == "none":
         dense = f"none (the experts, stored in {read_from}, become {section.compute_dtype})"
         return dense if read_from else "none"
-    has_experts = any(expert_weights(module) for module in meta_model(config).modules())
+    has_experts = any(expert_weights(module) for module in model.modules())
     experts = " and experts" + (f" (these are stored in {read_from})" if read_from else "")
     text = f"{mode} of the projections{experts if has_experts else ''}"
     if mode in ("nf4", "fp4") and config.quantization.double_quantization:

@@ -155,6 +155,9 @@ from ssmlora_dist import Form, register_form
 @dataclass(frozen=True, kw_only=True)
 class Filed(Form):
     name: ClassVar[str] = "from_a_file"
+
+    def step(self, z, state, parameters, drop):
+        return z, state
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -14,10 +14,14 @@ from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops import registry
 from ssmlora_dist.ops.registry import form_named, form_names, import_forms
 
-OWN = ["constant", "gated", "lora", "rolled", "ssmlora"]
-FILE = """
+STEP = """
+    def step(self, z, state, parameters, drop):
+        return z, state
+"""
+FILE = (
+    """
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 from ssmlora_dist import Form, register_form
 
 
@@ -26,6 +30,8 @@ from ssmlora_dist import Form, register_form
 class Filed(Form):
     name: ClassVar[str] = "filed"
 """
+    + STEP
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +47,13 @@ def own_forms_alone() -> Iterator[None]:
 class Mine(Form):
     name: ClassVar[str] = "mine"
 
+    def step(self, z: Any, state: Any, parameters: Any, drop: Any) -> Any:
+        return z, state
+
 
 def test_every_folder_is_a_form_with_a_reference() -> None:
     folders = [path for path in Path(registry.__file__).parent.iterdir() if (path / "__init__.py").exists()]
-    assert sorted(folder.name for folder in folders) == OWN
-    assert all(set(OWN) <= set(form_names()) for _ in folders)
+    assert {"lora", "ssmlora"} <= {folder.name for folder in folders} <= set(form_names())
     for folder in folders:
         assert form_named(folder.name).name == folder.name
         assert (folder / "reference.py").exists(), folder
@@ -57,9 +65,17 @@ def test_a_form_is_found_by_its_name_and_may_be_registered_again() -> None:
     assert form_named("mine") is Mine
 
 
+def test_a_form_without_a_name_or_a_step_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"defines no `name`; a form has a `name` and a `step`"):
+        register_form(type("Nameless", (Form,), {"step": Mine.step}))
+    with pytest.raises(AdapterError, match=r"Stepless defines no `step`"):
+        register_form(type("Stepless", (Form,), {"name": "stepless"}))
+    assert "stepless" not in form_names()
+
+
 def test_a_name_that_is_taken_is_refused() -> None:
     @dataclass(frozen=True, kw_only=True)
-    class Other(Form):
+    class Other(Mine):
         name: ClassVar[str] = "gated"
 
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,23 @@ def test_fused_and_skipped_projections_show() -> None:
     assert facts(config(model=mixed, adapter=adapter))["adapts"] == (
         "lora on mlp.down_proj (24 -> 16, not in layers 1, 2, 3), up_proj (16 -> 24 or 16 -> 8)"
     )
+
+
+def test_how_experts_are_stored_shows(tmp_path: Path) -> None:
+    def quantised(model: dict[str, Any], mode: str) -> str:
+        section = {"tokenizer": "bytes", **DTYPE, **model}
+        return facts(config(model=section, quantization={"mode": mode}))["quantised"]
+
+    drawn = {"init": "random", "config": bare_config("gpt_oss")}
+    assert quantised(drawn, "int8") == "int8 of the projections and experts"
+    assert quantised(drawn, "none") == "none"
+    packed = {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(bare_config("gpt_oss") | packed))
+    stored = {"init": "pretrained", "path": str(tmp_path)}
+    assert quantised(stored, "nf4") == (
+        "nf4 of the projections and experts (these are stored in mxfp4), scales in 8 bits too"
+    )
+    assert quantised(stored, "none") == "none (the experts, stored in mxfp4, become float32)"
 
 
 def test_topology() -> None:
