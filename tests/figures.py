@@ -26,4 +26,6 @@ def noted_figures(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> Iter
         monkeypatch.setattr(module, "new_figure", noted)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # Of files that other tests left open, whenever they are collected.
+        warnings.simplefilter("ignore", ResourceWarning)
         yield made

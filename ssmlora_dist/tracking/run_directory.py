@@ -54,8 +54,8 @@ class RunDirectory:
         """Makes the directory, or opens that of a run to continue; to be called by one rank only.
 
         The empty metrics.jsonl is the claim: of two runs that start with the same name at once, one gets
-        the directory. This object holds the directory's lock from here on, until it is released or
-        collected or its process ends, however that ends.
+        the directory. This object holds the directory's lock from here on, until it is released or its
+        process ends, however that ends.
 
         Raises:
             CheckpointError: the directory holds a run (without `resume`) or something that is not a run, is

@@ -89,6 +89,16 @@ def run_training(
         StoppedError: a signal has stopped it.
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
+    try:
+        _train(config, context, console, resume, directory)
+    finally:
+        directory.release()
+
+
+def _train(
+    config: RunConfig, context: DistributedContext, console: Console, resume: str, directory: RunDirectory
+) -> None:
+    """What `run_training` does, in a run directory that somebody else releases."""
     resume_point: ResumePoint = context.on_main(lambda: find_resume_point(resume, directory, console.warn))
     config = settle_compute_dtype(config, context, console, kept=resume_point.compute_dtype)
     tracker = tracker_of(config, context, console, resume_point)

@@ -19,7 +19,7 @@ from ssmlora_dist.data import retrieval
 from ssmlora_dist.distributed.context import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, SSMLoRAError
 from ssmlora_dist.models import load_tokenizer
-from ssmlora_dist.tracking import Console
+from ssmlora_dist.tracking import Console, RunDirectory
 from ssmlora_dist.training import contents, resume_point
 from ssmlora_dist.training.describe import describe
 from ssmlora_dist.training.resume_point import ResumePoint
@@ -130,6 +130,8 @@ def test_the_message_has_both_counts_and_names_the_remedy(runs: Runs) -> None:
         "step-00000002: was trained on other data than data.train: 12 examples of 12 records in the"
         in str(caught.value)
     )
+    # What holds the error holds the refused run's frames, and not its directory.
+    RunDirectory.create(runs.directory / "runs" / "run", resume=True).release()
     assert "checkpoint, 11 examples of 11 records given here; restore the data, wherever they lie, or" in str(
         caught.value
     )
