@@ -33,7 +33,7 @@ test: install
 	ruff format --check .
 	mypy
 	lint-imports --no-logo
-	pytest --numprocesses 2 --dist loadfile
+	pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
 quickstart: install
 	python launch/prepare_smollm2.py

@@ -39,7 +39,6 @@ from tests.faults.harness import (
     Life,
     Story,
     adapter,
-    import_all,
     is_inside_save,
     loss_lines,
     losses,
@@ -47,6 +46,7 @@ from tests.faults.harness import (
     play,
 )
 from tests.faults.moments import DISK, kill
+from tests.launch.preloaded import hide_plots, preload
 
 RESULTS = Path(__file__).parent / "results" / "faults.jsonl"
 TWO_RANKS = tuple(name for name, (num_ranks, _) in TOPOLOGIES.items() if num_ranks == 2)
@@ -176,7 +176,8 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     began = time.monotonic()
-    import_all()
+    preload()
+    hide_plots()
     if arguments.work_dir is not None:
         arguments.work_dir.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="faults.", dir=arguments.work_dir))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from ssmlora_dist.adapters.files import read_base
 
-from ..launch.processes import finish, free_port
+from ..launch.processes import finish, rank_variables
 from .jobs import ROWS, ROWS_FILE, result_file, run_name
 
 WORLD_SIZES = (1, 2)
@@ -67,22 +66,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Starts the ranks and waits for them."""
     directory = tmp_path_factory.mktemp("ranks")
     (directory / ROWS_FILE).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    variables = []
-    for num_ranks in WORLD_SIZES:
-        port = str(free_port())
-        for rank in map(str, range(num_ranks)):
-            variables.append(
-                {
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": str(num_ranks),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                    "CUDA_VISIBLE_DEVICES": "",
-                    "DS_ACCELERATOR": "cpu",
-                }
-            )
-    command = [sys.executable, "-m", "tests.distributed.worker"]
-    finished = finish([command] * len(variables), directory, variables)
+    variables = [rank for num_ranks in WORLD_SIZES for rank in rank_variables(num_ranks)]
+    finished = finish([["-m", "tests.distributed.worker"]] * len(variables), directory, variables)
     assert {rank.exit_code for rank in finished} == {0}, "\n".join(rank.stderr for rank in finished)
     return Results(directory)

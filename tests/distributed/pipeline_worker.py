@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.distributed.context import start_process_group, stop_process_group
 from ssmlora_dist.tracking import Console, quiet_libraries
 from ssmlora_dist.training.run import run_training
 
+from ..launch.preloaded import hide_plots
 from ..launch.processes import DEBUG_TINY
 from .pipeline_jobs import COMMON, JOBS, directory_name
 
@@ -17,8 +16,7 @@ TIMEOUT_SECONDS = 120
 
 def main() -> None:
     quiet_libraries()
-    # As if it were not installed: nobody looks at the plots, which take as long as some of the runs.
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]
+    hide_plots()
     context = start_process_group(TIMEOUT_SECONDS)
     try:
         for job, (num_ranks, overrides) in JOBS.items():

@@ -11,6 +11,7 @@ from ssmlora_dist.distributed.context import DistributedContext, start_process_g
 from ssmlora_dist.tracking import Console, quiet_libraries
 from ssmlora_dist.training.run import run_training
 
+from ..launch.preloaded import hide_plots
 from ..launch.processes import DEBUG_TINY
 from .resume_jobs import COMMON, MIDDLE, PAIRS, RUNS, STEADY_STEPS, continued
 
@@ -19,8 +20,7 @@ TIMEOUT_SECONDS = 120
 
 def main() -> None:
     quiet_libraries()
-    # As if it were not installed: nobody looks at the plots, which take as long as some of the runs.
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]
+    hide_plots()
     loss_scale.STEADY_STEPS = STEADY_STEPS
     context = start_process_group(TIMEOUT_SECONDS)
     try:

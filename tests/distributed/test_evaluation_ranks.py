@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 from ssmlora_dist.evaluation.item_rows import PARTS_DIRECTORY, RESULTS_FILE
 
-from ..launch.processes import Finished, finish, free_port
+from ..launch.processes import Finished, finish, rank_variables
 from .evaluation_worker import NUM_ITEMS
 
 NEVER = "-1"
@@ -19,13 +18,11 @@ NEVER = "-1"
 
 def start(directory: Path, *runs: tuple[str, int, str]) -> list[Finished]:
     """Runs side by side: each a directory, a number of ranks, and the batches after which they die."""
-    commands, variables = [], []
+    commands: list[list[str]] = []
+    variables: list[dict[str, str]] = []
     for name, num_ranks, die_after in runs:
-        port = str(free_port())
-        for rank in map(str, range(num_ranks)):
-            commands.append([sys.executable, "-m", "tests.distributed.evaluation_worker", name, die_after])
-            shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            variables.append({**shared, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""})
+        commands += [["-m", "tests.distributed.evaluation_worker", name, die_after]] * num_ranks
+        variables += rank_variables(num_ranks)
     return finish(commands, directory, variables)
 
 

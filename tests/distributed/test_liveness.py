@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import sys
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """All scenarios, played side by side: their ranks wait for most of the time."""
     directory = tmp_path_factory.mktemp("liveness")
     finished = run(
-        [sys.executable, "-m", "tests.distributed.liveness_worker", "results.json"],
+        ["-m", "tests.distributed.liveness_worker", "results.json"],
         directory,
         CUDA_VISIBLE_DEVICES="",
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ..launch.processes import finish, free_port
+from ..launch.processes import finish, rank_variables
 from ..tiny import tiny_model
 from .jobs import ROWS, ROWS_FILE
 from .pipeline_jobs import JOBS, NEAR, NUM_LAYERS, NUM_STEPS, PLAIN, SPLIT, TIED_DIRECTORY, directory_name
@@ -53,16 +52,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         directory / TIED_DIRECTORY
     )
     for num_ranks in sorted({ranks for ranks, _ in JOBS.values()}):
-        shared = {
-            "WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-        }
-        variables = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-        command = [sys.executable, "-m", "tests.distributed.pipeline_worker"]
-        finished = finish([command] * num_ranks, directory, variables)
+        worker = ["-m", "tests.distributed.pipeline_worker"]
+        finished = finish([worker] * num_ranks, directory, rank_variables(num_ranks))
         assert {rank.exit_code for rank in finished} == {0}, "\n".join(rank.stderr for rank in finished)
     return Trained(directory / "runs")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ..launch.processes import finish, free_port
+from ..launch.processes import finish, rank_variables
 from .jobs import ROWS, ROWS_FILE
 from .resume_jobs import MIDDLE, NUM_STEPS, PAIRS, RUNS, TOPOLOGIES, continued
 
@@ -26,16 +25,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / ROWS_FILE).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for phase in ("begin", "continue"):
         for num_ranks in sorted({ranks for ranks, _ in RUNS.values()}):
-            shared = {
-                "WORLD_SIZE": str(num_ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(free_port()),
-                "CUDA_VISIBLE_DEVICES": "",
-                "DS_ACCELERATOR": "cpu",
-            }
-            variables = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-            command = [sys.executable, "-m", "tests.distributed.resume_worker", phase]
-            finished = finish([command] * num_ranks, directory, variables)
+            worker = ["-m", "tests.distributed.resume_worker", phase]
+            finished = finish([worker] * num_ranks, directory, rank_variables(num_ranks))
             assert {rank.exit_code for rank in finished} == {0}, "\n".join(rank.stderr for rank in finished)
     return directory / "runs"
 

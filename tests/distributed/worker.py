@@ -7,7 +7,6 @@ They share one start of the interpreter, which costs more than any of them. What
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from ssmlora_dist.models import loading
 from ssmlora_dist.tracking import Console, quiet_libraries
 from ssmlora_dist.training import resume_point, run
 
+from ..launch.preloaded import hide_plots
 from ..launch.processes import DEBUG_TINY
 from .jobs import COMMON, JOBS, POISONS, STAGES, fits, result_file, run_name
 
@@ -36,8 +36,7 @@ TIMEOUT_SECONDS = 120
 
 def main() -> None:
     quiet_libraries()
-    # As if it were not installed: nobody looks at the plots, which take as long as some of the runs.
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]
+    hide_plots()
     context = start_process_group(TIMEOUT_SECONDS)
     try:
         found = {

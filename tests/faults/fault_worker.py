@@ -6,12 +6,13 @@ import json
 import sys
 from pathlib import Path
 
-from .harness import import_all, play
+from ..launch.preloaded import hide_plots
+from .harness import play
 from .stories import stories
 
 
 def main() -> None:
-    import_all()
+    hide_plots()
     directory = Path.cwd()
     Path(sys.argv[1]).write_text(json.dumps(play(stories(directory), directory, num_at_once=2)))
 

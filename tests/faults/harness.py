@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import runpy
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..launch.forking import Ranks
-from ..launch.lost_worker import NEEDED
-from ..launch.processes import DEBUG_TINY, TRAIN_SCRIPT, free_port
+from ..launch.processes import DEBUG_TINY, TRAIN_SCRIPT, rank_variables
 from . import moments
 
 NUM_STEPS, SAVE_EVERY = 12, 3
@@ -69,14 +67,6 @@ class Life:
 Found = list[dict[str, Any]]
 Story = Generator[Life, Found, Any]
 """Lives of one run: is told what its ranks left, and returns what is to be known of it all."""
-
-
-def import_all() -> None:
-    """What the ranks need, imported once: it would take most of their time."""
-    for module in NEEDED:
-        importlib.import_module(module)
-    # As if it were not installed: nobody looks at the plots.
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]
 
 
 def play(stories: Mapping[str, Story], directory: Path, num_at_once: int) -> dict[str, Any]:
@@ -134,23 +124,17 @@ class _Playing:
         except StopIteration as end:
             self.outcome = end.value
             return False
-        num_ranks, port = TOPOLOGIES[life.topology][0], free_port()
+        variables = rank_variables(TOPOLOGIES[life.topology][0])
         self._num_lives += 1
         self._life, self._killed, self._began = life, False, time.monotonic()
-        actions = [partial(_rank_of, life, rank, num_ranks, port) for rank in range(num_ranks)]
+        actions = [partial(_rank_of, life, rank, own) for rank, own in enumerate(variables)]
         self._ranks = Ranks(actions, self._directory / f"life-{self._num_lives:03d}")
         return True
 
 
-def _rank_of(life: Life, rank: int, num_ranks: int, port: int) -> int:
+def _rank_of(life: Life, rank: int, variables: Mapping[str, str]) -> int:
     """One rank of a life, as the command line would run it; its exit code."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(variables)
     for place, number, action in life.moments.get(rank, ()):
         moments.at(place, number, action)
     overrides = (*COMMON, *TOPOLOGIES[life.topology][1], *life.overrides)

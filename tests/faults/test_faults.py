@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ import pytest
 
 from ssmlora_dist.training.checkpoints import FILES, LATEST_FILE, read_checkpoint
 
-from ..launch.conftest import ON_CPU
-from ..launch.processes import run
+from ..launch.processes import ON_CPU, run
 from .harness import ALONE, RUN_NAME, SAVE_EVERY, adapter, loss_lines, losses
 from .moments import DISK
 from .stories import (
@@ -41,7 +39,7 @@ class Told:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        worker = [sys.executable, "-m", "tests.faults.fault_worker", "results.json"]
+        worker = ["-m", "tests.faults.fault_worker", "results.json"]
         finished = run(worker, directory, **ON_CPU)
         assert finished.exit_code == 0, finished.stderr
         self.of: dict[str, Any] = json.loads((directory / "results.json").read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +10,17 @@ import pytest
 
 from .cases import BAD, DRY_RUN, DRY_RUN_COUNTS, GENERATE, HELP, MENDED, TAKEN, UNFIT, arguments_of
 from .materials import CONFIG_FILE, prepare
-from .processes import GENERATE_SCRIPT, TRAIN_SCRIPT, Finished, finish, train_command, without_progress
+from .processes import (
+    GENERATE_SCRIPT,
+    ON_CPU,
+    TRAIN_SCRIPT,
+    Finished,
+    finish,
+    train_command,
+    without_progress,
+)
 
-SCRIPTS_WORKER = Path(__file__).with_name("scripts_worker.py")
-ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+SCRIPTS_WORKER = "tests.launch.scripts_worker"
 
 # A mistake in the configuration, in the data and in the model. The fourth waits: for 20 seconds its library
 # tries to reach a hub that is away.
@@ -59,7 +65,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     commands_file.write_text(json.dumps(commands))
     worker, *real = finish(
         [
-            [sys.executable, str(SCRIPTS_WORKER), str(commands_file), str(results_file)],
+            ["-m", SCRIPTS_WORKER, str(commands_file), str(results_file)],
             *(train_command(*arguments_of(name, BAD[name])) for name in REAL),
         ],
         directory,

@@ -6,7 +6,6 @@ many batches, as nothing that can be caught would, and leaves its last row `CUT`
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import runpy
@@ -20,16 +19,6 @@ from typing import Any
 from .evaluation_cases import BAD, CONFIG_FILE, EVALUATE_SCRIPT
 from .forking import run_side_by_side
 
-NEEDED = (
-    "deepspeed",
-    "ssmlora_dist.training.task_evaluation",
-    "transformers.models.llama.modeling_llama",
-    "transformers.conversion_mapping",
-    "torch._dynamo",
-    "bitsandbytes",
-    "matplotlib.backends.backend_agg",
-    "rouge_score.rouge_scorer",
-)
 FIRST, SECOND, RESCALED = (("--adapter", f"../{name}/adapter") for name in ("first", "second", "rescaled"))
 KILLED = "killed"
 # Output directories, and their copies as they were after the first round.
@@ -82,8 +71,6 @@ def doomed(arguments: tuple[str, ...], killed_after: int, cut: float) -> int:
 
 def main() -> None:
     results, killed_after, cut = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    for module in NEEDED:
-        importlib.import_module(module)
     found: dict[str, Any] = {}
     for cases in ROUNDS:
         actions = {name: [partial(evaluate, arguments)] for name, arguments in cases.items()}

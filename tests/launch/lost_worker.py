@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -12,17 +11,8 @@ from pathlib import Path
 
 from .doomed_train import train
 from .forking import run_side_by_side
-from .processes import DEBUG_TINY, free_port
+from .processes import DEBUG_TINY, rank_variables
 
-# Imported once for all ranks: it would take most of their time.
-NEEDED = (
-    "deepspeed.runtime.pipe.engine",
-    "ssmlora_dist.training.run",
-    "transformers.models.llama.modeling_llama",
-    "transformers.conversion_mapping",
-    "torch._dynamo",
-    "bitsandbytes",
-)
 ZERO_3, STAGES = "parallel.zero_stage=3", "parallel.pipeline_stages=2"
 EVERY_STEP, NEVER = "checkpoint.every_steps=1", "checkpoint.every_steps=null"
 
@@ -44,28 +34,16 @@ LOST: dict[str, tuple[int, int, tuple[str, ...]]] = {
 }
 
 
-def rank_of(name: str, port: int, rank: int) -> int:
+def rank_of(name: str, variables: dict[str, str]) -> int:
     """One rank of a case; its exit code."""
     victim, signum, overrides = LOST[name]
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DOOMED=f"{victim}:{int(signum)}",
-    )
+    os.environ.update(variables, DOOMED=f"{victim}:{int(signum)}")
     train(["--config", str(DEBUG_TINY), "--set", "tracking.tracker=none", *overrides])
     return 0
 
 
 def main() -> None:
-    for module in NEEDED:
-        importlib.import_module(module)
-    runs = {}
-    for name in LOST:
-        port = free_port()
-        runs[name] = [partial(rank_of, name, port, rank) for rank in range(2)]
+    runs = {name: [partial(rank_of, name, variables) for variables in rank_variables(2)] for name in LOST}
     Path(sys.argv[1]).write_text(json.dumps(run_side_by_side(runs, Path.cwd(), num_at_once=2)))
 
 

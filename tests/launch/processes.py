@@ -18,6 +18,8 @@ from typing import IO
 
 from ssmlora_dist.ranks import OF_A_RANK
 
+from .preloaded import Forked
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT = ROOT / "launch" / "train.py"
 GENERATE_SCRIPT = ROOT / "launch" / "generate.py"
@@ -25,6 +27,8 @@ DEBUG_TINY = ROOT / "configs" / "debug_tiny.json"
 
 # Many times what the slowest takes on two busy cores: only a process that hangs reaches it.
 TIMEOUT_SECONDS = 400.0
+
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 _SETTINGS_OF_THE_USER = ("HF_", "TRANSFORMERS_", "DATASETS_", "MLFLOW_", "DS_ACCELERATOR", "DEEPSPEED_")
 
@@ -69,6 +73,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def rank_variables(num_ranks: int) -> list[dict[str, str]]:
+    """What a launcher sets for each rank of one run on this machine's processor, on a port of its own."""
+    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**ON_CPU, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+
+
 def finish(
     commands: Sequence[Sequence[str]],
     directory: Path,
@@ -78,7 +88,8 @@ def finish(
     """Runs commands side by side, each with its variables, and waits for all of them.
 
     Args:
-        commands: what to run.
+        commands: what to run; one that begins with `-m` is a module, which finds what it needs imported
+            (see `Forked`).
         directory: where; must exist.
         variables: environment of each, beside `environment`.
         meanwhile: called once all have been started; each leads a session and process group of its own.
@@ -95,15 +106,20 @@ def finish(
         ]
         processes = []
         for command, own, (stdout, stderr) in zip(commands, variables, streams, strict=True):
-            process = subprocess.Popen(
-                command,
-                cwd=directory,
-                env=environment(directory, **own),
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
-            )
+            variables_of_it = environment(directory, **own)
+            process: Forked | subprocess.Popen[bytes]
+            if command[0] == "-m":
+                process = Forked(command[1:], directory, variables_of_it, stdout.fileno(), stderr.fileno())
+            else:
+                process = subprocess.Popen(
+                    command,
+                    cwd=directory,
+                    env=variables_of_it,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
             stack.callback(_kill_session, process)
             processes.append(process)
         meanwhile([process.pid for process in processes])
@@ -164,7 +180,7 @@ def _content(stream: IO[str]) -> str:
     return stream.read()
 
 
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
+def _kill_session(process: Forked | subprocess.Popen[bytes]) -> None:
     """Kills a process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

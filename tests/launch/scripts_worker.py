@@ -1,4 +1,4 @@
-"""Many command lines in one process: `scripts_worker.py COMMANDS RESULTS`.
+"""Many command lines in one process: `python -m tests.launch.scripts_worker COMMANDS RESULTS`.
 
 Each runs a script as `python script.py arguments` would, in a fresh `__main__`, but without importing torch
 and the rest anew. COMMANDS holds a JSON list of argument lists, each beginning with the script; RESULTS gets

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..faults.harness import ALONE, RUN_NAME, Life, Moment, Story, import_all, newest_step, play
+from ..faults.harness import ALONE, RUN_NAME, Life, Moment, Story, newest_step, play
 from ..faults.moments import hang
+from .preloaded import hide_plots
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
 USR1, USR2 = signal.SIGUSR1, signal.SIGUSR2
@@ -158,7 +159,7 @@ def launched(name: str, whole: str, directory: Path) -> Story:
 
 
 def main() -> None:
-    import_all()
+    hide_plots()
     directory = Path.cwd()
     stories = {name: signalled(run, directory / run_name(name)) for name, run in FORKED.items()}
     stories |= {name: launched(name, whole, directory) for name, whole in LAUNCHED.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,7 +67,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     commands = [[scripts[command], *arguments] for command, *arguments in COMMANDS.values()]
     (aside / "commands.json").write_text(json.dumps(commands))
     files = [str(aside / "commands.json"), str(aside / "results.json")]
-    worker = run([sys.executable, str(SCRIPTS_WORKER), *files], directory, CUDA_VISIBLE_DEVICES="")
+    worker = run(["-m", SCRIPTS_WORKER, *files], directory, CUDA_VISIBLE_DEVICES="")
     assert worker.exit_code == 0, worker.stderr
     results = json.loads((aside / "results.json").read_text())
     return directory, {

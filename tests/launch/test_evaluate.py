@@ -19,7 +19,6 @@ from ssmlora_dist.evaluation.item_rows import PARTS_DIRECTORY, RESULTS_FILE
 from ssmlora_dist.evaluation.statistics import estimate
 from ssmlora_dist.tracking import RunDirectory
 
-from .conftest import ON_CPU
 from .evaluation_cases import (
     BAD,
     CAPITALS,
@@ -34,7 +33,7 @@ from .evaluation_cases import (
     prepare,
 )
 from .evaluation_worker import BEFORE, KILLED
-from .processes import Finished, finish, free_port
+from .processes import ON_CPU, Finished, finish, free_port
 from .test_bad_input import assert_refused
 
 BASE, ADAPTER = MODELS = ("base", "adapter")
@@ -84,7 +83,7 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Evaluations:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    worker = [sys.executable, "-m", "tests.launch.evaluation_worker", str(aside / "results.json")]
+    worker = ["-m", "tests.launch.evaluation_worker", str(aside / "results.json")]
     worker += [str(draw.randint(1, MOST_BATCHES)), str(draw.random())]
     tracked = [sys.executable, str(EVALUATE_SCRIPT), "--config", CONFIG_FILE, "--adapter", "first/adapter"]
     tracked += ["--out", "two", "--set", "tracking.tracker=mlflow", "tracking.experiment=evaluations"]

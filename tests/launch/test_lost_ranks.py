@@ -6,17 +6,15 @@ import json
 import re
 import signal
 import sqlite3
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .conftest import ON_CPU
 from .doomed_train import RUN
 from .lost_worker import EVERY_STEP, LOST, SILENCE_SECONDS
-from .processes import DEBUG_TINY, TRAIN_SCRIPT, Finished, finish, launched
+from .processes import DEBUG_TINY, ON_CPU, TRAIN_SCRIPT, Finished, finish, launched
 
 DOOMED_SCRIPT = Path(__file__).with_name("doomed_train.py")
 # On a busy machine; the timeout of the runs is 1,800 seconds.
@@ -28,7 +26,7 @@ class Losses:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        worker = [sys.executable, "-m", "tests.launch.lost_worker", "results.json"]
+        worker = ["-m", "tests.launch.lost_worker", "results.json"]
         self.finished, self.launched = finish(
             [worker, _doomed("deepspeed")],
             directory,

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sqlite3
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +26,10 @@ from ..faults.harness import (
     losses,
     newest_step,
 )
-from .conftest import ON_CPU
 from .paused_train import NUM_STEPS_BEFORE
 from .processes import (
     DEBUG_TINY,
+    ON_CPU,
     TIMEOUT_SECONDS,
     TRAIN_SCRIPT,
     Finished,
@@ -76,7 +75,7 @@ class Runs:
         self.finished = dict(zip(names, first, strict=True))
         self.newest = {name: newest_step(self.path(name)) for name in names}
         self.tracked_before = self.tracked()
-        worker = [sys.executable, "-m", "tests.launch.signal_worker", "results.json"]
+        worker = ["-m", "tests.launch.signal_worker", "results.json"]
         plain = train_command(*_arguments(PLAIN))
         told, self.resumed = finish([worker, plain], directory, [ON_CPU, ON_CPU])
         assert told.exit_code == 0, told.stderr

@@ -6,7 +6,6 @@ All command lines run in one process, the trainings in processes of their own.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from .conftest import SCRIPTS_WORKER
 from .materials import MODEL
 from .processes import ROOT, Finished, run, without_progress
 
-SCRIPTS_WORKER = Path(__file__).with_name("scripts_worker.py")
 SWEEP_SCRIPT = ROOT / "launch" / "sweep.py"
 RETRIEVAL = {"lengths": [224], "depths": [0], "num_lookalikes": 0, "num_digits": 2, "num_examples": 4}
 BASE: dict[str, Any] = {
@@ -78,7 +77,7 @@ def run_sweeps(directory: Path, *commands: Sequence[str]) -> list[Finished]:
     (directory / "broken.jsonl").write_text('{"text": \n')
     (directory / "commands").write_text(json.dumps([[str(SWEEP_SCRIPT), *command] for command in commands]))
     worker = run(
-        [sys.executable, str(SCRIPTS_WORKER), "commands", "results"],
+        ["-m", SCRIPTS_WORKER, "commands", "results"],
         directory,
         CUDA_VISIBLE_DEVICES="",
         DS_ACCELERATOR="cpu",

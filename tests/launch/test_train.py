@@ -19,8 +19,7 @@ from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config.build import load_trained
 from ssmlora_dist.config.loading import load_config
 
-from .conftest import ON_CPU
-from .processes import DEBUG_TINY, Finished, finish, launched, train_command
+from .processes import DEBUG_TINY, ON_CPU, Finished, finish, launched, train_command
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() == 1, reason="the launchers give every rank a GPU of its own, and there is one"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import runpy
@@ -11,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from ..launch.forking import run_side_by_side
-from ..launch.lost_worker import NEEDED
-from ..launch.processes import DEBUG_TINY, TRAIN_SCRIPT, free_port
+from ..launch.preloaded import hide_plots
+from ..launch.processes import DEBUG_TINY, TRAIN_SCRIPT, rank_variables
 
 NUM_STEPS, EVERY_STEPS = 5, 2
 ALONE, SHARDED, BROKEN = "alone", "sharded", "broken"
@@ -57,30 +56,21 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-def rank_of(name: str, port: int, rank: int) -> int:
+def rank_of(name: str, variables: dict[str, str]) -> int:
     """One rank of a run; its exit code."""
-    num_ranks, overrides = RUNS[name]
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    _, overrides = RUNS[name]
+    os.environ.update(variables)
     sys.argv = [str(TRAIN_SCRIPT), "--config", str(DEBUG_TINY), "--set", *COMMON, *overrides]
     runpy.run_path(str(TRAIN_SCRIPT), run_name="__main__")
     return 0
 
 
 def main() -> None:
-    for module in NEEDED:
-        importlib.import_module(module)
-    # As if it were not installed: nobody looks at the plots.
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]
-    runs = {}
-    for name, (num_ranks, _) in RUNS.items():
-        port = free_port()
-        runs[name] = [partial(rank_of, name, port, rank) for rank in range(num_ranks)]
+    hide_plots()
+    runs = {
+        name: [partial(rank_of, name, variables) for variables in rank_variables(num_ranks)]
+        for name, (num_ranks, _) in RUNS.items()
+    }
     Path(sys.argv[1]).write_text(json.dumps(run_side_by_side(runs, Path.cwd(), num_at_once=2)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,7 @@ from ssmlora_dist.training import compute_dtype, task_evaluation
 from ssmlora_dist.training.task_evaluation import TasksInTraining, describe_evaluation, run_evaluation
 from tests.tiny import adapted_model, randomize_adapters, tiny_config
 
-from ..launch.conftest import ON_CPU
-from ..launch.processes import Finished, run
+from ..launch.processes import ON_CPU, Finished, run
 from .task_worker import ALONE, BROKEN, COLOURS, EVERY_STEPS, LENGTHS, NUM_EXAMPLES, NUM_STEPS, RUNS, SHARDED
 
 STEPS = [*range(0, NUM_STEPS, EVERY_STEPS), NUM_STEPS]
@@ -65,7 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     lines = [json.dumps(row) for row in COLOURS]
     (directory / "colours.jsonl").write_text("\n".join(lines))
     (directory / "broken.jsonl").write_text("\n".join([*lines, "{"]))
-    worker = run([sys.executable, "-m", "tests.training.task_worker", "results.json"], directory, **ON_CPU)
+    worker = run(["-m", "tests.training.task_worker", "results.json"], directory, **ON_CPU)
     assert worker.exit_code == 0, worker.stderr
     found = json.loads((directory / "results.json").read_text())
     finished = {

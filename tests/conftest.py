@@ -1,0 +1,40 @@
+"""How tests are shared out among processes (`pytest --dist loadgroup --no-loadscope-reorder`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+# Fixtures of several files that take a minute: the files that use one are run by one process.
+SHARED_FIXTURES = ("results", "outcomes")
+# Begun first, as no other tests are left to run beside them at the end.
+LONGEST = (
+    "distributed/test_pipeline.py",
+    "distributed/test_resume.py",
+    "launch/test_signals.py",
+    "distributed/test_topologies.py",
+    "launch/test_train.py",
+    "faults/test_faults.py",
+    "launch/test_bad_input.py",
+    "sweep/test_execute.py",
+    "test_trainers.py",
+    "launch/test_lost_ranks.py",
+    "launch/test_harness.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives every test the group of its file, or that of the fixture which its file shares with others."""
+    groups: dict[Path, str] = {}
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        shared = next((name for name in SHARED_FIXTURES if name in names), None)
+        if shared or item.path not in groups:
+            groups[item.path] = shared or str(item.path)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+    here = Path(__file__).parent
+    place = {here / file: index for index, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
