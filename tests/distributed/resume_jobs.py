@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from .jobs import ROWS_FILE, Overrides
 
-NUM_STEPS, MIDDLE = 20, 10
+NUM_STEPS, MIDDLE = 12, 6
 _SOURCE = f'{{"format":"instruction","path":"{ROWS_FILE}"}}'
 # Blocks that end neither with the steps nor with the rows.
 _STREAM = f'{{"format":"instruction","path":"{ROWS_FILE}","streaming":true,"shuffle_buffer_size":7}}'

@@ -16,7 +16,7 @@ from ..launch.processes import finish, rank_variables
 from .jobs import ROWS, ROWS_FILE
 from .resume_jobs import MIDDLE, NUM_STEPS, PAIRS, PROBED, RUNS, TOPOLOGIES, continued
 
-# Float32 sums over a few hundred tokens in another order, carried through ten steps of AdamW.
+# Float32 sums over a few hundred tokens in another order, carried through six steps of AdamW.
 LOSS_TOLERANCE = 1e-4
 
 
