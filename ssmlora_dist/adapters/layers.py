@@ -274,6 +274,16 @@ class LayerCall:
         """[B,S,A,R], to leave the layer."""
         return torch.stack(self._columns, dim=2)
 
+    def replace_state(self, state_BSAR: Tensor) -> None:
+        """Hands on the state of all axes."""
+        self._columns = list(state_BSAR.unbind(2))
+
+    def tile(self, first: int, num_tokens: int, state_BTAR: Tensor | None) -> LayerCall:
+        """What the adapters share for `num_tokens` of every row, from token `first` on."""
+        return LayerCall(
+            (self.shape[0], num_tokens), self._seeds_B, state_BTAR, first_token=self.first_token + first
+        )
+
     def down_project(self, module: LoRALinear, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """x, to be given to the base layer, and z [B,S,R]; one product for all of the module's `readers`."""
         if self._read_BSD is not x_BSD or module not in self._z:

@@ -40,6 +40,7 @@ def rule_problems(
     """
     lines = [
         *_end_of_training(config, doubtful),
+        *_checkpointing(config, doubtful),
         *_model(config, doubtful),
         *_evaluation(config, doubtful),
         *task_problems(config, doubtful, check_files=check_files),
@@ -82,6 +83,20 @@ def _end_of_training(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
             f"training.warmup_steps: {training.warmup_steps} given; allowed: fewer than training.max_steps "
             f"{training.max_steps}; lower it or train longer"
         )
+
+
+def _checkpointing(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+    training = config.training
+    if training.gradient_checkpointing or not doubtful.clear_of("training.gradient_checkpointing"):
+        return
+    for key, without in (("layers_per_checkpoint", 1), ("offload_checkpoints", False)):
+        value = getattr(training, key)
+        if value != without and doubtful.clear_of(f"training.{key}"):
+            yield (
+                f"training.{key}: {shown(value)} given without training.gradient_checkpointing; allowed: "
+                f"{shown(without)}, as there are no checkpoints; remove it or set "
+                "training.gradient_checkpointing to true"
+            )
 
 
 def _model(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:

@@ -41,13 +41,14 @@ from ssmlora_dist.distributed.partition import (
     stage_table,
 )
 from ssmlora_dist.errors import CheckpointError, ConfigError
-from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
+from ssmlora_dist.models.loss import CausalLMLoss
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
 from ssmlora_dist.models.structure import decoder_layers, structure_of
 from ssmlora_dist.progress import progress
 from ssmlora_dist.sizes import DecoderShape
 from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.loop import Engine
+from ssmlora_dist.training.memory import spare_memory
 from ssmlora_dist.training.optimizer import build_optimizer
 
 if TYPE_CHECKING:
@@ -258,8 +259,7 @@ def build_engine(
             swap_rows=None if dims.opposite_rank is None else partial(swap_rows, dims.opposite_rank),
         )
     num_ahead = 0 if plan is None else plan.layers_ahead
-    if training.gradient_checkpointing:
-        checkpoint_layers(model, num_kept=num_ahead)
+    spare_memory(config, model, num_kept=num_ahead)
     parameters = adapter_parameters(model)
     if checkpoint is not None:
         _take(parameters, checkpoint)

@@ -16,6 +16,7 @@ from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import AdapterError, ConfigError, ModelError
 from ssmlora_dist.models import load_model
 from ssmlora_dist.quantization import is_quantized
+from tests.decoders import bare_config
 from tests.tiny import layers_of, randomize_adapters, tiny_config, tiny_model, token_ids
 
 LORA = AdapterConfig(method="lora", rank=4, alternate=("q_proj", "v_proj"))
@@ -200,6 +201,19 @@ def test_rows_longer_than_the_positions_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.max_length: 129 given; allowed: at most 128"):
         check_model(run_config({"config": scaled}, max_length=129))
     check_model(run_config({"config": config}, max_length=65), for_training=False)
+
+
+def test_tiles_without_an_mlp_to_cut_are_refused() -> None:
+    def tiled(model: dict[str, Any]) -> RunConfig:
+        config = run_config({"config": model | {"vocab_size": 259}}, max_length=64)
+        return config.model_copy(
+            update={"training": config.training.model_copy(update={"mlp_tile_size": 4096})}
+        )
+
+    check_model(tiled(tiny_config()))
+    check_model(tiled(bare_config("glm4_moe")))
+    with pytest.raises(ConfigError, match=r"training\.mlp_tile_size: 4096 given; .*mixtral.*set it to null"):
+        check_model(tiled(bare_config("mixtral")))
 
 
 def test_an_adapter_without_a_base_model(tmp_path: Path) -> None:

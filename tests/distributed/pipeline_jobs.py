@@ -57,6 +57,8 @@ _NAMES = list(VARIANTS)
 TIED_DIRECTORY = "tied"
 # Time modules drop of their state, plain LoRA of its input.
 _DROPOUT = ("adapter.dropout=0.3", _SEVEN)
+_TILED = (*_DROPOUT, "training.mlp_tile_size=32")
+_SPARED = ("training.layers_per_checkpoint=2", "training.offload_checkpoints=true")
 _PLACES = ('adapter.places=["1.q_proj","1.up_proj","3.down_proj","4.q_proj"]', "adapter.alternate=[]")
 _SIZES = {
     "vocab_size": 259,
@@ -100,6 +102,7 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
     "tied from a file": (1, (_TIED,)),
     "dropout": (1, _DROPOUT),
     "places": (1, _PLACES),
+    "tiled": (1, _TILED),
     **{model_type: (1, overrides) for model_type, overrides in _OTHERS.items()},
     # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
     "two ranks": (2, VARIANTS[_NAMES[0]]),
@@ -134,6 +137,16 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
     # The first layer and the last have no adapter; of three stages the second has none on the axis of q_proj.
     "places in two": (2, (*_PLACES, *_split((0, 3), 1)), "places"),
     "places in three": (3, (*_PLACES, *_split((0, 2, 4))), "places"),
+    "memory spared in two": (
+        2,
+        (
+            *_TILED,
+            "training.layers_per_checkpoint=2",
+            "training.offload_checkpoints=true",
+            *_split((0, 3), 1),
+        ),
+        "tiled",
+    ),
     "balanced": (2, (*VARIANTS[_NAMES[0]], "parallel.pipeline_stages=2"), _NAMES[0]),
 }
 # Within a tolerance: other sums.
