@@ -190,6 +190,9 @@ def _costs(config: RunConfig, dims: ParallelDims, num_targets: int, num_tokens: 
             loss_chunk_size=training.loss_chunk_size,
             recompute="while_waiting" if training.gradient_checkpointing else "none",
             layers_ahead=None if ahead == "auto" else ahead,
+            layers_per_checkpoint=training.layers_per_checkpoint,
+            offload_checkpoints=training.offload_checkpoints,
+            mlp_tile_size=training.mlp_tile_size,
         ),
         bytes_per_linear_weight=bytes_per_weight(
             config.quantization.mode,
