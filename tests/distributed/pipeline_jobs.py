@@ -6,7 +6,7 @@ import json
 from itertools import combinations, cycle, product
 
 from ..decoders import bare_config
-from .jobs import ROWS_FILE, Overrides, mixture
+from .jobs import ROWS_FILE, SAVED, Overrides, mixture
 
 NUM_LAYERS = 4
 NUM_STEPS = 20
@@ -76,7 +76,11 @@ _OTHERS: dict[str, Overrides] = {
         ("gpt_neox", ["query_key_value", "attention.dense"]),
     )
 }
-_TIED = f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}'
+# A copy of the embedding is trained, and the head, tied to the embedding, stays as it is.
+_TIED = (
+    f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}',
+    'adapter.modules_to_save=["embed_tokens","norm"]',
+)
 
 
 def _split(boundaries: tuple[int, ...], ahead: int | str = "auto") -> Overrides:
@@ -96,8 +100,8 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
         (*mixture(NUM_LAYERS), "quantization.mode=nf4", "model.compute_dtype=bfloat16", *EVALUATION),
     ),
     "float16": (1, ("model.compute_dtype=float16", *EVALUATION)),
-    "lora": (1, ("adapter.method=lora",)),
-    "tied from a file": (1, (_TIED,)),
+    "lora": (1, ("adapter.method=lora", *SAVED)),
+    "tied from a file": (1, _TIED),
     "dropout": (1, _DROPOUT),
     "places": (1, _PLACES),
     **{model_type: (1, overrides) for model_type, overrides in _OTHERS.items()},
@@ -117,8 +121,8 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
     "experts in stages": (2, (*PLAIN["experts"][1], *_split((0, 2))), "experts"),
     "float16 in stages": (2, (*PLAIN["float16"][1], *_split((0, 2))), "float16"),
     "lora in stages": (3, (*PLAIN["lora"][1], *_split((0, 2, 3))), "lora"),
-    "tied from a file in two": (2, (_TIED, *_split((0, 3))), "tied from a file"),
-    "tied from a file in three": (3, (_TIED, *_split((0, 1, 3))), "tied from a file"),
+    "tied from a file in two": (2, (*_TIED, *_split((0, 3))), "tied from a file"),
+    "tied from a file in three": (3, (*_TIED, *_split((0, 1, 3))), "tied from a file"),
     **{
         f"dropout at {boundaries}, {ahead} ahead": (
             len(boundaries),
