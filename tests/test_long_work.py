@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssmlora_dist import AdapterConfig, add_adapters, save_adapter
-from ssmlora_dist.data import ExampleReader, ExampleStream, generate_retrieval, read_dataset
+from ssmlora_dist.data import ExampleReader, ExampleStream, Row, RowReader, Segment, read_dataset
 from ssmlora_dist.models import base_fingerprint, load_model, load_tokenizer
 from ssmlora_dist.models.loss import Scores
 from ssmlora_dist.models.merging import merge_adapter
@@ -52,13 +52,12 @@ def test_reading(told: Told, tmp_path: Path) -> None:
 
 
 def test_generating(told: Told) -> None:
-    generate_retrieval(load_tokenizer("bytes"), "train", [224], [0.5], 1, 3, num_examples=3, seed=0)
-    expected = [
-        (f"{doing} for train", done, 3)
-        for doing in ("drawing facts", "generating examples")
-        for done in (1, 2, 3)
-    ]
-    assert told.updates == expected
+    rows = [Row("here", (Segment("a"), Segment("b", is_target=True)))] * 3
+    reader = RowReader(
+        "passkey", lambda: iter(rows), tokenizer=load_tokenizer("bytes"), max_length=8, too_long="drop"
+    )
+    read_dataset(reader)
+    assert told.updates == [("reading passkey", done, None) for done in (1, 2, 3)]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Settings of one source in, its examples out: all at once, generated, or one record after another."""
+"""Settings of one source in, its examples out: all at once, or one record after another."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any, Literal
 from ssmlora_dist.data.accounts import DatasetReport
 from ssmlora_dist.data.examples import Dataset, Example
 from ssmlora_dist.data.formats import make_renderer
-from ssmlora_dist.data.retrieval import generate_retrieval
-from ssmlora_dist.data.rows import RowEncoder
+from ssmlora_dist.data.rows import Row, RowEncoder
 from ssmlora_dist.data.sources import read_records
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.progress import progress
@@ -110,13 +109,55 @@ class ExampleReader:
 
     def nothing_left(self, report: DatasetReport) -> DataError:
         """Why there are no examples, and what to do."""
-        return DataError(
-            f"{self.name}: nothing is left of {report.num_rows} rows at max_length {self._max_length}: "
-            f"{report.why()}"
-        )
+        return _nothing_left(self.name, report, self._max_length)
 
 
-def read_dataset(reader: ExampleReader) -> Dataset:
+class RowReader:
+    """The examples of rows that are made, of no records.
+
+    Args:
+        name: of what makes them, for messages.
+        rows: makes them, one after another.
+        tokenizer: a transformers tokenizer.
+        max_length: the most tokens of an example.
+        too_long: what happens to longer rows (see `RowEncoder`).
+
+    Attributes:
+        closings: nothing, as of an `ExampleReader` without conversations.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Callable[[], Iterator[Row]],
+        *,
+        tokenizer: Any,
+        max_length: int,
+        too_long: Literal["drop", "truncate", "refuse"],
+    ) -> None:
+        self.name, self.closings = name, frozenset[str]()
+        self._rows, self._tokenizer = rows, tokenizer
+        self._max_length, self._too_long = max_length, too_long
+
+    def read(self) -> Iterator[tuple[list[Example], DatasetReport]]:
+        """For each row in order its examples, and what became of it."""
+        encoder = RowEncoder(TextEncoder(self._tokenizer), self._max_length, self._too_long)
+        for row in self._rows():
+            examples = encoder.encode(row)
+            yield examples, encoder.take_report(1, len(examples))
+
+    def nothing_left(self, report: DatasetReport) -> DataError:
+        """Why there are no examples, and what to do."""
+        return _nothing_left(self.name, report, self._max_length)
+
+
+def _nothing_left(name: str, report: DatasetReport, max_length: int) -> DataError:
+    return DataError(
+        f"{name}: nothing is left of {report.num_rows} rows at max_length {max_length}: {report.why()}"
+    )
+
+
+def read_dataset(reader: ExampleReader | RowReader) -> Dataset:
     """All examples of a source, at least one, and what became of its rows.
 
     Raises:
@@ -136,28 +177,3 @@ def read_dataset(reader: ExampleReader) -> Dataset:
 
 def _unused(record: Record) -> DatasetReport:
     return DatasetReport(unused_fields=dict.fromkeys(record.unused(), 1))
-
-
-def generate_dataset(
-    *, tokenizer: Any, max_length: int, partition: Partition, seed: int, settings: Mapping[str, Any]
-) -> Dataset:
-    """Examples of the format `retrieval`; each partition has keys and values of its own.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        max_length: the most tokens of an example.
-        partition: what the data are for.
-        seed: of what is drawn.
-        settings: the other arguments of `generate_retrieval`.
-
-    Raises:
-        DataError: the settings ask for what cannot be.
-    """
-    too_long = [length for length in settings["lengths"] if length > max_length]
-    if too_long:
-        raise DataError(
-            f"retrieval.lengths: {too_long[0]} is more than max_length {max_length}; "
-            "raise `data.max_length` or generate shorter examples"
-        )
-    examples = generate_retrieval(tokenizer, partition, seed=seed, **settings)
-    return Dataset(examples, DatasetReport(len(examples), len(examples)))

@@ -156,7 +156,7 @@ def evaluation_batches(
         size: the number of data-parallel ranks.
         pad_token_id: what fills a batch's shorter rows.
     """
-    by_length = sorted(range(len(dataset)), key=lambda index: -dataset[index].num_tokens)
+    by_length = sorted(range(len(dataset)), key=lambda index: -dataset.lengths[index])
     num_per_round = micro_batch_size * size
     for begin in range(0, len(by_length), num_per_round):
         chosen: list[int | None] = list(by_length[begin : begin + num_per_round])
