@@ -86,7 +86,7 @@ class TaskSection(Section):
     """One task: a generated or a published one by its name, or your own over your records."""
 
     task: NonEmpty
-    """A known task, such as `passkey` or `boolq`; `multiple_choice` or `generation` for your own."""
+    """A known task, such as `passkey` or `boolq`; for your own a format of `data` whose records ask."""
     name: NonEmpty | None = None
     """What results call it; by default the task."""
     num_examples: int | None = Field(default=None, ge=1)
@@ -110,23 +110,27 @@ class TaskSection(Section):
     fields: dict[str, Names] = {}
     """Maps the names that your own task needs to names or paths (`outer.inner`) in the records."""
     prompt: str | None = None
-    """Template of the prompt of your own task; by default `question` and a line `Answer:`."""
+    """Template of the prompt of your own task; by default the format's."""
+    answer: str | None = None
+    """Template of the answer of your own task, of which any reference is right; by default the format's."""
     choices: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     """Templates of the choices of `multiple_choice`; by default the texts in the field `choices`."""
     labels: dict[str, Annotated[int, Field(ge=0)]] | None = None
     """What labels mean as positions of choices from 0, where they are neither these nor letters nor texts."""
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that an answer of `generation` has at most; by default 64."""
+    """Tokens that a free answer to your own task has at most; by default 64."""
     stop: tuple[NonEmpty, ...] | None = None
-    """Texts before which an answer of `generation` ends; by default the end of the line."""
+    """Texts before which a free answer to your own task ends; by default the end of the line."""
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
-    """Scores of `generation`, the first of which stands for the task; by default `f1` and `exact_match`."""
+    """Scores of free answers, the first of which stands for the task; by default `f1` and `exact_match`."""
 
 
 class SourceSection(Section):
     """One source of examples: files (`path`), a data set by its hub name (`hub`), or a generated task."""
 
-    format: Literal["instruction", "chat", "text", "multiple_choice", "long_document_qa", "task"]
+    format: Literal[
+        "instruction", "generation", "long_document_qa", "multiple_choice", "chat", "text", "task"
+    ]
     """What the records are; `task` needs none: a generated task of evaluation, of which this is a split."""
     path: UserPaths | None = None
     """One or more files or globs, relative to the working directory: .jsonl, .parquet or .txt."""

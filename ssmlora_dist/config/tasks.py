@@ -31,11 +31,11 @@ from ssmlora_dist.evaluation.tasks.passkey import passkey
 from ssmlora_dist.evaluation.tasks.records import (
     ChoiceFormat,
     GenerationFormat,
-    ItemFormat,
     items_of_records,
 )
 from ssmlora_dist.evaluation.tasks.standard import STANDARD, StandardTask, items_of
 from ssmlora_dist.evaluation.tasks.variable_tracking import variable_tracking
+from ssmlora_dist.open_questions import OPEN_FORMATS
 from ssmlora_dist.records import RecordView, UnusedFields, nearest_name
 
 DEFAULT_LENGTHS = (1024,)
@@ -58,14 +58,14 @@ FLAT: Mapping[str, Callable[..., Iterator[GenerationItem]]] = {
 WITHOUT_BACKGROUND = ("common_words", "frequent_words")
 BABILONG = tuple(f"babilong_{name}" for name in BABILONG_LABELS)
 GENERATED = (*DEEP, *FLAT, *BABILONG)
-OWN = ("multiple_choice", "generation")
+OWN = ("multiple_choice", *OPEN_FORMATS)
 KNOWN = (*GENERATED, *STANDARD, *OWN)
 WITH_SETTINGS = (*BABILONG, *OWN)
 
 _RECORDS = ("path", "hub", "subset", "split")
 _OWN_KEYS = {
     "multiple_choice": ("fields", "prompt", "choices", "labels"),
-    "generation": ("fields", "prompt", "max_new_tokens", "stop", "metrics"),
+    **dict.fromkeys(OPEN_FORMATS, ("fields", "prompt", "answer", "max_new_tokens", "stop", "metrics")),
 }
 _WITHOUT_DEFAULT = ("task", "name", "num_examples")
 
@@ -220,7 +220,7 @@ def output_directory(config: RunConfig, adapter: Path | None) -> Path:
     return found if adapter.is_absolute() else Path(os.path.relpath(found))
 
 
-def own_format(section: TaskSection) -> ItemFormat:
+def own_format(section: TaskSection) -> ChoiceFormat | GenerationFormat:
     """What makes items of the records of a user's own task.
 
     Raises:
@@ -230,6 +230,8 @@ def own_format(section: TaskSection) -> ItemFormat:
         return ChoiceFormat(section.prompt, section.choices, section.fields, section.labels)
     return GenerationFormat(
         section.prompt,
+        section.answer,
+        format=section.task,
         max_new_tokens=section.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
         stop=DEFAULT_STOP if section.stop is None else section.stop,
         fields=section.fields,
@@ -271,10 +273,11 @@ def _standard(section: TaskSection, task: StandardTask, unused: UnusedFields) ->
 
 
 def _own(
-    section: TaskSection, name: str, format: ItemFormat, unused: UnusedFields
+    section: TaskSection, name: str, format: ChoiceFormat | GenerationFormat, unused: UnusedFields
 ) -> Iterator[Item | FailedItem]:
     records = _records(section, None, None, "validation")
-    return items_of_records(records, format, name, limit=section.num_examples, unused=unused)
+    prepare = format.singles if isinstance(format, GenerationFormat) else None
+    return items_of_records(records, format, name, prepare, section.num_examples, unused)
 
 
 def _records(section: TaskSection, hub: str | None, subset: str | None, split: str) -> Iterator[Any]:

@@ -41,7 +41,7 @@ class GenerationItem:
         stop: texts before which the answer ends; the end-of-sequence token always ends it.
         metadata: as of a `ChoiceItem`.
         answer: what a model is trained to answer: all references as they continue the prompt, the space
-            between them included. No part of what is asked.
+            between them included; empty for items of records, which training reads itself. Not asked.
     """
 
     id: str
