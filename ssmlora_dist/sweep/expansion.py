@@ -55,7 +55,9 @@ class _Combination:
 
 
 def expand(sweep: SweepConfig, source: str = "sweep") -> list[Point]:
-    """All points, those of the grid in its order with the last axis and the seeds fastest, then the list.
+    """All points: the grid with one seed after the other, in its order with the last axis fastest; the list.
+
+    So repeats of a point are spread over the time that a sweep takes.
 
     Args:
         sweep: the sweep file.
@@ -79,8 +81,8 @@ def expand(sweep: SweepConfig, source: str = "sweep") -> list[Point]:
             found.overrides,
             sweep,
         )
-        for found in kept
         for seed in sweep.seeds
+        for found in kept
     ]
     points += [
         _point(listed.name, listed.name, seed, listed.overrides, sweep)

@@ -35,8 +35,8 @@ TOPOLOGIES: dict[str, tuple[int, Overrides]] = {
     "pp2": (2, ("parallel.pipeline_stages=2",)),
     "pp2dp2": (4, ("parallel.pipeline_stages=2",)),
 }
-# Continued on themselves alone.
-BITWISE_ONLY: dict[str, tuple[int, Overrides]] = {
+# Not continued on every other.
+OTHERS: dict[str, tuple[int, Overrides]] = {
     "zero1": (2, ("parallel.zero_stage=1",)),
     "zero2": (2, ("parallel.zero_stage=2",)),
     "offload": (2, ("parallel.zero_stage=2", "parallel.offload_optimizer=true")),
@@ -44,6 +44,7 @@ BITWISE_ONLY: dict[str, tuple[int, Overrides]] = {
         2,
         ("parallel.zero_stage=3", "parallel.offload_optimizer=true", "parallel.offload_parameters=true"),
     ),
+    "sp2": (2, ("parallel.sequence_parallel=2",)),
     "float16": (1, ("model.compute_dtype=float16",)),
     "pp2float16": (2, ("model.compute_dtype=float16", "parallel.pipeline_stages=2")),
     "pp2zero1": (2, ("parallel.pipeline_stages=2", "parallel.zero_stage=1")),
@@ -73,7 +74,7 @@ RATES: dict[str, tuple[int, Overrides]] = {
         num_ranks,
         (*overrides, "training.lora_b_learning_rate_ratio=4", "training.state_learning_rate_ratio=0.5"),
     )
-    for name, (num_ranks, overrides) in (TOPOLOGIES | BITWISE_ONLY).items()
+    for name, (num_ranks, overrides) in (TOPOLOGIES | OTHERS).items()
     if name in ("dp1", "zero2", "zero3", "pp2", "pp2zero1")
 }
 # Their places are chosen before training, and kept when they go on.
@@ -84,7 +85,7 @@ PROBED: dict[str, tuple[int, Overrides]] = {
 }
 RUNS = dict(
     sorted(
-        {**TOPOLOGIES, **BITWISE_ONLY, **STREAMED, **OWN_FORMS, **RATES, **PROBED}.items(),
+        {**TOPOLOGIES, **OTHERS, **STREAMED, **OWN_FORMS, **RATES, **PROBED}.items(),
         key=lambda run: "pipeline" in str(run[1][1]),
     )
 )
@@ -99,6 +100,8 @@ PAIRS = [
     *((name, name) for name in RUNS),
     *_in_turn(list(TOPOLOGIES)),
     *_in_turn(list(STREAMED)),
+    ("dp1", "sp2"),
+    ("sp2", "dp1"),
     ("own-zero3", "own-pp2"),
     ("rates-zero3", "rates-pp2"),
     ("rates-pp2", "rates-zero2"),

@@ -31,9 +31,9 @@ def test_a_grid_is_every_combination_with_every_seed_in_the_order_of_the_file(tm
     plan = plan_of(tmp_path, seeds=[0, 7])
     assert named(plan.points) == [
         f"{method}_rank-{rank}_seed-{seed}"
+        for seed in (0, 7)
         for method in ("ssmlora", "lora")
         for rank in (2, 4)
-        for seed in (0, 7)
     ]
     last = plan.points[-1]
     assert last.point.group == "lora_rank-4"
