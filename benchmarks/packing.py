@@ -39,7 +39,6 @@ from ssmlora_dist.config.paths import path_argument
 from ssmlora_dist.data import BatchShape, Dataset, GlobalBatches
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.precision import machine_dtype
-from ssmlora_dist.tracking.environment import environment_record
 from ssmlora_dist.tracking.quiet import quiet_libraries
 from ssmlora_dist.tracking.rows import append_row
 
@@ -157,7 +156,6 @@ def main() -> None:
         "rounds": arguments.rounds,
         **found,
         "gain": gain,
-        "environment": environment_record(),
     }
     append_row(arguments.out, row)
     for name, numbers in found.items():

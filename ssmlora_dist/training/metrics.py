@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,8 @@ from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.ranks import read_launch_environment
 
 GIB = 2**30
+# Pages that this process has, the second number those in memory.
+STATM = Path("/proc/self/statm")
 # Dense bf16 tensor-core peaks by device name, TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 
@@ -36,11 +39,23 @@ def usable_memory_bytes(context: DistributedContext) -> float:
 def peak_memory_gib(context: DistributedContext) -> list[float]:
     """Largest memory use so far, by rank: allocated on the GPU, or resident in the host on a CPU."""
     if context.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(context.device)
-    else:
-        # Linux counts in KiB, macOS in bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return _by_rank(torch.cuda.max_memory_allocated(context.device), context)
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _by_rank(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, context)
+
+
+def memory_gib(context: DistributedContext) -> list[float]:
+    """Memory in use, by rank; as `peak_memory_gib`, which stands for it where there is no /proc."""
+    if context.device.type == "cuda":
+        return _by_rank(torch.cuda.memory_allocated(context.device), context)
+    if not STATM.exists():
+        return peak_memory_gib(context)
+    pages = int(STATM.read_text(encoding="ascii").split()[1])
+    return _by_rank(pages * os.sysconf("SC_PAGE_SIZE"), context)
+
+
+def _by_rank(num_bytes: int, context: DistributedContext) -> list[float]:
     mine = [0.0] * context.world_size
-    mine[context.rank] = peak / GIB
+    mine[context.rank] = num_bytes / GIB
     return context.sum(mine)

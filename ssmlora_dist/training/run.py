@@ -36,7 +36,7 @@ from ssmlora_dist.training.evaluation import evaluate
 from ssmlora_dist.training.header import adapter_lines, run_header
 from ssmlora_dist.training.interrupts import Interrupts, StoppedError
 from ssmlora_dist.training.loop import StepRecord, train
-from ssmlora_dist.training.metrics import peak_memory_gib, usable_memory_bytes
+from ssmlora_dist.training.metrics import memory_gib, peak_memory_gib, usable_memory_bytes
 from ssmlora_dist.training.probe import probe_places
 from ssmlora_dist.training.report import (
     Scores,
@@ -249,6 +249,7 @@ class _Run:
             "compute_dtype": self.config.model.compute_dtype,
             "training_seconds": self.totals.step_seconds,
             "wall_seconds": self._wall_seconds(),
+            "loaded_memory_gib": self.loaded_memory_gib,
             "peak_memory_gib": peak_memory_gib(self.context),
             "num_trainable_parameters": self.num_trainable,
             "evaluation": {
@@ -281,6 +282,7 @@ class _Run:
         backbone = self._probed_backbone() if self.config.adapter.is_unprobed else None
         built = build_engine(self.config, self.context, self.dims, plan, checkpoint, warn, backbone)
         self.engine = built.engine
+        self.loaded_memory_gib = memory_gib(self.context)
         self.shape, self.adapter = built.shape, built.adapter
         num_replicas = self.context.world_size // self.dims.num_stages
         self.num_trainable = int(self.context.sum([built.num_trainable])[0]) // num_replicas

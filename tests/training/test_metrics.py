@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssmlora_dist.distributed.context import DistributedContext
-from ssmlora_dist.training.metrics import peak_memory_gib, peak_tflops
+from ssmlora_dist.training.metrics import memory_gib, peak_memory_gib, peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,12 @@ class ThreeRanks(DistributedContext):
 
 
 def test_memory_is_listed_by_rank() -> None:
-    first, mine, last = peak_memory_gib(ThreeRanks(1, 3, 1, torch.device("cpu")))
+    ranks = ThreeRanks(1, 3, 1, torch.device("cpu"))
+    first, peak, last = peak_memory_gib(ranks)
     assert (first, last) == (0.0, 0.0)
     # This process holds torch: some hundred MiB at the least.
-    assert 0.1 < mine < 64
+    assert 0.1 < peak < 64
+    first, before, last = memory_gib(ranks)
+    assert (first, last) == (0.0, 0.0)
+    held = torch.ones(2**26)
+    assert 0.2 < memory_gib(ranks)[1] - before < 0.3, f"a quarter of a GiB more, {held.nbytes} bytes"
