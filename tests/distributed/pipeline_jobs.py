@@ -10,6 +10,8 @@ from .jobs import ROWS_FILE, Overrides, mixture
 
 NUM_LAYERS = 4
 NUM_STEPS = 20
+# Of every kind of model, adapter and data, each at a few splits; the splits themselves take all steps.
+_FEW_STEPS: Overrides = ("training.max_steps=6",)
 _SOURCE = f'{{"format":"instruction","path":"{ROWS_FILE}"}}'
 
 # Rows of different lengths, so micro-batches too; the norm is clipped in most steps.
@@ -28,9 +30,10 @@ COMMON: Overrides = (
 )
 EVALUATION: Overrides = (
     f"data.validation={_SOURCE}",
-    "evaluation.every_steps=10",
+    "evaluation.every_steps=3",
     "evaluation.num_examples=5",
     "evaluation.micro_batch_size=2",
+    *_FEW_STEPS,
 )
 
 _SEVEN = 'adapter.every_layer=["k_proj","o_proj","gate_proj","up_proj","down_proj"]'
@@ -56,8 +59,12 @@ _NAMES = list(VARIANTS)
 # Of which the first and the last stage each read one half.
 TIED_DIRECTORY = "tied"
 # Time modules drop of their state, plain LoRA of its input.
-_DROPOUT = ("adapter.dropout=0.3", _SEVEN)
-_PLACES = ('adapter.places=["1.q_proj","1.up_proj","2.down_proj","3.q_proj"]', "adapter.alternate=[]")
+_DROPOUT = ("adapter.dropout=0.3", _SEVEN, *_FEW_STEPS)
+_PLACES = (
+    'adapter.places=["1.q_proj","1.up_proj","2.down_proj","3.q_proj"]',
+    "adapter.alternate=[]",
+    *_FEW_STEPS,
+)
 _SIZES = {
     "vocab_size": 259,
     "num_hidden_layers": NUM_LAYERS,
@@ -70,6 +77,7 @@ _OTHERS: dict[str, Overrides] = {
         f"model.config={json.dumps(bare_config(model_type) | _SIZES)}",
         f"adapter.alternate={json.dumps(alternate)}",
         "adapter.every_layer=all-linear",
+        *_FEW_STEPS,
     )
     for model_type, alternate in (
         ("granite", ["q_proj", "v_proj"]),
@@ -78,7 +86,10 @@ _OTHERS: dict[str, Overrides] = {
 }
 _PACKED = (*_DROPOUT, "data.packing=true", "data.max_length=160")
 _ONE_KEY_HEAD = ("model.config.num_key_value_heads=1",)
-_TIED = f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}'
+_TIED = (
+    f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}',
+    *_FEW_STEPS,
+)
 
 
 def _split(boundaries: tuple[int, ...], ahead: int | str = "auto") -> Overrides:
@@ -92,14 +103,15 @@ def _split(boundaries: tuple[int, ...], ahead: int | str = "auto") -> Overrides:
 # Job -> (ranks, overrides, the job that it must equal bit for bit).
 PLAIN: dict[str, tuple[int, Overrides]] = {
     **{name: (1, overrides) for name, overrides in VARIANTS.items()},
+    "few steps": (1, (*VARIANTS[_NAMES[0]], *_FEW_STEPS)),
     "nf4": (1, ("quantization.mode=nf4", "model.compute_dtype=bfloat16", *EVALUATION)),
     "experts": (
         1,
         (*mixture(NUM_LAYERS), "quantization.mode=nf4", "model.compute_dtype=bfloat16", *EVALUATION),
     ),
     "float16": (1, ("model.compute_dtype=float16", *EVALUATION)),
-    "lora": (1, ("adapter.method=lora",)),
-    "tied from a file": (1, (_TIED,)),
+    "lora": (1, ("adapter.method=lora", *_FEW_STEPS)),
+    "tied from a file": (1, _TIED),
     "dropout": (1, _DROPOUT),
     "packed": (1, _PACKED),
     "places": (1, _PLACES),
@@ -115,8 +127,8 @@ SEQUENCE: dict[str, tuple[int, Overrides, str]] = {
     "rows shared by four": (4, (*VARIANTS[_NAMES[0]], "parallel.sequence_parallel=4"), _NAMES[0]),
     "rows shared at ZeRO 3 on two ranks each": (
         4,
-        (*VARIANTS[_NAMES[0]], "parallel.sequence_parallel=2", "parallel.zero_stage=3"),
-        _NAMES[0],
+        (*PLAIN["few steps"][1], "parallel.sequence_parallel=2", "parallel.zero_stage=3"),
+        "few steps",
     ),
     "shared rows of one key-value head": (
         2,
@@ -138,8 +150,8 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
     "float16 in stages": (2, (*PLAIN["float16"][1], *_split((0, 2))), "float16"),
     "lora in stages": (3, (*PLAIN["lora"][1], *_split((0, 2, 3))), "lora"),
     "packed in stages": (2, (*_PACKED, *_split((0, 3), 1)), "packed"),
-    "tied from a file in two": (2, (_TIED, *_split((0, 3))), "tied from a file"),
-    "tied from a file in three": (3, (_TIED, *_split((0, 1, 3))), "tied from a file"),
+    "tied from a file in two": (2, (*_TIED, *_split((0, 3))), "tied from a file"),
+    "tied from a file in three": (3, (*_TIED, *_split((0, 1, 3))), "tied from a file"),
     **{
         f"dropout at {boundaries}, {ahead} ahead": (
             len(boundaries),
@@ -165,8 +177,8 @@ NEAR: dict[str, tuple[int, Overrides, str]] = {
     "dropout in two stages on two ranks each": (4, (*_DROPOUT, *_split((0, 3))), "dropout"),
     "zero 1 on two ranks each": (
         4,
-        (*VARIANTS[_NAMES[0]], *_split((0, 3)), "parallel.zero_stage=1"),
-        _NAMES[0],
+        (*PLAIN["few steps"][1], *_split((0, 3)), "parallel.zero_stage=1"),
+        "few steps",
     ),
 }
 JOBS: dict[str, tuple[int, Overrides]] = {
