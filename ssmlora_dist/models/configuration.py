@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.location import CONFIG_FILE, locate
 from ssmlora_dist.models.structure import model_class
+from ssmlora_dist.rope import RopeParameters, read_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,12 +23,23 @@ UNLISTED_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "head_dim")
 QUANTIZATION_KEY = "quantization_config"
 # Of the ways in which weights are stored quantised, the one that the loader reads: gpt-oss' experts.
 READ_QUANTIZATION = "mxfp4"
+ROPE = "rope_parameters"
+"""The setting of a backbone's RoPE, by transformers' name; so it is recorded with an adapter."""
+# Where a configuration notes the setting that it was given.
+_GIVEN_ROPE = "ssmlora_rope_parameters"
+_ORIGINAL = "original_max_position_embeddings"
+# Has what is near alone in view, and needs no longer reach.
+_WINDOWED = "sliding_attention"
 # Of an adapter's directory, by PEFT's name for it.
 ADAPTER_FILE = "adapter_config.json"
 
 
 def load_config(
-    path: str | None = None, *, config: Mapping[str, Any] | None = None, revision: str | None = None
+    path: str | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    rope_parameters: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
     """The configuration of a model, without its weights.
 
@@ -33,16 +47,21 @@ def load_config(
         path: directory or hub name; not read when `config` is given.
         config: a bare transformers configuration with `model_type`; its keys must be known ones.
         revision: on the hub.
+        rope_parameters: a `RopeParameters` in plain values, in place of the model's own; None leaves that.
 
     Raises:
-        ModelError: it cannot be found or read, is not valid, or is of no causal language model.
+        ModelError: it cannot be found or read, is not valid, or is of no causal language model; a setting for
+            the RoPE of a model that has none.
     """
     if config is not None:
-        return _bare_config(config)
-    if path is None:
+        loaded = _bare_config(config)
+    elif path is None:
         raise ModelError("model: name a model in `model.path`, or give its shapes in `model.config`")
-    loaded = read_config(locate(path, revision, weights=False))
-    loaded.name_or_path = path
+    else:
+        loaded = read_config(locate(path, revision, weights=False))
+        loaded.name_or_path = path
+    if rope_parameters is not None:
+        _scale_rope(loaded, read_rope(rope_parameters, f"model.{ROPE}"))
     return loaded
 
 
@@ -92,28 +111,105 @@ def _read_values(directory: Path) -> dict[str, Any]:
     return values
 
 
+def given_rope(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The setting that `load_config` was given; None: the RoPE is the model's own."""
+    return getattr(config, _GIVEN_ROPE, None)
+
+
+def has_rope(config: PreTrainedConfig, setting: Mapping[str, Any] | None) -> bool:
+    """Whether a model's RoPE is as a recorded setting says, whoever has given it; None: it is its own."""
+    if setting is None:
+        return given_rope(config) is None
+    found = getattr(config.get_text_config(), ROPE, None) or {}
+    return all(setting.items() <= own.items() for own in _scaled(found))
+
+
+def reaching_factor(config: PreTrainedConfig, length: int) -> int | None:
+    """The `factor` of a setting that reaches `length` positions; None for a model without RoPE."""
+    text_config = config.get_text_config()
+    found = getattr(text_config, ROPE, None)
+    if not found:
+        return None
+    return math.ceil(length / _original_positions(text_config, _scaled(found)[0]))
+
+
+def _scale_rope(config: PreTrainedConfig, setting: RopeParameters) -> None:
+    """Puts a setting in the place of the model's own, in place."""
+    text_config = config.get_text_config()
+    found = getattr(text_config, ROPE, None)
+    if not found:
+        raise ModelError(
+            f"model.{ROPE}: given, and {config.model_type} models have no RoPE in transformers: their "
+            "positions are learnt, or they have none; remove it, or name another model"
+        )
+    for kind in _scaled_kinds(found):
+        own = found[kind] if kind else found
+        scaled = {
+            key: value for key, value in own.items() if key not in (*RopeParameters.model_fields, "type")
+        }
+        # Of linear scaling transformers asks for no such key: it says how far this reaches.
+        scaled |= {"rope_theta": own["rope_theta"], _ORIGINAL: _original_positions(text_config, own)}
+        scaled |= setting.given
+        found = {**found, kind: scaled} if kind else scaled
+        if hasattr(text_config, _ORIGINAL):
+            # Of these models transformers takes it from here.
+            setattr(text_config, _ORIGINAL, scaled[_ORIGINAL])
+    setattr(text_config, ROPE, found)
+    setattr(config, _GIVEN_ROPE, setting.given)
+    trial: Any = copy.copy(text_config)
+    trial.max_position_embeddings = max_positions(config)
+    if setting.rope_type == "linear":
+        trial.ignore_keys_at_rope_validation = {*text_config.ignore_keys_at_rope_validation, _ORIGINAL}
+    try:
+        trial.validate_rope()
+    except ValueError as error:
+        raise ModelError(
+            f"model.{ROPE}: not for {config.model_type} models in transformers: {error}"
+        ) from error
+
+
+def _scaled_kinds(rope: Mapping[str, Any]) -> list[str]:
+    """Kinds of layers that have a RoPE of their own and are scaled; "" where all have one and the same."""
+    kinds = [kind for kind, value in rope.items() if isinstance(value, dict)]
+    return [kind for kind in kinds if kind != _WINDOWED] or kinds or [""]
+
+
+def _scaled(rope: dict[str, Any]) -> list[dict[str, Any]]:
+    return [rope[kind] if kind else rope for kind in _scaled_kinds(rope)]
+
+
+def _original_positions(text_config: Any, own: Mapping[str, Any]) -> int:
+    """Those that the model was trained on, before any scaling."""
+    positions: int = own.get(_ORIGINAL) or text_config.max_position_embeddings
+    return positions
+
+
 def max_positions(config: PreTrainedConfig) -> int | None:
     """The longest input in tokens that a model is made for; None where it has no limit.
 
     With a scaled RoPE `max_position_embeddings` counts the positions before scaling in some models and those
-    after it in others. The limit is the wider reading: of linear and dynamic scaling the positions times the
-    factor; of yarn, llama3 and longrope, which record what was scaled, the factor times that, or the
-    positions where these are more. Where kinds of layers are scaled differently the least counts.
+    after it in others. The limit is the wider reading: of linear scaling the positions times the factor; of
+    yarn, llama3 and longrope, which record what was scaled, the factor times that, or the positions where
+    these are more. Dynamic scaling is left out: beyond the positions its frequencies follow the longest input
+    seen so far. Where kinds of layers are scaled differently the least counts, of a setting that was given
+    what it scales.
     """
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
-    rope = getattr(text_config, "rope_parameters", None) or {}
+    rope = getattr(text_config, ROPE, None) or {}
     if positions is None:
         return None
+    if given_rope(config):
+        return min(int(own[_ORIGINAL] * own["factor"]) for own in _scaled(rope))
     by_layer = [value for value in rope.values() if isinstance(value, dict)]
     return min(_scaled_positions(positions, scaling) for scaling in by_layer or [rope])
 
 
 def _scaled_positions(positions: int, scaling: Mapping[str, Any]) -> int:
     factor = scaling.get("factor") or 1.0
-    if scaling.get("rope_type") in ("linear", "dynamic"):
+    if scaling.get("rope_type") == "linear":
         return int(positions * factor)
-    return max(positions, int((scaling.get("original_max_position_embeddings") or 0) * factor))
+    return max(positions, int((scaling.get(_ORIGINAL) or 0) * factor))
 
 
 def _bare_config(values: Mapping[str, Any]) -> PreTrainedConfig:

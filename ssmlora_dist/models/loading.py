@@ -58,6 +58,7 @@ def load_model(
     init: Literal["pretrained", "random"] = "pretrained",
     config: Mapping[str, Any] | None = None,
     revision: str | None = None,
+    rope_parameters: Mapping[str, Any] | None = None,
     quantization: QuantizationMode | Literal["none"] = "nf4",
     double_quantization: bool = True,
     compute_dtype: torch.dtype | None = None,
@@ -80,6 +81,8 @@ def load_model(
         config: a bare transformers configuration with `model_type`, for `init="random"`; by default that of
             `path`.
         revision: of the model on the hub.
+        rope_parameters: scaling of the RoPE in place of the model's own, by the names of
+            `ssmlora_dist.rope.RopeParameters`: `{"rope_type": "yarn", "factor": 4.0}`.
         quantization: `nf4`, `fp4`, `int8` or `none`.
         double_quantization: in 4 bits, store the scales in 8 bits too.
         compute_dtype: dtype of everything that is not quantised, and of the products of what is; None takes
@@ -106,7 +109,7 @@ def load_model(
         )
     device = torch.device(device)
     compute_dtype = compute_dtype or getattr(torch, machine_dtype(device.type))
-    model_config = load_config(path, config=config, revision=revision)
+    model_config = load_config(path, config=config, revision=revision, rope_parameters=rope_parameters)
     directory = None
     if path is not None and config is None:
         directory = locate(path, revision, weights=init == "pretrained")

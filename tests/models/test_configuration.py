@@ -107,7 +107,8 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
         # The positions are those before scaling.
         ({"rope_type": "linear", "factor": 2.0}, 128, 256),
         ({"type": "linear", "factor": 2.5}, 128, 320),
-        ({"rope_type": "dynamic", "factor": 2.0}, 128, 256),
+        # Beyond them the frequencies follow the longest input seen so far.
+        ({"rope_type": "dynamic", "factor": 2.0}, 128, 128),
         (YARN, 128, 512),
         (YARN | {"original_max_position_embeddings": 128}, 128, 512),
         # They are those after scaling.
