@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -42,7 +42,8 @@ class AdapterConfig(BaseModel):
     name stands for the paths that end in it: `q_proj` for `self_attn.q_proj`. The alternating modules are of
     the form `method`, those of every layer of the form `every_layer_method`: names of forms that are
     registered, see `register_form`. `layers` restricts both to some of the decoder layers. `places` are there
-    instead of all three: listed, or chosen by a probe before training.
+    instead of all three: listed, or chosen by a probe before training. `modules_to_save` names modules by the
+    same rule anywhere in the model: a copy of each is trained, and the base model's stays as it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -73,6 +74,10 @@ class AdapterConfig(BaseModel):
     """Parameters that a probe may spend; null: as many as the pattern has."""
     probe_batches: int = Field(default=4, ge=1)
     """Micro-batches of which a probe takes the gradients."""
+    modules_to_save: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), exclude_if=lambda value: not value
+    )
+    """Modules trained whole beside the adapters, such as `["embed_tokens", "norm"]`; no linear layers."""
     state_gradient: StateGradient = "full"
     """`full` sends gradients through the state into earlier layers; `detached` stops them at every module."""
     carry: Carry = "normalized"

@@ -38,7 +38,7 @@ _ADAPTED = re.compile(r"(.+)\.lora_(?:embedding_)?[AB](?:\..+)?")
 _UNSUPPORTED_PEFT = {
     "use_dora": False,
     "bias": "none",
-    "modules_to_save": None,
+    "ensure_weight_tying": False,
     "rank_pattern": {},
     "alpha_pattern": {},
     "fan_in_fan_out": False,
@@ -251,6 +251,7 @@ def _peft_config(config: AdapterConfig, names: Iterable[str], base_model: str | 
     is_plain_lora = all(form_named(name).is_mergeable for name in config.methods)
     modules = sorted(name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight"))
     is_a_list = bool(config.every_layer) and isinstance(config.every_layer, tuple) and not config.alternate
+    saved = _saved_modules(names)
     # A whole name counts in PEFT whatever layers are chosen.
     chosen = is_a_list and config.layers is not None
     return {
@@ -265,7 +266,16 @@ def _peft_config(config: AdapterConfig, names: Iterable[str], base_model: str | 
         "layers_to_transform": sorted({_layer_of(module) for module in modules}) if chosen else None,
         "bias": "none",
         "inference_mode": True,
+        # In PEFT `norm` would stand for `input_layernorm` too.
+        **({"modules_to_save": saved} if saved else {}),
     }
+
+
+def _saved_modules(names: Iterable[str]) -> list[str]:
+    """Paths of the modules that are saved whole, among an adapter's tensors."""
+    owners = {name.rpartition(".")[0] for name in names}
+    adapted = {owner.rpartition(".")[0] for owner in owners if owner.endswith((".lora_A", ".lora_B"))}
+    return sorted(owner for owner in owners - adapted if not _ADAPTED.fullmatch(owner))
 
 
 def _layer_of(module: str) -> int:
@@ -299,6 +309,9 @@ def _config_from_peft(
             layers.setdefault(shortest_name(match[2], paths), set()).add(int(match[1]))
         else:
             strays.append(name)
+    saved = tuple(peft.get("modules_to_save") or ())
+    modules = [module for module in _saved_modules(strays) if module.endswith(saved)]
+    strays = [name for name in strays if name.rpartition(".")[0] not in modules]
     if strays:
         raise AdapterError(f"{source}: the weights beside it hold {_stray(strays)}")
     placed = _placement_of(layers, paths, source)
@@ -310,6 +323,7 @@ def _config_from_peft(
             alpha=alpha,
             rslora=bool(peft.get("use_rslora")),
             dropout=float(peft.get("lora_dropout") or 0.0),
+            modules_to_save=tuple(modules),
             **placed,
         )
     except (KeyError, TypeError, ValueError) as error:

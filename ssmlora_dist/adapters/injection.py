@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.config import AdapterConfig
-from ssmlora_dist.adapters.layers import LoRALinear
+from ssmlora_dist.adapters.layers import AdapterModule, LoRALinear
 from ssmlora_dist.adapters.placement import placement, time_axes
 from ssmlora_dist.adapters.projections import linear_layers, named_by
 from ssmlora_dist.adapters.state import unwrap_layer, wrap_layer, wrap_stateful_layer
@@ -93,10 +93,10 @@ def detach_adapters(layers: Mapping[int, nn.Module]) -> Adapters:
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by full name, sorted by name."""
+    """The parameters of adapters and saved modules by full name, sorted by name."""
     found: dict[str, nn.Parameter] = {}
     for path, child in module.named_modules():
-        if isinstance(child, LoRALinear):
+        if isinstance(child, AdapterModule):
             own = {name: p for name, p in child.named_parameters() if not name.startswith("base_layer.")}
             found.update({f"{path}.{name}" if path else name: p for name, p in own.items()})
     return dict(sorted(found.items()))

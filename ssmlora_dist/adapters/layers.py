@@ -21,12 +21,32 @@ from ssmlora_dist.ops.dropout import Dropout, draw_seeds
 from ssmlora_dist.ops.form import Form, state_dtype
 
 
-def _adapter_dtype(base_layer: nn.Linear) -> torch.dtype:
-    dtype = base_layer.weight.dtype
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of what is trained in the place of, or beside, a weight of the base model."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-class LoRALinear(nn.Module):
+class AdapterModule(nn.Module):
+    """In the place of a module of the base model, its `base_layer`, with trained parameters beside that."""
+
+    base_layer: nn.Module
+    dropout = 0.0
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether the base layer alone computes: see `state.disabled_adapters`."""
+        return running.call is None if self in running.adapters else self in running.disabled
+
+    def follow_base_layer(self) -> None:
+        """Moves what is trained to the device of the base layer, which stays as it is."""
+        device = next(self.base_layer.parameters()).device
+        for name, child in self.named_children():
+            if name != "base_layer":
+                child.to(device)
+        self._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
+
+
+class LoRALinear(AdapterModule):
     """y = x W_0 + scaling * u W_b, where a form makes u, and the state handed on, of z = x W_a.
 
     `step` is the pure function, state in and state out. A decoder layer calls its projection with the input
@@ -47,6 +67,8 @@ class LoRALinear(nn.Module):
         readers: the adapters that read the same input in every call, this one among them.
     """
 
+    base_layer: nn.Linear
+
     def __init__(
         self,
         base_layer: nn.Linear,
@@ -65,7 +87,7 @@ class LoRALinear(nn.Module):
         self.form, self.rank, self.scaling = form, form.rank, scaling_of(alpha, form.rank, rslora)
         self.dropout, self.dropout_id = dropout, dropout_id
         self.detach_state, self.hands_on = detach_state, hands_on
-        device, dtype = base_layer.weight.device, _adapter_dtype(base_layer)
+        device, dtype = base_layer.weight.device, adapter_dtype(base_layer.weight)
         self.lora_A = nn.Linear(self.in_features, self.rank, bias=False, device=device, dtype=dtype)
         self.lora_B = nn.Linear(self.rank, self.out_features, bias=False, device=device, dtype=dtype)
         start = form.start_values()
@@ -78,11 +100,6 @@ class LoRALinear(nn.Module):
     def call(self) -> LayerCall | None:
         """What the adapters of the decoder layer share, while it runs in this thread."""
         return running.call if self in running.adapters else None
-
-    @property
-    def is_disabled(self) -> bool:
-        """Whether the base layer alone computes: see `state.disabled_adapters`."""
-        return running.call is None if self in running.adapters else self in running.disabled
 
     @property
     def drops_input(self) -> bool:
@@ -106,13 +123,6 @@ class LoRALinear(nn.Module):
             self.lora_B.weight.zero_()
             for name, value in self.form.start_values(generator).items():
                 self.get_parameter(name).copy_(value)
-
-    def follow_base_layer(self) -> None:
-        """Moves the adapter to the device of the base layer, which stays as it is."""
-        device = self.base_layer.weight.device
-        for module in (self.lora_A, self.lora_B):
-            module.to(device)
-        self._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
 
     def step(self, x_BSD: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """([B,S,D], state) -> ([B,S,O], state [B,S,R] in the dtype of the state received); pure.
@@ -303,7 +313,7 @@ class _Running(threading.local):
     """
 
     def __init__(self) -> None:
-        self.adapters: Sequence[LoRALinear] = ()
+        self.adapters: Sequence[AdapterModule] = ()
         self.call: LayerCall | None = None
         self.disabled: frozenset[nn.Module] = frozenset()
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ssmlora_dist.adapters.config import ALL_LINEAR, WITHOUT_PROBE, AdapterConfig, split_place
-from ssmlora_dist.adapters.layers import LoRALinear
+from ssmlora_dist.adapters.layers import AdapterModule, LoRALinear
 from ssmlora_dist.adapters.placement import adapts
 from ssmlora_dist.errors import AdapterError
 
@@ -32,9 +32,10 @@ def linear_layers(layer: nn.Module) -> dict[str, nn.Linear]:
     adapted: set[str] = set()
     for path, module in layer.named_modules():
         parent = path.rpartition(".")[0]
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdapterModule):
             adapted.add(path)
-            found[path] = module.base_layer
+            if isinstance(module, LoRALinear):
+                found[path] = module.base_layer
         elif (
             isinstance(module, nn.Linear)
             and parent not in adapted

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmlora_dist.adapters.layers import LayerCall, LoRALinear, running
+from ssmlora_dist.adapters.layers import AdapterModule, LayerCall, running
 from ssmlora_dist.adapters.mixing import mix_in, unmix
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.ops.dropout import draw_seeds
 
 
 @contextmanager
-def layer_context(adapters: Sequence[LoRALinear], call: LayerCall | None) -> Iterator[None]:
+def layer_context(adapters: Sequence[AdapterModule], call: LayerCall | None) -> Iterator[None]:
     """Lets `adapters` share `call` in this thread, for the length of the body; None disables them."""
     outer = running.adapters, running.call
     running.adapters, running.call = adapters, call
@@ -46,7 +46,7 @@ def disabled_adapters(model: nn.Module) -> Iterator[None]:
     Raises:
         AdapterError: it carries no adapter.
     """
-    own = frozenset(m for m in model.modules() if isinstance(m, (LoRALinear, AdaptedDecoderLayer)))
+    own = frozenset(m for m in model.modules() if isinstance(m, (AdapterModule, AdaptedDecoderLayer)))
     if not own:
         raise AdapterError("the model carries no adapter; call add_adapters first")
     outer = running.disabled
@@ -64,7 +64,7 @@ class AdaptedDecoderLayer(nn.Module):
         adapters: the adapters inside the layer.
     """
 
-    adapters: list[LoRALinear]
+    adapters: list[AdapterModule]
 
     def __call__(self, hidden: Any, *args: Any, dropout_seeds: Tensor | None = None, **kwargs: Any) -> Any:
         """`forward`, for which seeds of the dropout are drawn if none are given.
@@ -226,7 +226,12 @@ def wrap_stateful_layer(
 def wrap_layer(layer: nn.Module, mixin: type[AdaptedDecoderLayer] = AdaptedDecoderLayer) -> None:
     """Makes a layer call its adapters in `layer_context`, in place; names and `isinstance` checks stay."""
     mix_in(layer, mixin)
-    adapters = [module for module in layer.modules() if isinstance(module, LoRALinear)]
+    list_adapters(layer)
+
+
+def list_adapters(layer: nn.Module) -> None:
+    """Has a wrapped layer know the adapters that are inside it now."""
+    adapters = [module for module in layer.modules() if isinstance(module, AdapterModule)]
     setattr(layer, "adapters", adapters)  # noqa: B010 (not a submodule)
 
 

@@ -25,12 +25,16 @@ class AdapterShape:
         num_axes: A of the state [B,S,A,R]; 0 for plain LoRA.
         rank: R.
         state_dtype_bytes: bytes of one number of the state between layers.
+        parameters_before: trained parameters in front of the layers, of an embedding that is trained whole.
+        parameters_after: those behind them, of the final norm and the head.
     """
 
     parameters_by_layer: tuple[int, ...]
     num_axes: int
     rank: int
     state_dtype_bytes: int
+    parameters_before: int = 0
+    parameters_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,9 @@ def model_costs(
     """
     table_bytes = shape.vocab_size * shape.hidden_size * compute_dtype_bytes
     return ModelCosts(
-        embedding=PartCost(0, 0, 0, table_bytes, 0, 0, 0),
+        embedding=PartCost(
+            0, 0, 0, table_bytes, adapters.parameters_before * ADAPTER_BYTES_PER_PARAMETER, 0, 0
+        ),
         layers=tuple(
             _layer_cost(
                 layer,
@@ -166,7 +172,7 @@ def model_costs(
             )
             for layer, parameters in zip(shape.layers, adapters.parameters_by_layer, strict=True)
         ),
-        head=_head_cost(shape, workload, compute_dtype_bytes),
+        head=_head_cost(shape, adapters.parameters_after, workload, compute_dtype_bytes),
         shared_bytes=table_bytes if shape.tied_embeddings else 0,
         num_micro_batches=workload.num_micro_batches,
         recompute=workload.recompute,
@@ -206,7 +212,9 @@ def _layer_cost(
     )
 
 
-def _head_cost(shape: DecoderShape, workload: Workload, compute_dtype_bytes: int) -> PartCost:
+def _head_cost(
+    shape: DecoderShape, parameters: int, workload: Workload, compute_dtype_bytes: int
+) -> PartCost:
     hidden, vocabulary = shape.hidden_size, shape.vocab_size
     tokens = workload.micro_batch_size * workload.sequence_length
     supervised = workload.micro_batch_size * workload.supervised_tokens
@@ -221,7 +229,7 @@ def _head_cost(shape: DecoderShape, workload: Workload, compute_dtype_bytes: int
         # The chunks of the loss recompute their logits whatever is done with the layers.
         backward_flops=2 * product,
         frozen_bytes=(vocabulary + 1) * hidden * compute_dtype_bytes,
-        adapter_bytes=0,
+        adapter_bytes=parameters * ADAPTER_BYTES_PER_PARAMETER,
         input_bytes=tokens * hidden * compute_dtype_bytes,
         saved_bytes=tokens * hidden * FLOAT32_BYTES + supervised * hidden * compute_dtype_bytes + logits,
     )

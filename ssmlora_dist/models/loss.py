@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssmlora_dist.adapters.saved import SavedModule
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.attention import rows_of, segment_attention
@@ -112,7 +113,9 @@ class ChunkedHead(nn.Module):
         """[C,V] in float32."""
         if weight_VD is None:
             return hidden_CD.float()
-        logits_CV, cap = F.linear(hidden_CD, weight_VD, bias_V), self.logit_cap
+        # A head that is trained is wider than what it multiplies.
+        dtype, cap = hidden_CD.dtype, self.logit_cap
+        logits_CV = F.linear(hidden_CD, weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype))
         return (logits_CV if cap is None else torch.tanh(logits_CV / cap) * cap).float()
 
     def _loss(
@@ -196,7 +199,8 @@ def _is_the_models_own(model: PreTrainedModel, logit_cap: float | None) -> bool:
     weight is needed: it may be a stage, quantised, sharded, without storage, or in use by other threads.
     """
     own: Any = model.get_output_embeddings()
-    if type(own) is not nn.Linear or own._forward_hooks or own._forward_pre_hooks:
+    plain = own.base_layer if isinstance(own, SavedModule) else own
+    if type(plain) is not nn.Linear or own._forward_hooks or own._forward_pre_hooks:
         return False
     # Put into the instance, `forward` would be that of the model also in a copy.
     if "forward" in vars(model):

@@ -7,14 +7,16 @@ own plan for pipeline stages puts it, or to every stage.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ssmlora_dist.adapters.projections import EXPERTS, linear_layers
-from ssmlora_dist.errors import ModelError
+from ssmlora_dist.adapters.projections import EXPERTS, linear_layers, named_by
+from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.sizes import DecoderShape, LayerSizes
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Structure:
         everywhere: those that every stage holds.
         tied: whether the head's weight is the embedding's.
         linears: of each decoder layer, the paths in it of the linear layers.
+        savable: paths in the model of the modules that may be trained whole.
         shape: the sizes.
     """
 
@@ -49,6 +52,7 @@ class Structure:
     everywhere: tuple[str, ...]
     tied: bool
     linears: tuple[tuple[str, ...], ...]
+    savable: tuple[str, ...]
     shape: DecoderShape
 
     @property
@@ -219,6 +223,13 @@ def _discover(model: PreTrainedModel) -> Structure:
         everywhere=tuple(path for path in rest if where[path] == 0),
         tied=tied,
         linears=linears,
+        savable=tuple(
+            _savable(
+                model,
+                {f"{layers}.{i}.{path}" for i, own in enumerate(linears) for path in own}
+                | ({head_path} if tied else set()),
+            )
+        ),
         shape=DecoderShape(
             hidden_size=decoder.config.hidden_size,
             vocab_size=embedding.num_embeddings,
@@ -226,6 +237,44 @@ def _discover(model: PreTrainedModel) -> Structure:
             layers=tuple(_sizes(layer, decoder.config) for layer in children),
         ),
     )
+
+
+def _savable(model: nn.Module, others: set[str]) -> Iterator[str]:
+    """Paths of the modules with parameters and no modules inside, `others` and experts aside."""
+    for path, module in model.named_modules():
+        is_leaf = not module._modules and any(value is not None for value in module._parameters.values())
+        if is_leaf and path not in others and path.rpartition(".")[2] != EXPERTS:
+            yield path
+
+
+def modules_named(structure: Structure, names: Sequence[str]) -> tuple[str, ...]:
+    """Paths of the modules that `AdapterConfig.modules_to_save` stands for, in the order of the model.
+
+    Raises:
+        AdapterError: a name that stands for none, or for linear layers of decoder layers, experts or a head
+            that is tied to the embedding.
+    """
+    for name in names:
+        if named_by(name, structure.savable):
+            continue
+        said = f"adapter: `modules_to_save` names {name!r}"
+        if structure.tied and named_by(name, [structure.output_head]):
+            raise AdapterError(
+                f"{said}, which is tied to {structure.embedding} and has no weight of its own; name that, of "
+                "which a copy is trained while the head stays as it is, or leave it out"
+            )
+        if any(named_by(name, own) for own in structure.linears):
+            raise AdapterError(
+                f"{said}, a linear layer of the decoder layers, which may be quantised; adapt it, in "
+                "`alternate` or `every_layer`"
+            )
+        known = list(dict.fromkeys(path.rpartition(".")[2] for path in structure.savable))
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise AdapterError(
+            f"{said}, which is no module that can be trained whole{hint}; the model has {', '.join(known)}"
+        )
+    return tuple(path for path in structure.savable if any(named_by(name, [path]) for name in names))
 
 
 def _layer_list(model: PreTrainedModel) -> str:
