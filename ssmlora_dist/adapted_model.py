@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ssmlora_dist.adapters.files import write_adapter
 from ssmlora_dist.adapters.projections import linear_layers
+from ssmlora_dist.adapters.saved import SavedModule
 from ssmlora_dist.errors import AdapterError
+from ssmlora_dist.models.configuration import ROPE, given_rope
 from ssmlora_dist.models.structure import decoder_layers
 from ssmlora_dist.named_adapters import adapter_of, known_name
 from ssmlora_dist.quantization import QuantizedExperts, stored_as
@@ -29,6 +31,16 @@ class AdaptedModel:
 
     # What transformers' Trainer asks of a model that transformers has quantised: whether it carries adapters.
     _hf_peft_config_loaded = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the base model, for which transformers would take a trained embedding's."""
+        model: Any = self
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, SavedModule):
+            return embedding.base_layer.weight.dtype  # type: ignore[return-value, union-attr]
+        own: torch.dtype = super().dtype  # type: ignore[misc]
+        return own
 
     def save_pretrained(
         self,
@@ -93,7 +105,8 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of `model` in PEFT's layout; a plain LoRA directory loads in PEFT as it is.
 
-    What the base model is stored and computes in is recorded, so that the adapter comes back on the same.
+    What the base model is stored and computes in is recorded, and the RoPE setting that it was loaded with,
+    so that the adapter comes back on the same.
 
     Args:
         model: adapted by `add_adapters` or `load_adapter`.
@@ -110,14 +123,18 @@ def save_adapter(
         Path(directory).expanduser(),
         config,
         _values(parameters, state_dict),
-        base={"path": model.config.name_or_path or None, **_precision_of(model)},
+        base={
+            "path": model.config.name_or_path or None,
+            ROPE: given_rope(model.config),
+            **_precision_of(model),
+        },
         base_fingerprint=base_fingerprint,
     )
 
 
 def _precision_of(model: PreTrainedModel) -> dict[str, Any]:
     """Keywords of `models.load_model`; none where the layers differ, which these cannot say."""
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = model.dtype
     stored = [
         {**stored_as(module), "compute_dtype": _computes_in(module, dtype)}
         for layer in decoder_layers(model).values()

@@ -11,9 +11,18 @@ from ssmlora_dist.adapters.files import read_adapter
 from ssmlora_dist.adapters.injection import insert_adapters, load_adapter_tensors
 from ssmlora_dist.adapters.mixing import mix_in, unmix
 from ssmlora_dist.adapters.projections import resolve
+from ssmlora_dist.adapters.saved import SavedModule
 from ssmlora_dist.errors import AdapterError
-from ssmlora_dist.models.structure import decoder_layers, keep_structure, structure_of
-from ssmlora_dist.named_adapters import activate, adapter_names, adapter_of, deactivate, known_name
+from ssmlora_dist.models.configuration import ROPE, given_rope, has_rope
+from ssmlora_dist.models.structure import decoder_layers, keep_structure, modules_named, structure_of
+from ssmlora_dist.named_adapters import (
+    activate,
+    adapter_names,
+    adapter_of,
+    attach_saved,
+    deactivate,
+    known_name,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,12 +51,13 @@ def add_adapters(
 
     Raises:
         ModelError: the model is no causal language model by itself with one list of decoder layers.
-        AdapterError: the model has an adapter of that name, or one of PEFT, or lacks a projection that
-            `config` names.
+        AdapterError: the model has an adapter of that name, or one of PEFT, or lacks a projection or
+            module that `config` names.
     """
     structure = keep_structure(model)
     prefix = structure.layers
     config = resolve(config or AdapterConfig(), prefix, structure.linears)
+    paths = modules_named(structure, config.modules_to_save)
     if name in adapter_names(model):
         raise AdapterError(
             f"the model has an adapter named {name!r} already; give this one another `name`, or call "
@@ -59,7 +69,11 @@ def add_adapters(
     try:
         layers = decoder_layers(model)
         model.requires_grad_(False)
+        held = dict(model.named_modules())
+        # A pipeline stage has nothing in the place of others, or a module without weights.
+        saved = {path: SavedModule(held[path]) for path in paths if path in held and held[path]._parameters}
         insert_adapters(layers, config, num_layers=structure.num_layers, prefix=prefix, seed=seed)
+        attach_saved(model, saved)
     except BaseException:
         if active is not None:
             activate(model, active)
@@ -130,7 +144,8 @@ def load_adapter(
 
     Raises:
         ModelError: as for `add_adapters`.
-        AdapterError: the directory cannot be read, or was saved for another base model or configuration.
+        AdapterError: the directory cannot be read, or was saved for another base model, its RoPE or
+            configuration.
     """
     structure = structure_of(model)
     directory = Path(directory).expanduser()
@@ -139,6 +154,11 @@ def load_adapter(
         raise AdapterError(
             f"{directory}: was trained on another base model ({saved.base.get('path')}, fingerprint "
             f"{saved.base_fingerprint[:12]}) than this one ({base_fingerprint[:12]}); load that base model"
+        )
+    if ROPE in saved.base and not has_rope(model.config, recorded := saved.base[ROPE]):
+        raise AdapterError(
+            f"{directory}: was trained with {recorded or 'the RoPE of its base model'}, the model is loaded "
+            f"with {given_rope(model.config) or 'its own'}; load it with `rope_parameters={recorded}`"
         )
     before = adapter_names(model)
     name = name or next(iter(before), DEFAULT_NAME)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ssmlora_dist import AdapterConfig, load_adapter, save_adapter
@@ -50,13 +51,22 @@ def assert_same_logits(model: Any, expected: Any) -> None:
     assert (wanted - logits(tiny_model(expected.config.model_type))).abs().max() > 0.1
 
 
-def peft_model(model_type: str = "llama", **settings: Any) -> Any:
+def draw_saved(model: Any) -> None:
+    """Moves PEFT's copies of modules away from their start."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+
+
+def peft_model(model_type: str = "llama", tie_word_embeddings: bool = False, **settings: Any) -> Any:
     """A model that PEFT has adapted, all matrices drawn at random."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(7)
     print("seed 7")
     arguments: dict[str, Any] = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | settings
-    model = peft.get_peft_model(tiny_model(model_type), peft.LoraConfig(**arguments)).eval()
+    base = tiny_model(model_type, tie_word_embeddings=tie_word_embeddings)
+    model = peft.get_peft_model(base, peft.LoraConfig(**arguments)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -135,6 +145,24 @@ def test_lora_of_peft_loads_here_in_every_family(model_type: str, tmp_path: Path
     assert_same_logits(load_adapter(tiny_model(model_type), tmp_path), model)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_that_are_saved_whole_go_to_peft_and_come_from_it(tied: bool, tmp_path: Path) -> None:
+    """A copy of a tied embedding is trained, there as here, and the head stays as it is."""
+    peft = pytest.importorskip("peft")
+    names = ["embed_tokens", "norm", "1.input_layernorm", *([] if tied else ["lm_head"])]
+    settings = {"target_modules": ["q_proj"], "modules_to_save": names}
+    model = peft_model(**settings, tie_word_embeddings=tied)
+    draw_saved(model)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = load_adapter(tiny_model(tie_word_embeddings=tied), tmp_path / "theirs")
+    assert_same_logits(loaded, model)
+    save_adapter(loaded, tmp_path / "ours")
+    stored, ours = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("theirs", "ours"))
+    assert stored.keys() == ours.keys()
+    there = peft.PeftModel.from_pretrained(tiny_model(tie_word_embeddings=tied), tmp_path / "ours")
+    assert_same_logits(there.eval(), model)
+
+
 @pytest.mark.parametrize("name", ["alternate", "rslora", "places", "alternate in some layers"])
 def test_lora_goes_to_peft_and_back(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -151,7 +179,7 @@ def test_lora_goes_to_peft_and_back(name: str, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"use_dora": True}, "use_dora is True"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, "ensure_weight_tying is True"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is {'q_proj': 2}"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern is {'q_proj': 2}"),
         ({"bias": "all"}, "bias is 'all'"),

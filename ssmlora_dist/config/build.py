@@ -16,6 +16,7 @@ from ssmlora_dist.adapters.probe import candidate_places
 from ssmlora_dist.adapters.projections import resolve
 from ssmlora_dist.api import add_adapters, load_adapter
 from ssmlora_dist.config.schema import ModelSection, RetrievalSection, RunConfig, SourceSection
+from ssmlora_dist.config.shown import shown
 from ssmlora_dist.data import (
     Dataset,
     ExampleReader,
@@ -37,11 +38,13 @@ from ssmlora_dist.models import (
     structure_of,
 )
 from ssmlora_dist.models.attention import packing_obstacle
+from ssmlora_dist.models.configuration import ROPE, reaching_factor
 from ssmlora_dist.models.loading import attention_implementation
 from ssmlora_dist.models.location import locate_base
 from ssmlora_dist.models.stage import StageLayers
-from ssmlora_dist.models.structure import check_layers
+from ssmlora_dist.models.structure import check_layers, modules_named
 from ssmlora_dist.ops.registry import import_forms
+from ssmlora_dist.rope import read_rope
 from ssmlora_dist.tokenization import end_token_ids
 from ssmlora_dist.tracking import Store, check_store, choose_store
 
@@ -72,8 +75,7 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
         raise ConfigError(
             [
                 f"data.max_length: {config.data.max_length} given; allowed: at most {limit}, for which the "
-                "model's positions are made (`max_position_embeddings`); lower it, or give the model's "
-                "configuration a RoPE setting that reaches further (`rope_parameters` with a factor)"
+                f"model's positions are made; lower it{_reaching(config, model_config)}"
             ]
         )
     if for_training and (problems := _row_problems(config, model_config, device_type)):
@@ -82,6 +84,7 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
     structure = structure_of(model)
     check_layers(model)
     resolve(config.adapter.until_probed, structure.layers, structure.linears)
+    modules_named(structure, config.adapter.modules_to_save)
     if for_training and config.adapter.is_unprobed:
         sizes = candidate_places(config.adapter, decoder_layers(model), structure.linears)
         least, place = min((size, place) for place, (_, size) in sizes.items())
@@ -131,11 +134,23 @@ def _row_problems(config: RunConfig, model_config: PreTrainedConfig, device_type
     return problems
 
 
+def _reaching(config: RunConfig, model_config: PreTrainedConfig) -> str:
+    """The RoPE setting that reaches the longest rows, as another remedy."""
+    factor = reaching_factor(model_config, config.data.max_length)
+    if factor is None:
+        return ""
+    if config.model.rope_parameters is not None:
+        return f", or set model.rope_parameters.factor to {factor}"
+    return f', or set model.rope_parameters to {{"rope_type": "yarn", "factor": {factor}}}'
+
+
 def probe_budget(config: RunConfig) -> int:
     """The parameters that a probe may spend, of a run whose places are still to be chosen."""
     if config.adapter.probe_parameters is not None:
         return config.adapter.probe_parameters
-    return sum(parameter.numel() for parameter in adapter_parameters(meta_model(config)).values())
+    alone = config.adapter.model_copy(update={"modules_to_save": ()})
+    model = meta_model(config.model_copy(update={"adapter": alone}))
+    return sum(parameter.numel() for parameter in adapter_parameters(model).values())
 
 
 def build_store(config: RunConfig) -> Store | None:
@@ -158,7 +173,16 @@ def check_tracking(config: RunConfig, warn: Callable[[str], object]) -> None:
 
 def shapes_of(section: ModelSection) -> PreTrainedConfig:
     """The configuration of the backbone, without its weights."""
-    return load_config(section.path, config=section.config, revision=section.revision)
+    return load_config(
+        section.path,
+        config=section.config,
+        revision=section.revision,
+        rope_parameters=_given_rope(section),
+    )
+
+
+def _given_rope(section: ModelSection) -> dict[str, Any] | None:
+    return None if section.rope_parameters is None else section.rope_parameters.given
 
 
 def build_tokenizer(section: ModelSection, warn: Callable[[str], object]) -> PreTrainedTokenizerBase:
@@ -208,10 +232,28 @@ def backbone_settings(config: RunConfig) -> dict[str, Any]:
     section = config.model
     return {
         **section.model_dump(include={"path", "init", "config", "revision", "compute_dtype", "attention"}),
+        ROPE: _given_rope(section),
         "quantization": config.quantization.mode,
         "double_quantization": config.quantization.double_quantization,
         "seed": config.run.seed,
     }
+
+
+def with_recorded_rope(config: RunConfig, directory: Path) -> RunConfig:
+    """The configuration with the RoPE that an adapter was trained with; its own where none is recorded.
+
+    Raises:
+        AdapterError: the configuration has another, or the adapter cannot be read.
+    """
+    base, given = read_base(directory), _given_rope(config.model)
+    if ROPE not in base or base[ROPE] == given:
+        return config
+    if given is not None:
+        raise AdapterError(
+            f"model.rope_parameters: {shown(given)} given; {directory} was trained with "
+            f"{shown(base[ROPE])}; remove it, and that of the adapter is taken"
+        )
+    return config.with_rope(read_rope(base[ROPE], f"{directory / SETTINGS_FILE}: base.{ROPE}"))
 
 
 def build_fingerprint(config: RunConfig) -> str:

@@ -40,6 +40,7 @@ RULES = (
     ResumeRule("model.revision", True, "the base model is compared by its fingerprint"),
     ResumeRule("model.init", False, "the adapter was trained on this base model"),
     ResumeRule("model.config", False, "the adapter was trained on this base model"),
+    ResumeRule("model.rope_parameters.*", False, "the adapter was trained with these positions"),
     ResumeRule("model.tokenizer", True, "its contents are compared, wherever it lies"),
     ResumeRule(
         "model.compute_dtype", False, "the adapter was trained on numbers of this precision; `auto` keeps it"

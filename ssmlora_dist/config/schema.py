@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.config.paths import expanded
 from ssmlora_dist.precision import DTypeName
+from ssmlora_dist.rope import RopeParameters
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Names = NonEmpty | Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
@@ -67,6 +68,8 @@ class ModelSection(Section):
     """Branch, tag or commit of a hub model."""
     tokenizer: UserPath | None = None
     """Directory, hub name or the built-in `bytes` (one token per byte); by default that of `path`."""
+    rope_parameters: RopeParameters | None = None
+    """Scaling of the model's RoPE, for inputs longer than its positions; null: the model's own."""
     compute_dtype: Literal["auto"] | DTypeName = "auto"
     """Dtype of activations, unquantised layers and arithmetic; `auto`: the fastest that the device has."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
@@ -326,6 +329,11 @@ class RunConfig(Section):
         if self.model.compute_dtype != "auto":
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"compute_dtype": name})})
+
+    def with_rope(self, rope_parameters: RopeParameters) -> RunConfig:
+        """This configuration with another RoPE of the backbone."""
+        update = {"rope_parameters": rope_parameters}
+        return self.model_copy(update={"model": self.model.model_copy(update=update)})
 
     def with_places(self, places: tuple[str, ...]) -> RunConfig:
         """This configuration with the places that a probe has chosen."""

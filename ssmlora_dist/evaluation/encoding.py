@@ -102,8 +102,8 @@ class PromptEncoder:
     def _check(self, length: int, given: str, *encoded: list[int]) -> None:
         if self._max_length is not None and length > self._max_length:
             raise DataError(
-                f"{given}; the model takes {self._max_length}: shorten the item or "
-                "choose a model that takes more"
+                f"{given}; the model takes {self._max_length}: shorten the item, choose a model that takes "
+                "more or, where it has a RoPE, set model.rope_parameters"
             )
         largest = max(map(max, encoded), default=0)
         if largest >= self._vocab_size:

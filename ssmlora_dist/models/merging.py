@@ -17,12 +17,12 @@ from ssmlora_dist.adapters.placement import placement
 from ssmlora_dist.adapters.projections import named_by, resolve
 from ssmlora_dist.durable import explained, sync
 from ssmlora_dist.errors import AdapterError, ModelError
-from ssmlora_dist.models.configuration import load_config
+from ssmlora_dist.models.configuration import ROPE, given_rope, load_config
 from ssmlora_dist.models.conversion import ModelWeights
 from ssmlora_dist.models.fingerprint import base_fingerprint
 from ssmlora_dist.models.loading import GENERATION_CONFIG_FILE
-from ssmlora_dist.models.location import METADATA_PATTERNS, locate_base
-from ssmlora_dist.models.structure import Structure, empty_model, structure_of
+from ssmlora_dist.models.location import CONFIG_FILE, METADATA_PATTERNS, locate_base
+from ssmlora_dist.models.structure import Structure, empty_model, modules_named, structure_of
 from ssmlora_dist.models.weights import SafetensorsWeights, is_finite
 from ssmlora_dist.ops.registry import form_named
 from ssmlora_dist.progress import counted
@@ -52,7 +52,8 @@ def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
     """Writes the base model of a plain LoRA with the adapter merged in, for transformers to load as it is.
 
     The files are the base model's own, in its dtype and its shards; only the adapted weights differ, and the
-    generation configuration has the tokens that end the adapter's answers too. No more than one weight is
+    generation configuration has the tokens that end the adapter's answers too, and the model's the RoPE that
+    the adapter was trained with. No more than one weight is
     held in memory at a time.
 
     Args:
@@ -84,7 +85,7 @@ def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
         raise AdapterError(
             f"{directory}: its base model has no stored weights to merge into; name a model with --model"
         )
-    model_config = load_config(str(base_directory))
+    model_config = load_config(str(base_directory), rope_parameters=base.get(ROPE))
     model = empty_model(model_config)
     structure = structure_of(model)
     saved = read_adapter(directory, structure.layers, structure.linears)
@@ -95,28 +96,48 @@ def merge_adapter(directory: Path, out: Path, path: str | None = None) -> int:
             "--model"
         )
     weights = ModelWeights(base_directory, model)
-    adapters = _by_weight(saved, structure, directory)
+    adapters, whole = _by_weight(saved, structure, directory)
+    if structure.tied and structure.embedding in modules_named(structure, saved.config.modules_to_save):
+        raise AdapterError(
+            f"{directory}: trains {structure.embedding}, to which the output head of its base model is tied, "
+            "and not the head: they cannot be stored as one; use the adapter as it is"
+        )
     rank = saved.config.rank
-    for name, (lora_A, lora_B) in adapters.items():
+    for name in (*adapters, *whole):
         if weights.is_converted(name):
             raise AdapterError(
                 f"{directory}: its base model does not store {name} as it is, and so nothing can be merged "
                 "into it; load the base model with transformers, save it with save_pretrained(..., "
                 "save_original_format=False), and name that with --model"
             )
+    for name, (lora_A, lora_B) in adapters.items():
         num_out, num_in = weights.stored(name).shape
         if (lora_A.shape, lora_B.shape) != ((rank, num_in), (num_out, rank)):
             raise AdapterError(
                 f"{directory}: its adapter of {name} is {list(lora_A.shape)} and {list(lora_B.shape)}, where "
                 f"the model needs rank {rank} for {num_in} -> {num_out}; name its own base model with --model"
             )
+    for name, tensor in whole.items():
+        if tensor.shape != (shape := torch.Size(weights.stored(name).shape)):
+            raise AdapterError(
+                f"{directory}: its {name} is {list(tensor.shape)}, where the model has {list(shape)}; name "
+                "its own base model with --model"
+            )
     ends = _generation_settings(weights.directory, model_config, base.get("end_token_ids") or [])
-    _write(weights, adapters, saved.config.scaling, ends, out)
-    return len(adapters)
+    changed = {} if ends is None else {GENERATION_CONFIG_FILE: ends}
+    if given_rope(model_config):
+        changed[CONFIG_FILE] = _with_rope(weights.directory, model_config)
+    _write(weights, adapters, saved.config.scaling, whole, changed, out)
+    return len(adapters) + len(whole)
 
 
-def _by_weight(saved: SavedAdapter, structure: Structure, directory: Path) -> dict[str, LoRA]:
-    """The adapter of each adapted weight, by the weight's name; exactly those that the placement asks for."""
+def _by_weight(
+    saved: SavedAdapter, structure: Structure, directory: Path
+) -> tuple[dict[str, LoRA], dict[str, Tensor]]:
+    """The adapter of each adapted weight, by the weight's name, and the tensors that are saved whole.
+
+    Exactly those that the placement asks for.
+    """
     config = resolve(saved.config, structure.layers, structure.linears)
     modules = [
         f"{structure.layers}.{layer_idx}.{path}"
@@ -125,6 +146,9 @@ def _by_weight(saved: SavedAdapter, structure: Structure, directory: Path) -> di
         for path in named_by(projection, paths)
     ]
     expected = {f"{module}.lora_{which}.weight" for module in modules for which in "AB"}
+    paths = modules_named(structure, config.modules_to_save)
+    whole = {name: tensor for name, tensor in saved.tensors.items() if name.rpartition(".")[0] in paths}
+    expected |= whole.keys() | {f"{path}.weight" for path in paths}
     for name in sorted(expected ^ set(saved.tensors)):
         problem = "lacks" if name in expected else "holds"
         raise AdapterError(
@@ -132,10 +156,21 @@ def _by_weight(saved: SavedAdapter, structure: Structure, directory: Path) -> di
             "saved for another model"
         )
     tensors = saved.tensors
-    return {
+    adapters = {
         f"{module}.weight": (tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"])
         for module in modules
     }
+    return adapters, whole
+
+
+def _with_rope(directory: Path, config: PreTrainedConfig) -> dict[str, Any]:
+    """The model's own `config.json`, with the RoPE that it is loaded with."""
+    values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    own = values.get("text_config", values)
+    for name in ("rope_scaling", "rope_theta"):
+        own.pop(name, None)
+    own[ROPE] = getattr(config.get_text_config(), ROPE)
+    return dict(values)
 
 
 def _generation_settings(
@@ -163,10 +198,11 @@ def _write(
     weights: SafetensorsWeights,
     adapters: Mapping[str, LoRA],
     scaling: float,
-    generation: Mapping[str, Any] | None,
+    whole: Mapping[str, Tensor],
+    changed: Mapping[str, Mapping[str, Any]],
     out: Path,
 ) -> None:
-    """Copies the model, merging on the way; `out` appears when it is complete."""
+    """Copies the model, merging on the way, with `changed` JSON files; `out` appears when it is complete."""
     base = weights.directory
     stray = [file for file in weights.files if file.parent != base]
     if stray:
@@ -180,11 +216,15 @@ def _write(
             copied = (*metadata, *weights.files)
             for file in counted(copied, "copying the base model", len(copied)):
                 shutil.copyfile(file, beside / file.name)
-            if generation is not None:
-                (beside / GENERATION_CONFIG_FILE).write_text(json.dumps(generation, indent=2) + "\n")
-            for name, (lora_A, lora_B) in counted(adapters.items(), "merging", len(adapters)):
+            for name, content in changed.items():
+                (beside / name).write_text(json.dumps(content, indent=2) + "\n")
+            names = (*adapters, *whole)
+            for name in counted(names, "merging", len(names)):
                 stored = weights.stored(name)
-                weight = merged(stored.read(), lora_A, lora_B, scaling)
+                own = stored.read()
+                weight = (
+                    merged(own, *adapters[name], scaling) if name in adapters else whole[name].to(own.dtype)
+                )
                 if not is_finite(weight):
                     raise AdapterError(
                         f"{name}: merged it is not finite in {weight.dtype}, in which the base model is "

@@ -17,7 +17,7 @@ from ssmlora_dist.adapters.projections import linear_layers, named_by, skipped_l
 from ssmlora_dist.config.build import build_store, meta_model, probe_budget, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
-from ssmlora_dist.models import decoder_layers, empty_model, structure_of
+from ssmlora_dist.models import decoder_layers, empty_model, max_positions, structure_of
 from ssmlora_dist.models.configuration import stored_quantization
 from ssmlora_dist.models.loading import attention_implementation
 from ssmlora_dist.quantization import expert_weights
@@ -142,9 +142,18 @@ def model_lines(config: RunConfig, device: torch.device, model: PreTrainedModel)
     name = "random weights" if section.init == "random" else section.path
     return [
         _line("model", f"{name} ({model.config.model_type})"),
+        *_rope_lines(config, model),
         _line("computes in", f"{dtype}, attention {attention}"),
         _line("quantised", _quantization_text(config, model)),
     ]
+
+
+def _rope_lines(config: RunConfig, model: PreTrainedModel) -> list[str]:
+    setting = config.model.rope_parameters
+    if setting is None:
+        return []
+    text = f"{setting.rope_type} x {setting.factor:g}, to {max_positions(model.config):,} positions"
+    return [_line("RoPE", text)]
 
 
 def _quantization_text(config: RunConfig, model: PreTrainedModel) -> str:
@@ -180,19 +189,20 @@ def adapted_text(model: PreTrainedModel) -> str:
         lacking = f", not in layers {', '.join(map(str, skipped[name]))}" if name in skipped else ""
         return f"{name} ({' or '.join(sizes)}{lacking})"
 
+    whole = f"; whole: {', '.join(config.modules_to_save)}" if config.modules_to_save else ""
     parts = []
     if config.places:
         layers_of: dict[str, list[int]] = {}
         for index, name in map(split_place, config.places):
             layers_of.setdefault(name, []).append(index)
         parts = [f"{widths(name)} in layers {_ranges(own)}" for name, own in layers_of.items()]
-        return f"{config.method} in {len(config.places)} places: {'; '.join(parts)}"
+        return f"{config.method} in {len(config.places)} places: {'; '.join(parts)}{whole}"
     if config.alternate:
         parts.append(f"{config.method} in turn on {', '.join(map(widths, config.alternate))}")
     if config.listed:
         parts.append(f"{config.every_layer_method} on {', '.join(map(widths, config.listed))}")
     where = "" if config.layer_indices is None else f", in layers {_ranges(config.layer_indices)}"
-    return "; ".join(parts) + where
+    return "; ".join(parts) + where + whole
 
 
 def _ranges(indices: Iterable[int]) -> str:

@@ -26,6 +26,7 @@ from ssmlora_dist.config.build import (
     meta_model,
     set_endings,
     shapes_of,
+    with_recorded_rope,
 )
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.tasks import build_tasks, output_directory
@@ -36,6 +37,7 @@ from ssmlora_dist.evaluation.items import FailedItem, Task
 from ssmlora_dist.evaluation.report import build_reports, draw, markdown_table, metrics_of, plain
 from ssmlora_dist.evaluation.runner import run
 from ssmlora_dist.models import empty_model, max_positions, structure_of, tokenizer_digests
+from ssmlora_dist.models.configuration import ROPE
 from ssmlora_dist.precision import DTypeName, machine_dtype
 from ssmlora_dist.progress import counted, progress
 from ssmlora_dist.tracking import (
@@ -85,6 +87,8 @@ def run_evaluation(
     Raises:
         SSMLoRAError: bad input, before the backbone is loaded where that is possible.
     """
+    if adapter is not None:
+        config = with_recorded_rope(config, adapter)
     config = settle_compute_dtype(config, context, console, kept=_dtype_of(adapter), for_training=False)
     context.on_main(lambda: check_tracking(config, console.warn))
     check_model(config, for_training=False)
@@ -202,6 +206,8 @@ def describe_evaluation(
         SSMLoRAError: whatever would stop the evaluation before the weights are read.
     """
     chosen = []
+    if adapter is not None:
+        config = with_recorded_rope(config, adapter)
     if config.model.compute_dtype == "auto":
         choices, kept = [machine_dtype(device_type)], _dtype_of(adapter)
         config, line = choose_compute_dtype(
@@ -286,7 +292,8 @@ def _check_adapter(config: RunConfig, adapter: Path, fingerprint: str, warn: Cal
 def _digest(config: RunConfig, tokenizer: Mapping[str, str], fingerprint: str, adapted: str) -> str:
     """Of what decides a model's answers, wherever its files lie."""
     settings = backbone_settings(config) | {"tokenizer": tokenizer}
-    keys = ("compute_dtype", "quantization", "double_quantization", "tokenizer")
+    keys = ["compute_dtype", "quantization", "double_quantization", "tokenizer"]
+    keys += [ROPE] if settings[ROPE] else []
     return json.dumps([fingerprint, adapted, {key: settings[key] for key in keys}])
 
 

@@ -212,11 +212,16 @@ def _costs(config: RunConfig, dims: ParallelDims, num_targets: int, num_tokens: 
     trained = [0] * shape.num_layers
     for index, layer in decoder_layers(model).items():
         trained[index] = sum(parameter.numel() for parameter in adapter_parameters(layer).values())
+    structure = structure_of(model)
+    before, after = (
+        sum(p.numel() for part in parts for p in adapter_parameters(model.get_submodule(part)).values())
+        for parts in ((structure.embedding, *structure.before), (*structure.after, structure.output_head))
+    )
     adapter, training, ahead = model.ssmlora_config, config.training, config.parallel.recompute_ahead
     dtype_bytes = getattr(torch, config.model.compute_dtype).itemsize
     return model_costs(
         shape,
-        AdapterShape(tuple(trained), len(time_axes(adapter)), adapter.rank, dtype_bytes),
+        AdapterShape(tuple(trained), len(time_axes(adapter)), adapter.rank, dtype_bytes, before, after),
         Workload(
             sequence_length=num_tokens,
             micro_batch_size=training.micro_batch_size,

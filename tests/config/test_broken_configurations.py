@@ -147,6 +147,34 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
         [("model", {"path": __file__})],
         ("model.path:", "is a file", "the one that holds it"),
     ),
+    "an unknown RoPE": (
+        [("model.rope_parameters", {"rope_type": "yarm", "factor": 4})],
+        (
+            'model.rope_parameters.rope_type: "yarm" given',
+            '"linear", "yarn", "llama3"',
+            'did you mean "yarn"?',
+        ),
+    ),
+    "a RoPE that remembers": (
+        [("model.rope_parameters", {"rope_type": "dynamic", "factor": 4})],
+        ('model.rope_parameters.rope_type: "dynamic" given', "before and beside it", 'choose "yarn"'),
+    ),
+    "a key that no RoPE has": (
+        [("model.rope_parameters", {"rope_type": "yarn", "factr": 4, "factor": 4})],
+        ("model.rope_parameters.factr: unknown key", "did you mean model.rope_parameters.factor?"),
+    ),
+    "a RoPE that does not read it": (
+        [
+            (
+                "model.rope_parameters",
+                {"rope_type": "llama3", "factor": 4, "beta_fast": 8, "low_freq_factor": 1},
+            )
+        ],
+        (
+            'model.rope_parameters: `beta_fast` 8.0 given, which "llama3" does not',
+            "`high_freq_factor` is missing",
+        ),
+    ),
     # Data
     "unknown format": (
         [("data.train.format", "jsonl")],

@@ -196,10 +196,23 @@ def test_rows_longer_than_the_positions_are_refused() -> None:
     check_model(run_config({"config": config}, max_length=64))
     with pytest.raises(ConfigError, match=r"data\.max_length: 65 given; allowed: at most 64"):
         check_model(run_config({"config": config}, max_length=65))
-    scaled = config | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
-    check_model(run_config({"config": scaled}, max_length=128))
-    with pytest.raises(ConfigError, match=r"data\.max_length: 129 given; allowed: at most 128"):
-        check_model(run_config({"config": scaled}, max_length=129))
+    for rope, limit, remedy in (
+        ({"rope_type": "dynamic", "factor": 2.0}, 64, '"yarn", "factor": 3}'),
+        ({"rope_type": "linear", "factor": 2.0}, 128, '"yarn", "factor": 3}'),
+    ):
+        scaled = {"config": config | {"rope_scaling": rope}}
+        check_model(run_config(scaled, max_length=limit))
+        with pytest.raises(ConfigError, match=f"129 given; allowed: at most {limit}.*{remedy}"):
+            check_model(run_config(scaled, max_length=129))
+    given = {"config": config, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}}
+    check_model(run_config(given, max_length=128))
+    with pytest.raises(
+        ConfigError, match=r"129 given; .* 128, .*or set model\.rope_parameters\.factor to 3$"
+    ):
+        check_model(run_config(given, max_length=129))
+    learnt = {"config": bare_config("opt") | {"vocab_size": 259}}
+    with pytest.raises(ConfigError, match=r"at most 64, for which the model's positions are made; lower it$"):
+        check_model(run_config(learnt, max_length=65))
     check_model(run_config({"config": config}, max_length=65), for_training=False)
 
 

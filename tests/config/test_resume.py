@@ -68,6 +68,7 @@ FREE: list[Change] = [
 FIXED: list[tuple[str, Any, str]] = [
     ("run.seed", 1, "1 given, 0 in the checkpoint"),
     ("model.config", {"model_type": "llama", "hidden_size": 8}, '"hidden_size": 8'),
+    ("model.rope_parameters.factor", 8.0, "8.0 given, 4.0 in the checkpoint"),
     ("model.compute_dtype", "float32", '"float32" given, "bfloat16" in the checkpoint'),
     ("quantization.mode", "int8", '"int8" given, "nf4" in the checkpoint'),
     ("quantization.double_quantization", False, "false given, true in the checkpoint"),

@@ -68,10 +68,16 @@ DROPPING: dict[str, Overrides] = {
     "dropout, zero 3": (*_DROPOUT, *TOPOLOGIES["zero 3, nothing persistent"]),
     "dropout, micro-batch 2": (*_DROPOUT, "training.micro_batch_size=2"),
 }
+# Modules that are trained whole, and positions that reach further.
+SAVED: Overrides = (
+    'adapter.modules_to_save=["embed_tokens","norm","input_layernorm","lm_head"]',
+    'model.rope_parameters={"rope_type":"yarn","factor":4}',
+)
 # Groups of parameters, of which ZeRO makes flat parts of their own.
 RATES: dict[str, Overrides] = {
     f"rates, {name}": (
         *TOPOLOGIES[name],
+        *SAVED,
         "training.lora_b_learning_rate_ratio=4",
         "training.state_learning_rate_ratio=0.5",
     )

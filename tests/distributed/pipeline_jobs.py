@@ -6,7 +6,7 @@ import json
 from itertools import combinations, cycle, product
 
 from ..decoders import bare_config
-from .jobs import ROWS_FILE, Overrides, mixture
+from .jobs import ROWS_FILE, SAVED, Overrides, mixture
 
 NUM_LAYERS = 4
 NUM_STEPS = 20
@@ -86,8 +86,10 @@ _OTHERS: dict[str, Overrides] = {
 }
 _PACKED = (*_DROPOUT, "data.packing=true", "data.max_length=160")
 _ONE_KEY_HEAD = ("model.config.num_key_value_heads=1",)
+# A copy of the embedding is trained, and the head, tied to the embedding, stays as it is.
 _TIED = (
     f'model={{"path":"{TIED_DIRECTORY}","tokenizer":"bytes","compute_dtype":"bfloat16"}}',
+    'adapter.modules_to_save=["embed_tokens","norm"]',
     *_FEW_STEPS,
 )
 
@@ -110,7 +112,7 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
         (*mixture(NUM_LAYERS), "quantization.mode=nf4", "model.compute_dtype=bfloat16", *EVALUATION),
     ),
     "float16": (1, ("model.compute_dtype=float16", *EVALUATION)),
-    "lora": (1, ("adapter.method=lora", *_FEW_STEPS)),
+    "lora": (1, ("adapter.method=lora", *SAVED, *_FEW_STEPS)),
     "tied from a file": (1, _TIED),
     "dropout": (1, _DROPOUT),
     "packed": (1, _PACKED),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from .jobs import ROWS_FILE, Overrides
+from .jobs import ROWS_FILE, SAVED, Overrides
 
 NUM_STEPS, MIDDLE = 12, 6
 _SOURCE = f'{{"format":"instruction","path":"{ROWS_FILE}"}}'
@@ -72,7 +72,12 @@ OWN_FORMS: dict[str, tuple[int, Overrides]] = {
 RATES: dict[str, tuple[int, Overrides]] = {
     f"rates-{name}": (
         num_ranks,
-        (*overrides, "training.lora_b_learning_rate_ratio=4", "training.state_learning_rate_ratio=0.5"),
+        (
+            *overrides,
+            *SAVED,
+            "training.lora_b_learning_rate_ratio=4",
+            "training.state_learning_rate_ratio=0.5",
+        ),
     )
     for name, (num_ranks, overrides) in (TOPOLOGIES | OTHERS).items()
     if name in ("dp1", "zero2", "zero3", "pp2", "pp2zero1")

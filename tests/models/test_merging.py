@@ -242,6 +242,24 @@ def test_ssmlora_without_time_modules_is_plain(base: Path, tmp_path: Path) -> No
     assert (logits(loaded(tmp_path / "merged")) - logits(model)).abs().max() <= LOGITS_TOLERANCE
 
 
+def test_modules_that_are_trained_whole_are_merged(base: Path, tmp_path: Path) -> None:
+    names = ("embed_tokens", "norm", "input_layernorm", "lm_head")
+    model = adapted(base, LORA.model_copy(update={"modules_to_save": names}))
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            if "lora_" not in name:
+                parameter *= 1.5
+    assert merge_adapter(adapter_of(model, tmp_path / "adapter"), tmp_path / "merged") == 3 * NUM_LAYERS + 3
+    error = (logits(loaded(tmp_path / "merged")) - logits(model)).abs().max().item()
+    assert error <= LOGITS_TOLERANCE, f"logits differ by {error:.1e}"
+    tied = saved_base(tmp_path / "tied", tie_word_embeddings=True)
+    model = adapted(tied, LORA.model_copy(update={"modules_to_save": ("embed_tokens",)}))
+    with pytest.raises(
+        AdapterError, match=r"trains model\.embed_tokens, to which the output head .* is tied"
+    ):
+        merge_adapter(adapter_of(model, tmp_path / "of-tied"), tmp_path / "never")
+
+
 def test_another_base_is_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
     other = shutil.copytree(base, tmp_path / "other")
     file = next(iter(sorted(other.glob("*.safetensors"))))
