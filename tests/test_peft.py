@@ -59,14 +59,13 @@ def draw_saved(model: Any) -> None:
                 parameter += 0.3 * torch.randn_like(parameter)
 
 
-def peft_model(model_type: str = "llama", tie_word_embeddings: bool = False, **settings: Any) -> Any:
+def peft_model(model_type: str = "llama", base: Any = None, **settings: Any) -> Any:
     """A model that PEFT has adapted, all matrices drawn at random."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(7)
     print("seed 7")
     arguments: dict[str, Any] = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | settings
-    base = tiny_model(model_type, tie_word_embeddings=tie_word_embeddings)
-    model = peft.get_peft_model(base, peft.LoraConfig(**arguments)).eval()
+    model = peft.get_peft_model(base or tiny_model(model_type), peft.LoraConfig(**arguments)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -151,7 +150,7 @@ def test_modules_that_are_saved_whole_go_to_peft_and_come_from_it(tied: bool, tm
     peft = pytest.importorskip("peft")
     names = ["embed_tokens", "norm", "1.input_layernorm", *([] if tied else ["lm_head"])]
     settings = {"target_modules": ["q_proj"], "modules_to_save": names}
-    model = peft_model(**settings, tie_word_embeddings=tied)
+    model = peft_model(base=tiny_model(tie_word_embeddings=tied), **settings)
     draw_saved(model)
     model.save_pretrained(tmp_path / "theirs")
     loaded = load_adapter(tiny_model(tie_word_embeddings=tied), tmp_path / "theirs")

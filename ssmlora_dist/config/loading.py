@@ -36,6 +36,8 @@ _STAND_INS: dict[tuple[str, ...], Any] = {
     ("data", "train", "format"): "text",
     ("data", "validation", "format"): "text",
 }
+# An optional section with required fields: with one of these wrong it is left out.
+_LEFT_OUT_WHOLE = ("model", "rope_parameters")
 
 
 def load_config(
@@ -267,7 +269,7 @@ def _replace(data: dict[str, Any], problem: Problem) -> None:
     holder: Any = data
     keys: list[str] = []
     for part in problem.key_path[:-1]:
-        if not isinstance(holder.get(part), dict):
+        if not isinstance(holder.get(part), dict) or (*keys, part) == _LEFT_OUT_WHOLE:
             break
         holder = holder[part]
         keys.append(str(part))

@@ -19,6 +19,7 @@ from ssmlora_dist import (
     set_adapter,
 )
 from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.data import Example, collate
 from ssmlora_dist.errors import AdapterError
 from ssmlora_dist.models import load_config, load_model, structure_of
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
@@ -78,19 +79,19 @@ def test_i1_at_first_it_is_the_base_model(model_type: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_modules_themselves(checkpointing: bool) -> None:
-    tokens = token_ids(2, 9)
+    """Of a row of one sample, and of packed samples."""
+    samples = [Example.from_tokens(token_ids(1, n, seed=n)[0].tolist(), [True] * n) for n in (9, 4)]
+    batch = collate([samples, samples[:1]], 0)
     plain = tiny_model(num_layers=2)
-    for name in NAMES:
-        for path, module in plain.named_modules():
-            if path.endswith(f".{name}") or path == name:
-                module.requires_grad_(True)
-    CausalLMLoss(plain.train(), 4)(tokens, input_ids=tokens).backward()
+    for path, module in plain.named_modules():
+        module.requires_grad_(path.rpartition(".")[2] in NAMES)
+    CausalLMLoss(plain.train(), 4)(batch).backward()
     model = add_adapters(tiny_model(num_layers=2), SAVED).train()
     if checkpointing:
         checkpoint_layers(model)
     loss = CausalLMLoss(model, 4)
     assert not loss.uses_own_logits
-    loss(tokens, input_ids=tokens).backward()
+    loss(batch).backward()
     expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     found = {name: p.grad for name, p in whole(model).items()}
     assert len(found) == 5

