@@ -23,7 +23,12 @@ CONFIGS = {
     "mixed": AdapterConfig(rank=4, every_layer=("down_proj",), dropout=0.2),
     "lora": AdapterConfig(rank=4, method="lora", alternate=(), every_layer=("q_proj", "k_proj", "v_proj")),
     "gated and constant": AdapterConfig(
-        rank=4, method="gated", every_layer=("up_proj",), every_layer_method="constant", dropout=0.2
+        rank=4,
+        method="gated",
+        every_layer=("up_proj",),
+        every_layer_method="constant",
+        dropout=0.2,
+        modules_to_save=("embed_tokens", "norm", "input_layernorm", "lm_head"),
     ),
     "forms of a reference alone": AdapterConfig(
         rank=4, method=Mixing.name, every_layer=("up_proj",), every_layer_method=Fading.name, dropout=0.2

@@ -178,7 +178,6 @@ def test_lora_goes_to_peft_and_back(name: str, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"use_dora": True}, "use_dora is True"),
-        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, "ensure_weight_tying is True"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is {'q_proj': 2}"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern is {'q_proj': 2}"),
         ({"bias": "all"}, "bias is 'all'"),

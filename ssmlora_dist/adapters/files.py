@@ -311,6 +311,12 @@ def _config_from_peft(
             strays.append(name)
     saved = tuple(peft.get("modules_to_save") or ())
     modules = [module for module in _saved_modules(strays) if module.endswith(saved)]
+    for name in saved:
+        if not any(module.endswith(name) for module in modules):
+            raise AdapterError(
+                f"{source}: modules_to_save names {name!r}, and the weights beside it hold no such module; "
+                "save it again with PEFT's `save_pretrained`"
+            )
     strays = [name for name in strays if name.rpartition(".")[0] not in modules]
     if strays:
         raise AdapterError(f"{source}: the weights beside it hold {_stray(strays)}")

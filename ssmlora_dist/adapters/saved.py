@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ssmlora_dist.adapters.layers import AdapterModule, adapter_dtype
 
@@ -52,9 +53,11 @@ class SavedModule(AdapterModule):
             # No copy of the table is made, and the gradients of a token are summed in its precision.
             padding: int | None = self.base_layer.padding_idx  # type: ignore[assignment]
             return F.embedding(x, self.weight, padding).to(dtypes["weight"])
+        own: dict[str, Any] = {name: p.to(dtypes[name]) for name, p in self.named_parameters(recurse=False)}
+        if torch.compiler.is_compiling():
+            return functional_call(self.base_layer, own, (x, *args), kwargs)
         # A copy for each call: what another thread computes with is not touched.
         layer = copy.copy(self.base_layer)
-        own: dict[str, Any] = {name: p.to(dtypes[name]) for name, p in self.named_parameters(recurse=False)}
         layer._parameters = {**dict.fromkeys(self.base_layer._parameters), **own}
         return layer.forward(x, *args, **kwargs)
 

@@ -241,7 +241,8 @@ EVERYWHERE = {"q_proj": [0, 1, 2, 3]}
             "peft_type is 'IA3'; without ssmlora.json only LORA can be loaded",
         ),
         (EVERYWHERE, {"use_dora": True}, "use_dora is True, which is not supported here; allowed: False"),
-        (EVERYWHERE, {"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+        (EVERYWHERE, {"modules_to_save": ["lm_head"]}, "'lm_head', and the weights .* hold no such module"),
+        (EVERYWHERE, {"ensure_weight_tying": True}, "ensure_weight_tying is True"),
         (EVERYWHERE, {"rank_pattern": {"q_proj": 4}}, "rank_pattern is {'q_proj': 4}"),
         (EVERYWHERE, {"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is {'q_proj': 4}"),
         (

@@ -155,6 +155,10 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
             'did you mean "yarn"?',
         ),
     ),
+    "a RoPE without its factor": (
+        [("model.rope_parameters", {"rope_type": "yarn"})],
+        ("model.rope_parameters.factor: missing",),
+    ),
     "a RoPE that remembers": (
         [("model.rope_parameters", {"rope_type": "dynamic", "factor": 4})],
         ('model.rope_parameters.rope_type: "dynamic" given', "before and beside it", 'choose "yarn"'),

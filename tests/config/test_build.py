@@ -85,6 +85,7 @@ def test_quantised_layers_of_transformers_are_recorded(base: Path, tmp_path: Pat
     recorded = json.loads((tmp_path / "adapter" / "ssmlora.json").read_text())["base"]
     assert recorded == {
         "path": str(base),
+        "rope_parameters": None,
         "quantization": "fp4",
         "double_quantization": True,
         "compute_dtype": "float32",

@@ -68,7 +68,6 @@ FREE: list[Change] = [
 FIXED: list[tuple[str, Any, str]] = [
     ("run.seed", 1, "1 given, 0 in the checkpoint"),
     ("model.config", {"model_type": "llama", "hidden_size": 8}, '"hidden_size": 8'),
-    ("model.rope_parameters.factor", 8.0, "8.0 given, 4.0 in the checkpoint"),
     ("model.compute_dtype", "float32", '"float32" given, "bfloat16" in the checkpoint'),
     ("quantization.mode", "int8", '"int8" given, "nf4" in the checkpoint'),
     ("quantization.double_quantization", False, "false given, true in the checkpoint"),
@@ -106,6 +105,15 @@ def test_what_may_not_change(field: str, value: Any, values: str) -> None:
     assert line.endswith("set it back, or begin anew under another run.name")
     [back] = problems([(field, value)], [])
     assert back.startswith(f"{field}: ")
+
+
+def test_another_rope_is_refused() -> None:
+    linear = {"rope_type": "linear", "factor": 4}
+    then: list[Change] = [("model.rope_parameters", linear)]
+    [line] = problems(then, [("model.rope_parameters", linear | {"factor": 8})])
+    assert line.startswith("model.rope_parameters.factor: 8.0 given, 4.0 in the checkpoint;")
+    fields = [line.partition(":")[0] for line in problems(then, [])]
+    assert fields == ["model.rope_parameters.rope_type", "model.rope_parameters.factor"]
 
 
 def test_a_moved_model_is_left_to_its_fingerprint() -> None:

@@ -141,7 +141,8 @@ def test_one_item_s_error_is_a_row_of_its_own(model: Any, tokenizer: Any) -> Non
         "c2": "ValueError: scores are not finite: {'acc': nan}",
         "long": (
             "the prompt and its longest choice are 71 tokens; the model takes 64: "
-            "shorten the item, choose a model that takes more or"
+            "shorten the item, choose a model that takes more or, where it has a RoPE, "
+            "set model.rope_parameters"
         ),
         "empty": "the choice '' adds no token to the prompt; give it a text",
         "none": "TypeError: object of type 'NoneType' has no len()",

@@ -321,7 +321,7 @@ def test_a_task_of_which_every_item_fails_is_no_score_and_no_error(evaluations: 
     assert warning.startswith(
         "warning: passkey: 6 of 6 items failed and count in no score; the first, 512/0: "
     )
-    assert "shorten the item, choose a model that takes more or" in warning
+    assert "shorten the item, choose a model that takes more or, where it has a RoPE, set " in warning
     assert evaluations.finished["all failed"].stdout.endswith("table.md and every item's row\n")
     assert not (evaluations.directory / "failed" / "plots").exists()
 
