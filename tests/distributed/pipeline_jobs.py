@@ -84,7 +84,7 @@ _OTHERS: dict[str, Overrides] = {
         ("gpt_neox", ["query_key_value", "attention.dense"]),
     )
 }
-_PACKED = (*_DROPOUT, "data.packing=true", "data.max_length=160")
+_PACKED = (*_DROPOUT, *SAVED, "data.packing=true", "data.max_length=160")
 _ONE_KEY_HEAD = ("model.config.num_key_value_heads=1",)
 # A copy of the embedding is trained, and the head, tied to the embedding, stays as it is.
 _TIED = (
