@@ -67,7 +67,7 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
         ModelError: with the remedy.
         AdapterError: a projection that the backbone has not, with the nearest.
         ConfigError: rows may be longer than the backbone's positions, or are packed and its attention cannot
-            keep their samples apart.
+            keep their samples apart; or several stages hold a module that is trained whole.
     """
     model_config = shapes_of(config.model)
     limit = max_positions(model_config)
@@ -84,7 +84,16 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
     structure = structure_of(model)
     check_layers(model)
     resolve(config.adapter.until_probed, structure.layers, structure.linears)
-    modules_named(structure, config.adapter.modules_to_save)
+    saved = modules_named(structure, config.adapter.modules_to_save)
+    shared = [path for path in saved if f"{path}.".startswith(tuple(f"{p}." for p in structure.everywhere))]
+    if for_training and shared and (stages := config.parallel.pipeline_stages) > 1:
+        raise ConfigError(
+            [
+                f"adapter.modules_to_save: {shared[0]} given with {stages} pipeline stages, each of which "
+                f"would train a copy in {model_config.model_type} models; leave it out, or set "
+                "parallel.pipeline_stages to 1"
+            ]
+        )
     if for_training and config.adapter.is_unprobed:
         sizes = candidate_places(config.adapter, decoder_layers(model), structure.linears)
         least, place = min((size, place) for place, (_, size) in sizes.items())

@@ -92,7 +92,9 @@ class ChunkedHead(nn.Module):
             per_token: return the cross-entropies [N] float32 and whether the arg-max is another token, [N]
                 bool, to be called without gradients.
         """
-        head = self._head[0]
+        head: Any = self._head[0]
+        if isinstance(head, SavedModule) and head.is_disabled:
+            head = head.base_layer
         weight_VD, bias_V = (None, None) if head is None else (head.weight, head.bias)
         chunks = zip(hidden_ND.split(self.chunk_size), targets_N.split(self.chunk_size), strict=True)
         if not per_token:

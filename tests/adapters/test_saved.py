@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,10 @@ def test_the_base_model_comes_back() -> None:
     expected = logits(model)
     drawn(add_adapters(model, SAVED))
     first = logits(model)
-    with disabled_adapters(model):
+    loss, batch = CausalLMLoss(model, 4), collate([[Example.from_tokens(range(1, 9), [True] * 8)]], 0)
+    with disabled_adapters(model), torch.no_grad():
         assert torch.equal(logits(model), expected)
+        assert torch.equal(loss(batch), CausalLMLoss(tiny_model(num_layers=2), 4)(batch))
     assert not torch.equal(first, expected)
     add_adapters(model, AdapterConfig(rank=2, modules_to_save=("norm",)), name="second")
     assert torch.equal(logits(model), expected)
@@ -120,12 +123,18 @@ def test_the_base_model_comes_back() -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_what_is_saved_is_loaded_bitwise(tmp_path: Path) -> None:
+def test_what_is_saved_is_loaded_bitwise_and_generates(tmp_path: Path) -> None:
     model = drawn(add_adapters(tiny_model(), SAVED))
     save_adapter(model, tmp_path)
     loaded = load_adapter(tiny_model(), tmp_path)
     assert loaded.ssmlora_config == model.ssmlora_config
     assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(copy.deepcopy(loaded)), logits(model))
+    tokens = {
+        is_cached: loaded.generate(token_ids(2, 9), max_new_tokens=8, do_sample=False, use_cache=is_cached)
+        for is_cached in (False, True)
+    }
+    assert torch.equal(tokens[False], tokens[True])
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,19 @@ def test_rows_longer_than_the_positions_are_refused() -> None:
     check_model(run_config({"config": config}, max_length=65), for_training=False)
 
 
+def test_a_module_that_every_stage_holds_is_not_trained_whole() -> None:
+    """transformers' plan for stages of stablelm models says nothing of the final norm."""
+    config = run_config({"config": bare_config("stablelm")}, max_length=64)
+    adapter = config.adapter.model_copy(update={"modules_to_save": ("embed_tokens", "norm")})
+    config = config.model_copy(update={"adapter": adapter})
+    check_model(config)
+    parallel = config.parallel.model_copy(update={"pipeline_stages": 2})
+    with pytest.raises(
+        ConfigError, match=r"adapter\.modules_to_save: model\.norm given with 2 .* to 1"
+    ):
+        check_model(config.model_copy(update={"parallel": parallel}))
+
+
 def shared_among(ranks: int, model_type: str, *, packing: bool = False, **sizes: Any) -> None:
     model = {"config": bare_config(model_type) | sizes, "compute_dtype": "float32"}
     config = run_config(model, max_length=60, packing=packing)

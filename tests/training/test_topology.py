@@ -104,6 +104,28 @@ def test_every_stage_has_something_to_train() -> None:
         plan_stages(config, DATA, ParallelDims(0, 1, 0, 2))
 
 
+def test_modules_that_are_trained_whole_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Any] = []
+
+    def model_costs(*arguments: Any, **keywords: Any) -> Any:
+        counted.append(costs_of(*arguments, **keywords))
+        return counted[-1]
+
+    costs_of = topology.model_costs
+    monkeypatch.setattr(topology, "model_costs", model_costs)
+    names = 'adapter.modules_to_save=["embed_tokens","input_layernorm","norm","lm_head"]'
+    for overrides in ((), (names,)):
+        config = config_with("parallel.pipeline_stages=2", *overrides, ranks=2)
+        plan_stages(config, DATA, ParallelDims(0, 1, 0, 2))
+    without, costs = counted[0], counted[-1]
+    shapes = config.model.config or {}
+    hidden, table = shapes["hidden_size"], shapes["vocab_size"] * shapes["hidden_size"]
+    assert costs.embedding.adapter_bytes == 16 * table
+    assert costs.head.adapter_bytes == 16 * (hidden + table)
+    for layer, plain in zip(costs.layers, without.layers, strict=True):
+        assert layer.adapter_bytes == plain.adapter_bytes + 16 * hidden
+
+
 def test_boundaries_are_taken_as_they_are_given() -> None:
     config = config_with("parallel.pipeline_stages=2", "parallel.stage_boundaries=[0,5]", ranks=2)
     assert plan_stages(config, DATA, ParallelDims(0, 1, 0, 2)).layers == (range(0, 5), range(5, 6))
