@@ -312,7 +312,10 @@ def test_a_precision_that_differs_within_the_model_is_not_recorded(
     model = adapted_model(quantization=quantization)
     change(model)
     save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / "ssmlora.json").read_text())["base"] == {"path": None}
+    assert json.loads((tmp_path / "ssmlora.json").read_text())["base"] == {
+        "path": None,
+        "rope_parameters": None,
+    }
 
 
 def test_a_cast_model_is_recorded_as_it_is(tmp_path: Path) -> None:
@@ -320,7 +323,12 @@ def test_a_cast_model_is_recorded_as_it_is(tmp_path: Path) -> None:
     cast(model)
     save_adapter(model, tmp_path)
     base = json.loads((tmp_path / "ssmlora.json").read_text())["base"]
-    assert base == {"path": None, "quantization": "none", "compute_dtype": "bfloat16"}
+    assert base == {
+        "path": None,
+        "rope_parameters": None,
+        "quantization": "none",
+        "compute_dtype": "bfloat16",
+    }
 
 
 def wrapped_by_peft() -> Any:

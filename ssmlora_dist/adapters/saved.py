@@ -44,27 +44,21 @@ class SavedModule(AdapterModule):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns for these arguments, computed with the parameters here."""
+        base: Any = self.base_layer
         if self.is_disabled:
-            return self.base_layer(x, *args, **kwargs)
-        dtypes = {
-            name: parameter.dtype for name, parameter in self.base_layer.named_parameters(recurse=False)
-        }
-        if type(self.base_layer).forward is nn.Embedding.forward:
+            return base(x, *args, **kwargs)
+        # Not by attribute, on which ZeRO 3 gathers a parameter.
+        dtypes = {name: parameter.dtype for name, parameter in base.named_parameters(recurse=False)}
+        if type(base).forward is nn.Embedding.forward:
             # No copy of the table is made, and the gradients of a token are summed in its precision.
-            padding: int | None = self.base_layer.padding_idx  # type: ignore[assignment]
-            return F.embedding(x, self.weight, padding).to(dtypes["weight"])
+            return F.embedding(x, self.weight, base.padding_idx).to(dtypes["weight"])
         own: dict[str, Any] = {name: p.to(dtypes[name]) for name, p in self.named_parameters(recurse=False)}
         if torch.compiler.is_compiling():
-            return functional_call(self.base_layer, own, (x, *args), kwargs)
+            return functional_call(base, own, (x, *args), kwargs)
         # A copy for each call: what another thread computes with is not touched.
-        layer = copy.copy(self.base_layer)
-        layer._parameters = {**dict.fromkeys(self.base_layer._parameters), **own}
+        layer = copy.copy(base)
+        layer._parameters = {**dict.fromkeys(base._parameters), **own}
         return layer.forward(x, *args, **kwargs)
-
-
-def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
-    """Those of a model, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, SavedModule)}
 
 
 def put_in(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -75,7 +69,7 @@ def put_in(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 def take_out(model: nn.Module) -> dict[str, SavedModule]:
     """Gives a model its own modules back, in place; returns those that were there instead."""
-    saved = saved_modules(model)
+    saved = {path: module for path, module in model.named_modules() if isinstance(module, SavedModule)}
     put_in(model, {path: module.base_layer for path, module in saved.items()})
     return saved
 

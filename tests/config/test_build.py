@@ -224,9 +224,7 @@ def test_a_module_that_every_stage_holds_is_not_trained_whole() -> None:
     config = config.model_copy(update={"adapter": adapter})
     check_model(config)
     parallel = config.parallel.model_copy(update={"pipeline_stages": 2})
-    with pytest.raises(
-        ConfigError, match=r"adapter\.modules_to_save: model\.norm given with 2 .* to 1"
-    ):
+    with pytest.raises(ConfigError, match=r"adapter\.modules_to_save: model\.norm given with 2 .* to 1"):
         check_model(config.model_copy(update={"parallel": parallel}))
 
 

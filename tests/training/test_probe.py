@@ -188,6 +188,7 @@ def test_the_parameters_are_spent(settings: dict[str, Any]) -> None:
     config = run_config(adapter=settings)
     check_model(config)
     budget = probe_budget(config)
+    assert probe_budget(run_config(adapter=settings | {"modules_to_save": ["norm"]})) == budget
     places = probe_places(config, backbone_of(config), batches(), context_of())
     assert places == probe_places(config, backbone_of(config), batches(), context_of())
     adapted = adapter_parameters(add_adapters(backbone_of(config), config.with_places(places).adapter))
