@@ -24,9 +24,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Read when torch is loaded: one thread each, and a rank that waits leaves the cores alone.
-os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", CUDA_VISIBLE_DEVICES="")
-
 from ssmlora_dist import prose
 from ssmlora_dist.config.arguments import run_command
 from ssmlora_dist.config.loading import load_config
@@ -35,6 +32,8 @@ from ssmlora_dist.tracking.rows import append_row
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "data_preparation.jsonl"
 STARTS = ("first", "second")
+# One thread each, and a rank that waits leaves the cores alone.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
 NUM_BATCHES = 200
 BATCH_SIZE = 32
 VOCABULARY = 8192
@@ -128,7 +127,8 @@ def _start(work: Path, num_ranks: int) -> list[dict[str, Any]]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, __file__, f"--work-dir={work}", f"--ranks={num_ranks}", f"--out={out}"]
-    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {**ENVIRONMENT, "WORLD_SIZE": str(num_ranks)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared["HF_DATASETS_CACHE"] = str(work / f"cache-{num_ranks}")
     ranks = [
         subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -364,11 +364,10 @@ def build_data(
 
     def prepare_all() -> dict[Partition, Path]:
         directory = config.data.cache_dir or default_directory()
-        digests = tokenizer_digests(tokenizer)
         paths = {}
         for name, section in stored.items():
             reader = _reader(config, section, tokenizer, name)
-            deciding = _deciding(config, name, section) | {"tokenizer": digests}
+            deciding = _deciding(config, tokenizer, section, name)
             contents = partial(_contents_of, config, section, name)
             paths[name] = prepare(reader, directory, deciding, contents, warn)
         return paths
@@ -416,8 +415,10 @@ def _limit(config: RunConfig, source: SourceSection, partition: Partition) -> in
     return min((n for n in (source.limit, validated) if n is not None), default=None)
 
 
-def _deciding(config: RunConfig, partition: Partition, source: SourceSection) -> dict[str, Any]:
-    """What decides the examples of a source beside the tokenizer and what is read; and where that lies."""
+def _deciding(
+    config: RunConfig, tokenizer: Any, source: SourceSection, partition: Partition
+) -> dict[str, Any]:
+    """What decides the examples of a source beside what is read; and where that lies."""
     aside = {"limit", "shuffle_buffer_size", "streaming", "revision"}
     settings = source.model_dump(mode="json", exclude=aside) | {
         "partition": partition,
@@ -425,6 +426,11 @@ def _deciding(config: RunConfig, partition: Partition, source: SourceSection) ->
         "max_length": config.data.max_length,
         "too_long": config.data.too_long,
     }
+    parts = tokenizer_digests(tokenizer)
+    if source.format != "chat":
+        # It may print the date.
+        del parts["chat template"]
+    settings["tokenizer"] = parts
     if source.task is not None:
         settings["seed"] = config.run.seed
     if source.path is not None:
