@@ -71,7 +71,9 @@ def stream_answer(
     if not prompt or (limit is not None and len(prompt) + max_new_tokens > limit):
         given = f"{len(prompt)} tokens and {max_new_tokens} new ones"
         in_all = "" if limit is None else f", {limit} in all"
-        raise DataError(f"--prompt: {given}; allowed: at least 1{in_all}; shorten either")
+        raise DataError(
+            f"prompt: {given}; allowed: at least 1{in_all}; change its length or --max-new-tokens"
+        )
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(
         ids,

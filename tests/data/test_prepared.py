@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ssmlora_dist.data import (
+    BatchShape,
     Dataset,
     DatasetReport,
     ExampleReader,
+    GlobalBatches,
     open_prepared,
     prepare,
     prepared,
@@ -108,6 +111,23 @@ def test_rows_are_packed_by_lengths_alone(
     rows = [list(row) for row in rows_of_epoch(found, 3, 1, row_tokens)]
     assert rows == expected
     assert sorted(itertools.chain(*rows)) == list(range(len(found)))
+
+
+@pytest.mark.parametrize("row_tokens", [None, 48])
+def test_batches_on_any_ranks_at_any_step_are_those_in_memory(source: Source, row_tokens: int | None) -> None:
+    ways = (in_memory(source.reader()), open_prepared(source.prepare()))
+    for place in itertools.product(range(2), repeat=2):
+        shape = BatchShape(4, 1, place[0], 2, 0, 7, sequence_rank=place[1], sequence_size=2)
+        one, other = (GlobalBatches(way, shape, 3, row_tokens) for way in ways)
+        # In another order, as by a run that goes on; of a second epoch too.
+        for step in (9, 1):
+            for mine, theirs in zip(one.micro_batches(step), other.micro_batches(step), strict=True):
+                assert (mine.lengths, mine.num_padding) == (theirs.lengths, theirs.num_padding)
+                assert torch.equal(mine.targets, theirs.targets)
+                assert torch.equal(mine.places, theirs.places)
+                assert mine.inputs.keys() == theirs.inputs.keys()
+                for name, tensor in mine.inputs.items():
+                    assert torch.equal(tensor, theirs.inputs[name]), name
 
 
 def test_a_source_is_read_once(source: Source) -> None:

@@ -271,7 +271,8 @@ UNFIT: dict[str, Case] = {
         ("--adapter", ADAPTER, "--model", "./gone"), ("there is no directory ./gone", "name an existing one")
     ),
     "prompt-too-long": Case(
-        ("--adapter", ADAPTER, "--prompt", "hi " * 100), ("--prompt: 300 tokens", "256 in all", "shorten")
+        ("--adapter", ADAPTER, "--prompt", "hi " * 100),
+        ("prompt: 300 tokens", "256 in all", "--max-new-tokens"),
     ),
 }
 """Arguments of `generate.py` that are refused."""
