@@ -72,8 +72,8 @@ def stream_answer(
         given = f"{len(prompt)} tokens and {max_new_tokens} new ones"
         in_all = "" if limit is None else f", {limit} in all"
         raise DataError(
-            f"--prompt: {given}; allowed: at least 1{in_all}; shorten either, or train with "
-            "model.rope_parameters that reach further"
+            f"prompt: {given}; allowed: at least 1{in_all}; change its length or --max-new-tokens, or train "
+            "with model.rope_parameters that reach further"
         )
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(

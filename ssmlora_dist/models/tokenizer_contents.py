@@ -48,7 +48,9 @@ def fix_date(tokenizer: Any, moment: datetime) -> None:
 def _dated(template: str, moment: datetime) -> str:
     if "strftime_now" not in template:
         return template
-    values = {f"%{flag}{key}": moment.strftime(f"%{flag}{key}") for flag in ("-", "") for key in _DIRECTIVES}
+    # None but those that are printed: of a template with the day alone, two starts of a day make the same.
+    printed = [name for flag in ("-", "") for key in _DIRECTIVES if (name := f"%{flag}{key}") in template]
+    values = {name: moment.strftime(name) for name in printed}
     replaced = "".join(f"|replace({key!r},{value!r})" for key, value in values.items() if key != value)
     # The line break goes with the block before it, so that the template begins a line as it did.
     return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"

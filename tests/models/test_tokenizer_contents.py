@@ -39,6 +39,16 @@ def test_templates_print_the_moment_that_is_fixed(template: str, text: str) -> N
     assert tokenizer.apply_chat_template(MESSAGES, tokenize=False) == text
 
 
+def test_moments_that_a_template_prints_alike_are_the_same() -> None:
+    digests = []
+    for moment in (MOMENT, MOMENT.replace(hour=20), MOMENT.replace(day=5)):
+        tokenizer = load_tokenizer("bytes")
+        tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}"
+        fix_date(tokenizer, moment)
+        digests.append(tokenizer_digests(tokenizer)["chat template"])
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_every_one_of_several_templates() -> None:
     tokenizer = load_tokenizer("bytes")
     tokenizer.chat_template = {"default": "{{ strftime_now('%Y') }}", "tool_use": "{{ strftime_now('%m') }}"}
