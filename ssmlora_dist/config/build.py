@@ -14,6 +14,7 @@ from ssmlora_dist.adapters.files import SETTINGS_FILE, read_base, read_config
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.probe import candidate_places
 from ssmlora_dist.adapters.projections import resolve
+from ssmlora_dist.adapters.tiling import untiled_layers
 from ssmlora_dist.api import add_adapters, load_adapter
 from ssmlora_dist.config.schema import ModelSection, RetrievalSection, RunConfig, SourceSection
 from ssmlora_dist.data import (
@@ -64,7 +65,7 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
         ModelError: with the remedy.
         AdapterError: a projection that the backbone has not, with the nearest.
         ConfigError: rows may be longer than the backbone's positions, or are packed and its attention cannot
-            keep their samples apart.
+            keep their samples apart; it has no MLP to tile.
     """
     model_config = shapes_of(config.model)
     limit = max_positions(model_config)
@@ -82,6 +83,15 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
     structure = structure_of(model)
     check_layers(model)
     resolve(config.adapter.until_probed, structure.layers, structure.linears)
+    tile_size, layers = config.training.mlp_tile_size, decoder_layers(model)
+    if for_training and tile_size is not None and len(untiled_layers(layers)) == len(layers):
+        raise ConfigError(
+            [
+                f"training.mlp_tile_size: {tile_size} given; allowed: null, as no decoder layer of this "
+                f"{model_config.model_type} model has an MLP that is a module of its own, without experts; "
+                "set it to null"
+            ]
+        )
     if for_training and config.adapter.is_unprobed:
         sizes = candidate_places(config.adapter, decoder_layers(model), structure.linears)
         least, place = min((size, place) for place, (_, size) in sizes.items())
