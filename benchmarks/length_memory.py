@@ -3,8 +3,8 @@
 SmolLM2-135M's shapes in bfloat16, one row whose every token is predicted, with gradient checkpointing, and
 with what spares memory beside it. The step runs on tensors that have shapes but no storage, through the
 project's own code; counted are the storages alive on the device, at most, beyond what is there before the
-step. So numbers are exact for the operators that run, and say nothing of memory within an operator or of an
-allocator's gaps.
+step: weights, and gradients of the micro-batch before. So numbers are exact for the operators that run, and
+say nothing of memory within an operator or of an allocator's gaps.
 
 With tiles and checkpoints in host memory, the bytes of a token do not depend on the number of layers, the
 width of the MLP or the size of the vocabulary: what grows is one layer's working set outside its MLP.
@@ -24,16 +24,19 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmlora_dist import AdapterConfig, add_adapters
+from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.tiling import tile_mlps
+from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.arguments import run_command
 from ssmlora_dist.evaluation.plots import plot_by_length
 from ssmlora_dist.models import decoder_layers, load_model, recompute
-from ssmlora_dist.models.loss import ChunkedHead, checkpoint_layers
+from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.shapes import SHAPES
+from ssmlora_dist.ops.dropout import token_seeds
 from ssmlora_dist.tracking.quiet import quiet_libraries
 from ssmlora_dist.tracking.rows import append_row
 
@@ -42,6 +45,8 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 TILE_SIZE = 1024
 CHUNK_SIZE = 128
 MODEL = "smollm2"
+# From here on every pair adds the same: the first layer receives no state, the last one's input never leaves.
+COUNTED_LAYERS = (8, 10)
 MIB = 2**20
 ADAPTER = AdapterConfig(dropout=0.05, every_layer=("o_proj", "gate_proj", "up_proj", "down_proj"))
 """The shipped placement: time modules on q_proj and v_proj in turn, plain LoRA beside them."""
@@ -101,10 +106,11 @@ class Alive(TorchDispatchMode):
         self.logit_rows, self.place = 0, "device"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        try:
+            results = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
             # Whether a buffer has gaps, asked while the model is built; there is nothing in it.
             return False
-        results = func(*args, **(kwargs or {}))
         for result in results if isinstance(results, tuple | list) else (results,):
             if isinstance(result, Tensor):
                 self.follow(result)
@@ -167,7 +173,10 @@ class Step:
                 init="random", config=dict(shape), quantization="none", compute_dtype=torch.bfloat16
             )
             self.model = add_adapters(model, ADAPTER).train()
-            self.head = ChunkedHead(self.model.get_output_embeddings(), chunk_size)
+            for parameter in adapter_parameters(self.model).values():
+                parameter.grad = torch.zeros_like(parameter)
+        self.loss = CausalLMLoss(self.model, chunk_size).train()
+        assert not self.loss.uses_own_logits, "all at once"
         for parameter in self.model.parameters():
             self.alive.follow(parameter)
 
@@ -176,15 +185,16 @@ class Step:
         checkpoint_layers(self.model, 0, features.layers_per_checkpoint, offload=features.offload)
         if features.tile_size is not None:
             tile_mlps(decoder_layers(self.model), features.tile_size)
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        tokens = torch.zeros(1, num_tokens, dtype=torch.long)
+        batch = Batch.of(
+            tokens,
+            input_ids=tokens,
+            position_ids=torch.arange(num_tokens)[None],
+            dropout_seeds=token_seeds(0, num_tokens)[None],
+        )
         with self._without_storage():
-            ids = torch.zeros(1, num_tokens, dtype=torch.long)
-            seeds = torch.zeros(1, dtype=torch.long)
             self.alive.reset()
-            decoder = self.model.get_decoder()
-            hidden_BSD = decoder(input_ids=ids, dropout_seeds=seeds, use_cache=False).last_hidden_state
-            self.head(hidden_BSD[0, :-1], ids[0, 1:]).backward()
+            self.loss(batch).backward()
         return Counted(self.alive.peak["device"], self.alive.peak["host"], self.alive.logit_rows)
 
     @contextmanager
@@ -216,8 +226,6 @@ def as_on_a_device(alive: Alive) -> Iterator[None]:
     copier = CountedCopier(alive)
     with (
         mock.patch.object(recompute, "_copier", return_value=copier),
-        # Of the dropout's seeds; whatever they are, as many numbers are dropped.
-        mock.patch.object(FakeTensor, "tolist", lambda seeds: [0] * seeds.numel(), create=True),
         # Otherwise transformers takes them for a graph that is traced, and makes masks that no step needs.
         mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False),
     ):
@@ -232,7 +240,7 @@ def main() -> int:
     quiet_libraries()
     peaks: dict[str, dict[int, int]] = {name: {} for name in FEATURES}
     shape = SHAPES[MODEL]
-    steps = {number: Step(shape | {"num_hidden_layers": number}, CHUNK_SIZE) for number in (2, 4)}
+    steps = {number: Step(shape | {"num_hidden_layers": number}, CHUNK_SIZE) for number in COUNTED_LAYERS}
     print("bytes a token, and since the length before; in host memory")
     for name, features in FEATURES.items():
         before = (0, 0)

@@ -19,8 +19,8 @@ from ssmlora_dist.ops.dropout import token_seeds
 from tests.decoders import TESTED, bare_config
 from tests.tiny import FAMILY_NAMES, adapted_model, layers_of, token_ids
 
-# Float32 products of other shapes and sums over tokens in another order, which a small spread of a state divides;
-# of the largest number.
+# Float32 products of other shapes and sums over tokens in another order, divided by the spread of a state; of
+# the largest number.
 TOLERANCE = 1e-4
 # Time modules in front of, within and behind the MLP, and dropout in all of them.
 EVERYWHERE = AdapterConfig(
