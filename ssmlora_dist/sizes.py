@@ -20,6 +20,8 @@ class LayerSizes:
         attention_size: width of all query heads together; 0 without attention.
         activation_size: widths of what linear layers and experts take in and give out, the hidden states
             counted once.
+        mlp_weights: of the linear layers, those in an MLP that can be computed in tiles of tokens.
+        mlp_activation_size: of `activation_size`, what belongs to these.
     """
 
     linear_weights: int
@@ -31,6 +33,8 @@ class LayerSizes:
     last_weights: int
     attention_size: int
     activation_size: int
+    mlp_weights: int
+    mlp_activation_size: int
 
     @property
     def multiplied_weights(self) -> int:

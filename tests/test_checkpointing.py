@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from ssmlora_dist import AdapterConfig
 from ssmlora_dist.batches import Batch
-from ssmlora_dist.errors import AdapterError
+from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from tests.side_holder import hold_state_aside
 from tests.tiny import FAMILY_NAMES, QV_AND_MLP, adapted_model, layers_of, token_ids
@@ -30,6 +31,13 @@ def transformers_switch(model: Any) -> None:
 
 
 SWITCHES = {"ours": checkpoint_layers, "transformers": transformers_switch}
+
+
+SHARED = [
+    partial(checkpoint_layers, layers_per_checkpoint=number, offload=offload)
+    for number, offload in ((1, True), (2, False), (3, True), (4, False), (4, True), (99, False))
+]
+"""Of six layers several to a checkpoint, dividing them or not; their inputs in host memory or not."""
 
 
 def loss_and_gradients(model: Any, switch: Callable[[Any], None] | None = None) -> dict[str, Tensor]:
@@ -81,13 +89,26 @@ def test_i2_checkpointing_changes_no_bit(
     assert silent == first
 
 
+@pytest.mark.parametrize("state_gradient", ["full", "detached"])
+def test_i2_for_layers_that_share_a_checkpoint_and_for_inputs_in_host_memory(state_gradient: str) -> None:
+    """Dropout with seeds of the layers' own, as no batch gives any."""
+    config = changed(state_gradient=state_gradient, dropout=0.3)
+    wanted = loss_and_gradients(adapted_model(config=config, dtype=torch.bfloat16))
+    for switch in SHARED:
+        got = loss_and_gradients(adapted_model(config=config, dtype=torch.bfloat16), switch)
+        assert_bitwise(got, wanted)
+    lora = AdapterConfig(method="lora", rank=4)
+    wanted = loss_and_gradients(adapted_model(config=lora))
+    assert_bitwise(loss_and_gradients(adapted_model(config=lora), SHARED[3]), wanted)
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("model_type", FAMILY_NAMES)
 def test_i2_in_every_family(model_type: str, quantization: str) -> None:
     settings: dict[str, Any] = {"quantization": quantization, "dtype": torch.bfloat16}
     wanted = loss_and_gradients(adapted_model(model_type, **settings))
-    got = loss_and_gradients(adapted_model(model_type, **settings), checkpoint_layers)
-    assert_bitwise(got, wanted)
+    for switch in (checkpoint_layers, SHARED[3]):
+        assert_bitwise(loss_and_gradients(adapted_model(model_type, **settings), switch), wanted)
 
 
 @pytest.mark.parametrize(
@@ -181,3 +202,20 @@ def test_a_layer_runs_twice_with_checkpointing_and_once_without(switch: Callable
     # The recompute goes from the last layer to the first.
     expected = [*range(NUM_LAYERS), *reversed(range(NUM_LAYERS))] if switch else [*range(NUM_LAYERS)]
     assert [layer_idx for layer_idx, part in calls if part == "input_layernorm"] == expected
+
+
+def test_layers_that_share_a_checkpoint_are_recomputed_together() -> None:
+    model = adapted_model()
+    calls: list[int] = []
+    for layer_idx, layer in enumerate(layers_of(model)):
+        layer.input_layernorm.register_forward_pre_hook(lambda *_, index=layer_idx: calls.append(index))
+    loss_and_gradients(model, partial(checkpoint_layers, num_kept=1, layers_per_checkpoint=2))
+    assert calls == [0, 1, 2, 3, 4, 5, 4, 2, 3, 0, 1]
+
+
+def test_a_model_that_looks_between_its_layers_is_told_so() -> None:
+    model = adapted_model(config=AdapterConfig(method="lora", rank=4)).train()
+    checkpoint_layers(model, layers_per_checkpoint=2)
+    layers_of(model)[1].register_forward_pre_hook(lambda _, inputs: inputs[0].norm())
+    with pytest.raises(ModelError, match=r"layers_per_checkpoint.*between its decoder layers \(norm\)"):
+        model(token_ids(1, 4))

@@ -289,6 +289,16 @@ class LayerCall:
         """[B,S,A,R], to leave the layer."""
         return torch.stack(self._columns, dim=2)
 
+    def replace_state(self, state_BSAR: Tensor) -> None:
+        """Hands on the state of all axes."""
+        self._columns = list(state_BSAR.unbind(2))
+
+    def tile(self, first: int, num_tokens: int, state_BTAR: Tensor | None) -> LayerCall:
+        """What the adapters share for `num_tokens` of every row, from token `first` on."""
+        seeds_BS = self._seeds_BS
+        seeds_BT = None if seeds_BS is None else seeds_BS[:, first : first + num_tokens]
+        return LayerCall((self.shape[0], num_tokens), seeds_BT, state_BTAR)
+
     def down_project(self, module: LoRALinear, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """x, to be given to the base layer, and z [B,S,R]; one product for all of the module's `readers`."""
         if self._read_BSD is not x_BSD or module not in self._z:

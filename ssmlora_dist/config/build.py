@@ -16,6 +16,7 @@ from ssmlora_dist.adapters.files import SETTINGS_FILE, read_base, read_config
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.probe import candidate_places
 from ssmlora_dist.adapters.projections import resolve
+from ssmlora_dist.adapters.tiling import untiled_layers
 from ssmlora_dist.api import add_adapters, load_adapter
 from ssmlora_dist.config.schema import ModelSection, RunConfig, SourceSection
 from ssmlora_dist.config.shown import shown
@@ -75,7 +76,8 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
         ModelError: with the remedy.
         AdapterError: a projection that the backbone has not, with the nearest.
         ConfigError: rows may be longer than the backbone's positions, or are packed and its attention cannot
-            keep their samples apart; or several stages hold a module that is trained whole.
+            keep their samples apart; or several stages hold a module that is trained whole; or no
+            decoder layer has an MLP to tile.
     """
     model_config = shapes_of(config.model)
     limit = max_positions(model_config)
@@ -100,6 +102,15 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
                 f"adapter.modules_to_save: {shared[0]} given with {stages} pipeline stages, each of which "
                 f"would train a copy in {model_config.model_type} models; leave it out, or set "
                 "parallel.pipeline_stages to 1"
+            ]
+        )
+    tile_size, layers = config.training.mlp_tile_size, decoder_layers(model)
+    if for_training and tile_size is not None and len(untiled_layers(layers)) == len(layers):
+        raise ConfigError(
+            [
+                f"training.mlp_tile_size: {tile_size} given; allowed: null, as no decoder layer of this "
+                f"{model_config.model_type} model has an MLP that is a module of its own, without experts; "
+                "set it to null"
             ]
         )
     if for_training and config.adapter.is_unprobed:

@@ -43,6 +43,7 @@ def rule_problems(
     lines = [
         *_end_of_training(config, doubtful),
         *_state_learning_rate(config, doubtful),
+        *_checkpointing(config, doubtful),
         *_model(config, doubtful),
         *_evaluation(config, doubtful),
         *task_problems(config, doubtful, check_files=check_files),
@@ -99,6 +100,20 @@ def _state_learning_rate(config: RunConfig, doubtful: Doubtful) -> Iterator[str]
             f"{' and '.join(map(shown, adapter.methods))}, which has no parameters of a state; remove it, or "
             "set adapter.method to a form that has"
         )
+
+
+def _checkpointing(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+    training = config.training
+    if training.gradient_checkpointing or not doubtful.clear_of("training.gradient_checkpointing"):
+        return
+    for key, without in (("layers_per_checkpoint", 1), ("offload_checkpoints", False)):
+        value = getattr(training, key)
+        if value != without and doubtful.clear_of(f"training.{key}"):
+            yield (
+                f"training.{key}: {shown(value)} given without training.gradient_checkpointing; allowed: "
+                f"{shown(without)}, as there are no checkpoints; remove it or set "
+                "training.gradient_checkpointing to true"
+            )
 
 
 def _model(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:

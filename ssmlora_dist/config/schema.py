@@ -215,6 +215,12 @@ class TrainingSection(Section):
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
     gradient_checkpointing: bool = True
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    layers_per_checkpoint: int = Field(default=1, ge=1)
+    """Decoder layers recomputed together: fewer inputs to keep, more activations at one time."""
+    offload_checkpoints: bool = False
+    """Keep what decoder layers are recomputed from in host memory; on CUDA, copied meanwhile."""
+    mlp_tile_size: int | None = Field(default=None, ge=1)
+    """Tokens whose MLP activations exist at one time; null: all. Experts are not tiled."""
     loss_chunk_size: int = Field(default=1024, ge=1)
     """Tokens whose logits exist at one time in the loss."""
     max_nonfinite_steps: int = Field(default=5, ge=1)

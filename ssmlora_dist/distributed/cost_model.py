@@ -50,6 +50,9 @@ class Workload:
         recompute: when activations are recomputed; `none` without gradient checkpointing.
         layers_ahead: of each stage, how many of its last layers `while_waiting` is for, the others being
             recomputed on their gradient; None: all.
+        layers_per_checkpoint: layers that are recomputed together, from the first one's input.
+        offload_checkpoints: whether these inputs are kept in host memory.
+        mlp_tile_size: tokens whose MLP activations exist at one time; None: all.
     """
 
     sequence_length: int
@@ -59,6 +62,9 @@ class Workload:
     loss_chunk_size: int
     recompute: Recompute
     layers_ahead: int | None = None
+    layers_per_checkpoint: int = 1
+    offload_checkpoints: bool = False
+    mlp_tile_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class PartCost:
     Attributes:
         forward_flops: F.
         recompute_flops: R, what `Workload.recompute` decides over; 0 where nothing is recomputed.
-        backward_flops: B, the gradients of the inputs and of the adapters.
+        backward_flops: B, the gradients of the inputs and of the adapters, and the recompute of tiles.
         frozen_bytes: weights of the backbone.
         adapter_bytes: adapters with their gradients and moments.
         input_bytes: of the part's input, which is kept where the rest is recomputed.
@@ -98,7 +104,7 @@ class ModelCosts:
         shared_bytes: what embedding and head hold in common when they are on the same stage.
         num_micro_batches: per step.
         recompute: when activations are recomputed.
-        layers_ahead: as in `Workload`.
+        layers_ahead, layers_per_checkpoint, offload_checkpoints: as in `Workload`.
     """
 
     embedding: PartCost
@@ -108,6 +114,8 @@ class ModelCosts:
     num_micro_batches: int
     recompute: Recompute
     layers_ahead: int | None = None
+    layers_per_checkpoint: int = 1
+    offload_checkpoints: bool = False
 
     def ahead(self, layers: range) -> range:
         """Those of a stage's layers that are recomputed while it waits: the last ones."""
@@ -115,6 +123,12 @@ class ModelCosts:
             return layers[len(layers) :]
         number = len(layers) if self.layers_ahead is None else min(self.layers_ahead, len(layers))
         return layers[len(layers) - number :]
+
+    def checkpoints(self, layers: range) -> list[range]:
+        """Those of a stage's layers that are recomputed on their gradient, as they share checkpoints."""
+        recomputed = layers[: len(layers) - len(self.ahead(layers))]
+        number = self.layers_per_checkpoint
+        return [recomputed[first : first + number] for first in range(0, len(recomputed), number)]
 
 
 def bytes_per_weight(
@@ -177,6 +191,8 @@ def model_costs(
         num_micro_batches=workload.num_micro_batches,
         recompute=workload.recompute,
         layers_ahead=workload.layers_ahead,
+        layers_per_checkpoint=workload.layers_per_checkpoint,
+        offload_checkpoints=workload.offload_checkpoints,
     )
 
 
@@ -194,6 +210,13 @@ def _layer_cost(
     linear = 2 * tokens * layer.multiplied_weights
     attention = 2 * tokens * workload.sequence_length * layer.attention_size
     forward = linear + attention + 2 * tokens * parameters
+    kept, tile_flops = tokens * layer.activation_size, 0
+    if workload.mlp_tile_size is not None and layer.mlp_weights:
+        # Of the MLP one tile, and what all of them are cut from.
+        kept -= max(0, tokens - workload.mlp_tile_size) * layer.mlp_activation_size - tokens * hidden
+        tile_flops = 2 * tokens * layer.mlp_weights
+    # Tiles are recomputed in the backward pass, and before it only for a layer that follows.
+    recompute = forward - tile_flops // workload.layers_per_checkpoint
     # A frozen product keeps nothing; what stands between two is kept for the operations there. The two norms'
     # inputs are in float32.
     stored = layer.linear_weights + layer.expert_weights
@@ -202,12 +225,12 @@ def _layer_cost(
     is_quantized = bytes_per_linear_weight < compute_dtype_bytes
     return PartCost(
         forward_flops=forward,
-        recompute_flops=forward if workload.recompute != "none" else 0,
-        backward_flops=linear + 2 * attention + 4 * tokens * parameters,
+        recompute_flops=recompute if workload.recompute != "none" else 0,
+        backward_flops=linear + 2 * attention + 4 * tokens * parameters + tile_flops,
         frozen_bytes=math.ceil(stored * bytes_per_linear_weight) + layer.other_weights * compute_dtype_bytes,
         adapter_bytes=parameters * ADAPTER_BYTES_PER_PARAMETER,
         input_bytes=tokens * (hidden * compute_dtype_bytes + state * adapters.state_dtype_bytes),
-        saved_bytes=tokens * (layer.activation_size * compute_dtype_bytes + 2 * hidden * FLOAT32_BYTES),
+        saved_bytes=kept * compute_dtype_bytes + 2 * tokens * hidden * FLOAT32_BYTES,
         dequantized_bytes=dequantized * compute_dtype_bytes if is_quantized else 0,
     )
 

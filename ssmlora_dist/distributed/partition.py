@@ -241,20 +241,27 @@ class _Loads:
 
     def _kept_bytes(self, layers: range, ends: Sequence[PartCost]) -> int:
         """What a stage keeps of one micro-batch until its backward pass."""
-        name = "saved_bytes" if self.costs.recompute == "none" else "input_bytes"
-        if ahead := self.costs.ahead(layers):
-            # Of the layers ahead the first one's input alone.
-            return self._sum(name, range(layers.start, ahead.start + 1))
-        return self._sum(name, layers) + sum(getattr(part, name) for part in ends)
+        costs = self.costs
+        if costs.recompute == "none":
+            return self._sum("saved_bytes", layers) + sum(part.saved_bytes for part in ends)
+        # Of the layers ahead the first one's input alone.
+        kept = [costs.layers[layer] for layer in costs.ahead(layers)[:1]] or ends
+        if not costs.offload_checkpoints:
+            kept = [*kept, *(costs.layers[layers.start] for layers in costs.checkpoints(layers))]
+        return sum(part.input_bytes for part in kept)
 
     def _rebuilt_bytes(self, layers: range, ends: Sequence[PartCost]) -> int:
-        """What it rebuilds of one, at most: the layers ahead together, then each of the others alone."""
-        if self.costs.recompute == "none":
+        """What it rebuilds of one, at most: the layers ahead together, then those of each checkpoint."""
+        costs = self.costs
+        if costs.recompute == "none":
             return 0
-        ahead, of_ends = self.costs.ahead(layers), [part.saved_bytes for part in ends]
+        ahead, of_ends = costs.ahead(layers), [part.saved_bytes for part in ends]
         alone = [
-            layer.saved_bytes + layer.dequantized_bytes
-            for layer in self.costs.layers[layers.start : ahead.start]
+            self._sum("saved_bytes", own)
+            + self._sum("dequantized_bytes", own)
+            # What has come back from host memory, and what comes back meanwhile.
+            + (2 * costs.layers[own.start].input_bytes if costs.offload_checkpoints else 0)
+            for own in costs.checkpoints(layers)
         ]
         if not ahead:
             return max([*alone, *of_ends])

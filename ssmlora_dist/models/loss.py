@@ -19,6 +19,7 @@ from ssmlora_dist.adapters.saved import SavedModule
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.attention import rows_of, segment_attention
+from ssmlora_dist.models.recompute import note_layer, run_layers
 from ssmlora_dist.models.structure import decoder_layers
 from ssmlora_dist.quantization import keep_weights_of_recompute
 
@@ -30,14 +31,19 @@ COMPARED_WORDS = 7
 HEAD_TOLERANCE = 1e-5
 
 
-def checkpoint_layers(model: PreTrainedModel, num_kept: int = 0) -> None:
-    """Recomputes each decoder layer in the backward pass instead of keeping its activations.
+def checkpoint_layers(
+    model: PreTrainedModel, num_kept: int = 0, layers_per_checkpoint: int = 1, offload: bool = False
+) -> None:
+    """Recomputes decoder layers in the backward pass instead of keeping their activations.
 
-    Non-reentrant, with hidden states and adapter state as the explicit inputs and outputs of a layer.
+    Non-reentrant, with hidden states and adapter state as the explicit inputs and outputs of a checkpoint.
 
     Args:
         model: adapted.
         num_kept: how many layers, the last ones, keep their activations.
+        layers_per_checkpoint: how many consecutive layers share a checkpoint and are recomputed together;
+            the last ones may be fewer.
+        offload: keep the inputs of checkpoints in host memory.
 
     Raises:
         ModelError: its layers are not made to be recomputed.
@@ -50,10 +56,13 @@ def checkpoint_layers(model: PreTrainedModel, num_kept: int = 0) -> None:
             f"model: the decoder layers of {model.config.model_type} models are not made to be recomputed "
             "(transformers' GradientCheckpointingLayer); set training.gradient_checkpointing to false"
         )
-    for layer in layers[: max(0, len(layers) - num_kept)]:
+    recomputed = layers[: max(0, len(layers) - num_kept)]
+    run = partial(run_layers, offload=offload)
+    for position, layer in enumerate(recomputed, 1):
+        shares = position % layers_per_checkpoint and position < len(recomputed)
         keep_weights_of_recompute(layer)
         layer.gradient_checkpointing = True  # type: ignore[assignment]
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = note_layer if shares else run  # type: ignore[assignment]
 
 
 class Scores(NamedTuple):

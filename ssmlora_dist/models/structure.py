@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmlora_dist.adapters.projections import EXPERTS, linear_layers, named_by
+from ssmlora_dist.adapters.tiling import find_mlp
 from ssmlora_dist.errors import AdapterError, ModelError
 from ssmlora_dist.sizes import DecoderShape, LayerSizes
 
@@ -354,6 +355,11 @@ def _sizes(layer: nn.Module, config: Any) -> LayerSizes:
     if experts:
         widths.append(num_through * hidden)
     expert_weights = sum(parameter.numel() for parameter in experts)
+    mlp_weights = mlp_size = 0
+    if (mlp := find_mlp(layer)) is not None:
+        for module in linear_layers(layer.get_submodule(mlp)).values():
+            mlp_weights += module.in_features * module.out_features
+            mlp_size += _width(hidden, module.out_features, module.in_features)
     return LayerSizes(
         linear_weights=sum(weights),
         expert_weights=expert_weights,
@@ -364,6 +370,8 @@ def _sizes(layer: nn.Module, config: Any) -> LayerSizes:
         last_weights=weights[-1] if weights and not experts else 0,
         attention_size=_attention_size(layer, config),
         activation_size=sum(widths) + hidden,
+        mlp_weights=mlp_weights,
+        mlp_activation_size=mlp_size,
     )
 
 

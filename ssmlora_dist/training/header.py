@@ -14,6 +14,7 @@ import torch
 from ssmlora_dist.adapters.config import AdapterConfig, split_place
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.projections import linear_layers, named_by, skipped_layers
+from ssmlora_dist.adapters.tiling import untiled_layers
 from ssmlora_dist.config.build import build_store, meta_model, probe_budget, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
@@ -79,6 +80,7 @@ def run_header(
             f"{training.global_batch_size} = {replicas} {'replicas' if stages > 1 else 'ranks'} x "
             f"{accumulation} micro-batches x {training.micro_batch_size} sequences",
         ),
+        _line("recompute", recompute_text(config, model)),
         _line("steps", steps),
         *accounts,
         _line("writes to", str(config.run.output_dir / config.run.name)),
@@ -86,6 +88,21 @@ def run_header(
         _line("begins", _beginning(resume_point)),
     ]
     return "\n".join(lines)
+
+
+def recompute_text(config: RunConfig, model: PreTrainedModel) -> str:
+    """What is recomputed in the backward pass, and from what."""
+    training = config.training
+    parts = ["nothing"]
+    if training.gradient_checkpointing:
+        number, place = training.layers_per_checkpoint, " in host memory" * training.offload_checkpoints
+        parts = [f"{number} layers at a time" if number > 1 else "layer by layer"]
+        parts[0] += f", from checkpoints{place}" if place else ""
+    if (tile_size := training.mlp_tile_size) is not None:
+        parts.append(f"MLPs in tiles of {tile_size} tokens")
+        if left := untiled_layers(decoder_layers(model)):
+            parts[-1] += f", whole in {len(left)} layers with experts or without an MLP of its own"
+    return "; ".join(parts)
 
 
 def adapter_lines(config: RunConfig, model: PreTrainedModel) -> list[str]:

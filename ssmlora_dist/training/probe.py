@@ -20,8 +20,9 @@ from ssmlora_dist.distributed.engine import squared_norms
 from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.errors import TrainingError
 from ssmlora_dist.models import decoder_layers, structure_of
-from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
+from ssmlora_dist.models.loss import CausalLMLoss
 from ssmlora_dist.progress import counted
+from ssmlora_dist.training.memory import spare_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,8 +62,7 @@ def gradient_scores(
     was_training = backbone.training
     model = add_adapters(backbone, candidates(config.adapter), seed=config.run.seed)
     try:
-        if config.training.gradient_checkpointing:
-            checkpoint_layers(model)
+        spare_memory(config, model)
         named = adapter_parameters(model)
         measured = {place: named[f"{module}.lora_B.weight"] for place, module in modules.items()}
         for parameter in named.values():

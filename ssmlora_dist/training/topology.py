@@ -45,13 +45,14 @@ from ssmlora_dist.distributed.partition import (
 from ssmlora_dist.distributed.sequence import SequenceGroup
 from ssmlora_dist.errors import CheckpointError, ConfigError
 from ssmlora_dist.models.attention import EXCHANGE
-from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
+from ssmlora_dist.models.loss import CausalLMLoss
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
 from ssmlora_dist.models.structure import decoder_layers, structure_of
 from ssmlora_dist.progress import progress
 from ssmlora_dist.sizes import DecoderShape
 from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.loop import Engine
+from ssmlora_dist.training.memory import spare_memory
 from ssmlora_dist.training.optimizer import build_optimizer
 
 if TYPE_CHECKING:
@@ -232,6 +233,9 @@ def _costs(config: RunConfig, dims: ParallelDims, num_targets: int, num_tokens: 
             loss_chunk_size=training.loss_chunk_size,
             recompute="while_waiting" if training.gradient_checkpointing else "none",
             layers_ahead=None if ahead == "auto" else ahead,
+            layers_per_checkpoint=training.layers_per_checkpoint,
+            offload_checkpoints=training.offload_checkpoints,
+            mlp_tile_size=training.mlp_tile_size,
         ),
         bytes_per_linear_weight=bytes_per_weight(
             config.quantization.mode,
@@ -301,8 +305,7 @@ def build_engine(
             swap_rows=None if dims.opposite_rank is None else partial(swap_rows, dims.opposite_rank),
         )
     num_ahead = 0 if plan is None else plan.layers_ahead
-    if training.gradient_checkpointing:
-        checkpoint_layers(model, num_kept=num_ahead)
+    spare_memory(config, model, num_kept=num_ahead)
     parameters = adapter_parameters(model)
     if checkpoint is not None:
         _take(parameters, checkpoint)

@@ -57,6 +57,19 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
         ("parallel.zero_stage: true given", "whole number"),
     ),
     "fraction for a whole number": ([("adapter.rank", 8.0)], ("adapter.rank: 8.0 given", "write 8")),
+    "layers that share no checkpoint": (
+        [("training.gradient_checkpointing", False), ("training.layers_per_checkpoint", 4)],
+        ("training.layers_per_checkpoint: 4 given without training.gradient_checkpointing", "allowed: 1"),
+    ),
+    "offloaded checkpoints that are not there": (
+        [("training.gradient_checkpointing", False), ("training.offload_checkpoints", True)],
+        ("training.offload_checkpoints: true given without", "set training.gradient_checkpointing to true"),
+    ),
+    "no layer to a checkpoint": (
+        [("training.layers_per_checkpoint", 0)],
+        ("training.layers_per_checkpoint: 0 given", ">= 1", "default is 1"),
+    ),
+    "tiles of nothing": ([("training.mlp_tile_size", 0)], ("training.mlp_tile_size: 0 given", ">= 1")),
     "no checkpoint kept": ([("checkpoint.keep", 0)], ("checkpoint.keep: 0 given", ">= 1", "default is 2")),
     "no steps between checkpoints": (
         [("checkpoint.every_steps", 0)],

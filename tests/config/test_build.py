@@ -248,6 +248,19 @@ def test_rows_that_cannot_be_packed_or_shared_are_refused() -> None:
         shared_among(3, "llama", **heads)
 
 
+def test_tiles_without_an_mlp_to_cut_are_refused() -> None:
+    def tiled(model: dict[str, Any]) -> RunConfig:
+        config = run_config({"config": model | {"vocab_size": 259}}, max_length=64)
+        return config.model_copy(
+            update={"training": config.training.model_copy(update={"mlp_tile_size": 4096})}
+        )
+
+    check_model(tiled(tiny_config()))
+    check_model(tiled(bare_config("glm4_moe")))
+    with pytest.raises(ConfigError, match=r"training\.mlp_tile_size: 4096 given; .*mixtral.*set it to null"):
+        check_model(tiled(bare_config("mixtral")))
+
+
 def test_an_adapter_without_a_base_model(tmp_path: Path) -> None:
     save_adapter(add_adapters(tiny_model(), LORA), tmp_path)
     with pytest.raises(AdapterError, match="does not record its base model; name it with --model"):

@@ -60,6 +60,8 @@ _NAMES = list(VARIANTS)
 TIED_DIRECTORY = "tied"
 # Time modules drop of their state, plain LoRA of its input.
 _DROPOUT = ("adapter.dropout=0.3", _SEVEN, *_FEW_STEPS)
+_TILED = (*_DROPOUT, "training.mlp_tile_size=32")
+_SPARED = ("training.layers_per_checkpoint=2", "training.offload_checkpoints=true")
 _PLACES = (
     'adapter.places=["1.q_proj","1.up_proj","2.down_proj","3.q_proj"]',
     "adapter.alternate=[]",
@@ -117,6 +119,7 @@ PLAIN: dict[str, tuple[int, Overrides]] = {
     "dropout": (1, _DROPOUT),
     "packed": (1, _PACKED),
     "places": (1, _PLACES),
+    "tiled": (1, _TILED),
     **{model_type: (1, overrides) for model_type, overrides in _OTHERS.items()},
     "one key-value head": (1, (*_ONE_KEY_HEAD, *VARIANTS[_NAMES[0]], *EVALUATION)),
     # First of all on two ranks: DeepSpeed keeps the process groups of a pipeline in globals.
@@ -127,9 +130,15 @@ SEQUENCE: dict[str, tuple[int, Overrides, str]] = {
     "shared rows": (2, (*VARIANTS[_NAMES[0]], "parallel.sequence_parallel=2"), _NAMES[0]),
     "shared rows of packed samples": (2, (*_PACKED, "parallel.sequence_parallel=2"), "packed"),
     "rows shared by four": (4, (*VARIANTS[_NAMES[0]], "parallel.sequence_parallel=4"), _NAMES[0]),
-    "rows shared at ZeRO 3 on two ranks each": (
+    "rows shared at ZeRO 3 on two ranks each, memory spared": (
         4,
-        (*PLAIN["few steps"][1], "parallel.sequence_parallel=2", "parallel.zero_stage=3"),
+        (
+            *PLAIN["few steps"][1],
+            "parallel.sequence_parallel=2",
+            "parallel.zero_stage=3",
+            "training.mlp_tile_size=32",
+            *_SPARED,
+        ),
         "few steps",
     ),
     "shared rows of one key-value head": (
@@ -169,6 +178,7 @@ SPLIT: dict[str, tuple[int, Overrides, str]] = {
     # The first layer has no adapter; of three stages the second has none on the axis of q_proj.
     "places in two": (2, (*_PLACES, *_split((0, 3), 1)), "places"),
     "places in three": (3, (*_PLACES, *_split((0, 2, 3))), "places"),
+    "memory spared in two": (2, (*_TILED, *_SPARED, *_split((0, 3), 1)), "tiled"),
     "balanced": (2, (*VARIANTS[_NAMES[0]], "parallel.pipeline_stages=2"), _NAMES[0]),
 }
 # Within a tolerance: other sums.

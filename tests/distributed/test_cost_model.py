@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.adapters.tiling import tile_mlps
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.distributed.cost_model import (
     AdapterShape,
@@ -19,7 +20,7 @@ from ssmlora_dist.distributed.cost_model import (
     model_costs,
 )
 from ssmlora_dist.distributed.schedule import Recompute
-from ssmlora_dist.models import empty_model, load_config, structure_of
+from ssmlora_dist.models import decoder_layers, empty_model, load_config, structure_of
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.quantization import expert_weights, quantize_experts, quantize_linear
 from ssmlora_dist.sizes import DecoderShape
@@ -43,6 +44,7 @@ def costs_of(
     recompute: Recompute,
     dtype: torch.dtype = torch.float32,
     bytes_per_linear_weight: float | None = None,
+    **spared: Any,
 ) -> ModelCosts:
     config = model.config
     parameters = [0] * config.num_hidden_layers
@@ -52,7 +54,7 @@ def costs_of(
     return model_costs(
         shape,
         AdapterShape(tuple(parameters), num_axes=2, rank=4, state_dtype_bytes=BYTES[dtype]),
-        Workload(TOKENS, BATCH, 4, SUPERVISED, CHUNK, recompute),
+        Workload(TOKENS, BATCH, 4, SUPERVISED, CHUNK, recompute, **spared),
         bytes_per_linear_weight=bytes_per_linear_weight or BYTES[dtype],
         compute_dtype_bytes=BYTES[dtype],
     )
@@ -160,10 +162,31 @@ def saved_bytes(model: Any, layer: Any, **inputs: Tensor) -> int:
 def test_saved_bytes_are_near_those_of_a_real_layer(dtype: torch.dtype) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4}
     config = AdapterConfig(rank=4)
-    model = adapted(4, config, dtype=dtype, num_key_value_heads=2, **sizes)
-    found = saved_bytes(model, layers_of(model)[2], input_ids=torch.ones(BATCH, TOKENS, dtype=torch.long))
-    estimate = costs_of(model, "none", dtype).layers[2].saved_bytes
-    assert found == pytest.approx(estimate, rel=SAVED_TOLERANCE)
+    # Activations of a tile are there while it is computed, and not kept.
+    for tile_size, num_not_kept in ((None, 0), (16, 16 * 3 * 352)):
+        model = adapted(4, config, dtype=dtype, num_key_value_heads=2, **sizes)
+        if tile_size is not None:
+            tile_mlps(decoder_layers(model), tile_size)
+        tokens = torch.ones(BATCH, TOKENS, dtype=torch.long)
+        found = saved_bytes(model, layers_of(model)[2], input_ids=tokens)
+        estimate = costs_of(model, "none", dtype, mlp_tile_size=tile_size).layers[2].saved_bytes
+        assert found == pytest.approx(estimate - num_not_kept * BYTES[dtype], rel=SAVED_TOLERANCE)
+
+
+@pytest.mark.parametrize("layers_per_checkpoint", [1, 2])
+def test_flops_of_tiles_are_those_of_a_real_model(layers_per_checkpoint: int) -> None:
+    """Four layers less two; of two layers that share a checkpoint, one MLP is computed once more."""
+    models = [adapted(num_layers) for num_layers in (2, 4)]
+    for model in models:
+        model.set_attn_implementation("eager")
+        checkpoint_layers(model, layers_per_checkpoint=layers_per_checkpoint)
+        tile_mlps(decoder_layers(model), 16)
+    two, four = (counted_flops(model, checkpointing=False) for model in models)
+    spared = {"mlp_tile_size": 16, "layers_per_checkpoint": layers_per_checkpoint}
+    costs = costs_of(models[1], "on_gradient", **spared)
+    hidden_by_mask = 2 * (2 * BATCH * TOKENS * TOKENS * 16)
+    expected = sum(layer.backward_flops + layer.recompute_flops for layer in costs.layers[2:])
+    assert four[1] - two[1] == pytest.approx(expected + 3 * hidden_by_mask, rel=RECOMPUTE_TOLERANCE)
 
 
 def test_dequantised_weights_are_in_the_compute_dtype() -> None:

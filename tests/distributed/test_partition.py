@@ -171,6 +171,32 @@ def test_activations_follow_the_micro_batches_in_flight() -> None:
         assert [load.activation_bytes for load in stage_loads(costs, (0, 4))] == activation_bytes
 
 
+def test_layers_that_share_checkpoints_and_checkpoints_in_host_memory() -> None:
+    """Inputs of 1 byte and activations of 5 and, of the head, 7; two micro-batches in flight on stage 0 of 6.
+
+    Five layers on stage 0, one more with the head on stage 1.
+    """
+    for layers, offload, recompute, expected in (
+        (1, False, "on_gradient", [2 * 5 + 5, 2 + 7]),
+        (2, False, "on_gradient", [2 * 3 + 10, 2 + 7]),
+        (9, False, "on_gradient", [2 * 1 + 25, 2 + 7]),
+        # The head's input stays; of checkpoints there are two at a time.
+        (2, True, "on_gradient", [10 + 2, 1 + 7]),
+        # Two layers are recomputed ahead, from an input that stays, or keep their activations.
+        (2, False, "while_waiting", [2 * (2 + 1) + 10, 1 + 5 + 7]),
+        (2, True, "while_waiting", [2 * 1 + 10 + 2, 1 + 5 + 7]),
+    ):
+        costs = uniform_costs(
+            6,
+            recompute=recompute,
+            layers_ahead=2,
+            layers_per_checkpoint=layers,
+            offload_checkpoints=offload,
+        )
+        found = [load.activation_bytes for load in stage_loads(costs, (0, 5))]
+        assert found == expected, (layers, offload, recompute)
+
+
 def test_as_many_layers_ahead_as_the_fullest_stage_has_memory_for() -> None:
     costs = uniform_costs(6, recompute="while_waiting")
     for number in range(1, 5):

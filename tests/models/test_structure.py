@@ -54,6 +54,7 @@ def test_sizes_are_counted() -> None:
     assert layer.attention_size == 16
     # q, k, v and the attention's output, three tensors of the MLP's width, the hidden states.
     assert layer.activation_size == 16 + 8 + 8 + 16 + 3 * 24 + 16
+    assert (layer.mlp_weights, layer.mlp_activation_size) == (3 * 16 * 24, 3 * 24)
     # Fused projections count alike.
     assert found_in("phi3").shape.layers[0] == layer
 

@@ -74,6 +74,7 @@ def test_all_facts_of_a_run() -> None:
         # Three q_proj of 16 -> 16 and three v_proj of 16 -> 8 at rank 4, each with two matrices of the state.
         "parameters": "864 trained, 13,872 frozen",
         "batch": "8 = 1 ranks x 4 micro-batches x 2 sequences",
+        "recompute": "layer by layer",
         "steps": "10 = 2.50 epochs of 32 examples",
         "train": "32 examples of 40 rows; left out: 8 longer than max_length",
         "writes to": "runs/run",
@@ -120,6 +121,19 @@ def test_topology() -> None:
     assert told["batch"] == "8 = 2 replicas x 2 micro-batches x 2 sequences"
     sharded = config(parallel={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True})
     assert facts(sharded, 2)["ranks"] == "2, ZeRO stage 3, optimizer and parameters in host memory"
+
+
+def test_what_is_recomputed() -> None:
+    def told(model: str, **training: Any) -> str:
+        section = {"init": "random", "config": bare_config(model), "tokenizer": "bytes", **DTYPE}
+        return facts(config(model=section, training={"max_steps": 10, **training}))["recompute"]
+
+    assert told("llama", gradient_checkpointing=False) == "nothing"
+    spared = {"layers_per_checkpoint": 2, "offload_checkpoints": True, "mlp_tile_size": 2048}
+    assert told("glm4_moe", **spared) == (
+        "2 layers at a time, from checkpoints in host memory; MLPs in tiles of 2048 tokens, whole in 3 "
+        "layers with experts or without an MLP of its own"
+    )
 
 
 def test_where_it_begins_and_is_recorded() -> None:
