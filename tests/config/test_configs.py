@@ -13,7 +13,7 @@ from ssmlora_dist.config.topology import gradient_accumulation_steps, topology_p
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "configs").glob("*.json") if path.stem != "schema"
 )
-USUAL_RANKS = (1, 2, 4, 8)
+RANKS = {"quickstart": (1, 2), "debug_tiny": (1, 2, 3, 4, 6, 8), "llama3_8b_128k": (8, 16, 64)}
 
 
 def test_there_are_configurations() -> None:
@@ -23,6 +23,8 @@ def test_there_are_configurations() -> None:
         "llama_ssmlora",
         "llama_lora",
         "llama3_8b_ssmlora",
+        "llama3_8b_32k_single_gpu",
+        "llama3_8b_128k",
         "llama2_13b_ssmlora",
         "llama2_70b_ssmlora_zero3",
         "qwen3_30b_a3b_ssmlora",
@@ -31,22 +33,16 @@ def test_there_are_configurations() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_is_valid(path: Path) -> None:
-    config = load_config(path, check_files=False, world_size=1)
+    config = load_config(path, check_files=False, world_size=RANKS.get(path.stem, (1,))[0])
     assert config.run.name == path.stem
     assert config.schema_ == "./schema.json"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_runs_on_usual_numbers_of_ranks(path: Path) -> None:
-    config = load_config(path, check_files=False, world_size=1)
-    ranks = (
-        (1, 2)
-        if path.stem == "quickstart"
-        else (1, 2, 3, 4, 6, 8)
-        if path.stem == "debug_tiny"
-        else USUAL_RANKS
-    )
+    ranks = RANKS.get(path.stem, (1, 2, 4, 8))
     for world_size in ranks:
+        config = load_config(path, check_files=False, world_size=world_size)
         assert topology_problems(config, world_size=world_size, device_type="cuda") == []
         assert gradient_accumulation_steps(config, world_size) >= 1
 
