@@ -29,6 +29,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rank = {"rank": 0, "world_size": 1, "is_main": True, "gather": lambda value: [value]}
     context = SimpleNamespace(**rank, on_main=act, on_each_node=act)
+    # Other tests of this process may have been ranks.
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(contexts, "start_process_group", lambda timeout: context)
     monkeypatch.setattr(contexts, "stop_process_group", lambda: None)
     monkeypatch.setattr(data_preparation, "_start", start)
