@@ -49,7 +49,7 @@ def adapted(model_type: str, quantization: str, *, is_checkpointed: bool) -> Any
     add_adapters(model, adapter_config(model).model_copy(update={"dropout": 0.3}))
     randomize_adapters(model)
     if is_checkpointed:
-        checkpoint_layers(model)
+        checkpoint_layers(model, layers_per_checkpoint=3, offload=True)
     return model
 
 

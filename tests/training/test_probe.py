@@ -110,10 +110,14 @@ def test_scores_are_squared_norms_of_the_gradients_of_lora_b() -> None:
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_checkpointing_changes_no_bit(quantization: str) -> None:
     found = [
-        scores_of(run_config({"gradient_checkpointing": each}, quantization=quantization))
-        for each in (True, False)
+        scores_of(run_config(settings, quantization=quantization))
+        for settings in (
+            {"gradient_checkpointing": False},
+            {},
+            {"layers_per_checkpoint": 3, "offload_checkpoints": True},
+        )
     ]
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_ranks_share_the_work_and_agree() -> None:
