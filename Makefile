@@ -38,7 +38,8 @@ test: install
 quickstart: install
 	python launch/prepare_smollm2.py
 	deepspeed launch/train.py --config configs/quickstart.json
-	python launch/generate.py --adapter runs/quickstart/adapter --retrieval 1024
+	deepspeed launch/evaluate.py --config configs/quickstart.json --adapter runs/quickstart/adapter
+	python launch/generate.py --adapter runs/quickstart/adapter --task niah_multikey_2 --length 1024
 
 # Leaves runs/ and models/ alone: they are results and downloads.
 clean:

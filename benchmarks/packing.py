@@ -120,7 +120,7 @@ def main() -> None:
         config = load_config(arguments.config, given, device_type=device.type)
         check_model(config, device.type)
         tokenizer = build_tokenizer(config.model, print)
-        data, _ = build_data(config, tokenizer)
+        data, _ = build_data(config, tokenizer, print)
     assert isinstance(data, Dataset), "not streamed"
     model = build_model(config, device)
     if config.training.gradient_checkpointing:

@@ -81,7 +81,7 @@ def run_config(ahead: str | int) -> RunConfig:
     sections: dict[str, Any] = {
         "run": {"name": "pipeline_efficiency"},
         "model": {"init": "random", "config": MODEL, "tokenizer": "bytes", "compute_dtype": DTYPE},
-        "data": {"train": {"format": "retrieval"}},
+        "data": {"train": {"format": "task", "task": {"task": "passkey"}}},
         "training": {"max_steps": 1, "global_batch_size": max(MICRO_BATCHES), "learning_rate": LEARNING_RATE},
         "parallel": {"pipeline_stages": STAGES, "recompute_ahead": ahead},
     }

@@ -18,6 +18,8 @@ def main() -> None:
     settings = decoding_settings(arguments.max_new_tokens, arguments.temperature, arguments.top_p, seed)
     if arguments.prompt is not None:
         check_text(arguments.prompt, "--prompt")
+    if arguments.task is not None:
+        _check_task(arguments.task, arguments.length)
     quiet_libraries()
 
     import torch
@@ -40,10 +42,11 @@ def main() -> None:
     limit = max_positions(model.config)
     if seed is not None:
         torch.manual_seed(seed)
-    if arguments.retrieval:
-        prompt, value = _retrieval(tokenizer, arguments.retrieval)
+    if arguments.task is not None:
+        asked, answer = _task(tokenizer, arguments.task, arguments.length)
+        prompt = TextEncoder(tokenizer).begin(asked)
         print(f"... {tokenizer.decode(prompt[-60:])}")
-        print(f"({len(prompt)} tokens; the true value is {value})")
+        print(f"({len(prompt)} tokens; the true answer is{answer})")
         stream_answer(model, tokenizer, prompt, settings, limit)
     elif arguments.chat:
         _chat(model, tokenizer, settings, limit)
@@ -62,7 +65,14 @@ def _parser() -> ArgumentParser:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", help="the prompt; by default the standard input")
     add("--chat", action="store_true", help="a conversation, in the model's own chat template")
-    add("--retrieval", type=int, metavar="TOKENS", help="ask a generated retrieval question this long")
+    add("--task", metavar="NAME", help="ask a question of a generated task of evaluation")
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=1024,
+        metavar="TOKENS",
+        help="of the task's question (default: %(default)s)",
+    )
     return parser
 
 
@@ -94,12 +104,28 @@ def _ask() -> str:
     return _decoded(sys.stdin.buffer.readline()).strip()
 
 
-def _retrieval(tokenizer: Any, length: int) -> tuple[list[int], str]:
-    """A prompt of the test split, whose keys and values no training saw, and its true value."""
-    from ssmlora_dist.data import generate_retrieval
+def _check_task(name: str, length: int) -> None:
+    from ssmlora_dist.config.tasks import DEEP, FLAT
+    from ssmlora_dist.records import nearest_name
 
-    [example] = generate_retrieval(tokenizer, "test", [length], [0.5], 8, 5, 1, seed=0)
-    return example.input_ids[: -example.num_targets].tolist(), str(example.metadata["value"])
+    if name not in (known := (*DEEP, *FLAT)):
+        raise DataError(
+            f"--task {name}: no task that is generated{nearest_name(name, known)}; choose one of: "
+            f"{', '.join(known)}"
+        )
+    if length < 64:
+        raise DataError(f"--length {length}: too short for a question; allowed: 64 or more")
+
+
+def _task(tokenizer: Any, name: str, length: int) -> tuple[str, str]:
+    """A prompt of the test split, whose keys and values no training saw, and its true answer."""
+    from ssmlora_dist.config.schema import TaskSection
+    from ssmlora_dist.config.tasks import task_rows
+
+    section = TaskSection(task=name, lengths=(length,), num_examples=1)
+    [row] = task_rows(section, tokenizer, 0, "test")
+    question, answer = row.segments
+    return question.text, answer.text
 
 
 if __name__ == "__main__":

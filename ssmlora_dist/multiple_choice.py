@@ -27,9 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.records import Paths, Record, RecordView, Template, check_fields
-
-QUESTION_PROMPT = "Question: {question}\nAnswer:"
+from ssmlora_dist.records import QUESTION_PROMPT, Paths, Record, RecordView, Template, check_fields
 
 _SAYS = {
     **dict.fromkeys(("yes", "true", "correct", "right"), True),

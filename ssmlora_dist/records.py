@@ -12,6 +12,7 @@ from typing import Any
 from ssmlora_dist.errors import DataError
 
 MISSING = object()
+QUESTION_PROMPT = "Question: {question}\nAnswer:"
 SHOWN_FIELDS = 12
 
 Paths = str | Sequence[str]

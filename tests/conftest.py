@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What tests prepare is not kept with what the user has; read by `datasets` when it is imported.
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-of-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # Fixtures of several files that take a minute: the files that use one are run by one process.
 SHARED_FIXTURES = ("results", "outcomes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ssmlora_dist.data.examples import IGNORE_INDEX
+from ssmlora_dist.batches import IGNORED_LABEL
 from ssmlora_dist.data.formats import make_renderer
 from ssmlora_dist.data.rows import RowEncoder
 from ssmlora_dist.errors import DataError
@@ -191,4 +191,4 @@ def test_an_empty_prompt_is_the_same_token(bos_token):
     asked = PromptEncoder(tokenizer, 16, len(tokenizer)).choices(item.prompt, item.choices)
     ids = [*asked.prompt, *asked.choices[1], tokenizer.eos_token_id]
     assert example.input_ids.tolist() == ids
-    assert example.labels.tolist() == [IGNORE_INDEX, *ids[1:]]
+    assert example.labels.tolist() == [IGNORED_LABEL, *ids[1:]]

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from ssmlora_dist import AdapterConfig, add_adapters, save_adapter
-from ssmlora_dist.data import BatchShape, ExampleReader, ExampleStream, generate_retrieval, read_dataset
+from ssmlora_dist.data import BatchShape, ExampleReader, ExampleStream, Row, RowReader, Segment
 from ssmlora_dist.models import base_fingerprint, load_model, load_tokenizer
 from ssmlora_dist.models.loss import Scores
 from ssmlora_dist.models.merging import merge_adapter
 from ssmlora_dist.progress import shown_by
 from ssmlora_dist.training.evaluation import evaluate
 
+from .examples import read_dataset
 from .tiny import tiny_model
 from .told import Told
 
@@ -43,22 +44,23 @@ def reader(directory: Path) -> ExampleReader:
 def test_reading(told: Told, tmp_path: Path) -> None:
     source = reader(tmp_path)
     read_dataset(source)
-    name = f"reading {source.name}"
+    name = f"preparing {source.name}"
     assert told.updates == [(name, number, None) for number in range(1, NUM_ROWS + 1)]
     assert told.figures[name] == (f"{NUM_ROWS // 2} examples",)
-    assert told.works[0].unit == "records"
+    compared, made = told.works
+    assert compared.description == f"comparing {source.name} with what is prepared"
+    assert made.unit == "records"
     ExampleStream(source, 2, seed=0).sample()
-    assert told.works[1].description == f"reading the first records of {source.name}"
+    assert told.works[2].description == f"reading the first records of {source.name}"
 
 
 def test_generating(told: Told) -> None:
-    generate_retrieval(load_tokenizer("bytes"), "train", [224], [0.5], 1, 3, num_examples=3, seed=0)
-    expected = [
-        (f"{doing} for train", done, 3)
-        for doing in ("drawing facts", "generating examples")
-        for done in (1, 2, 3)
-    ]
-    assert told.updates == expected
+    rows = [Row("here", (Segment("a"), Segment("b", is_target=True)))] * 3
+    reader = RowReader(
+        "passkey", lambda: iter(rows), tokenizer=load_tokenizer("bytes"), max_length=8, too_long="drop"
+    )
+    read_dataset(reader)
+    assert told.updates == [("preparing passkey", done, None) for done in (1, 2, 3)]
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +17,20 @@ from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.probe import candidate_places
 from ssmlora_dist.adapters.projections import resolve
 from ssmlora_dist.api import add_adapters, load_adapter
-from ssmlora_dist.config.schema import ModelSection, RetrievalSection, RunConfig, SourceSection
+from ssmlora_dist.config.schema import ModelSection, RunConfig, SourceSection
+from ssmlora_dist.config.tasks import task_contents, task_rows
 from ssmlora_dist.data import (
     Dataset,
     ExampleReader,
     ExampleStream,
     Partition,
-    generate_dataset,
-    read_dataset,
+    RowReader,
+    default_directory,
+    open_prepared,
+    prepare,
 )
+from ssmlora_dist.data.contents import RecordsDigest, source_digest
+from ssmlora_dist.data.sources import find_files, read_records
 from ssmlora_dist.errors import AdapterError, ConfigError
 from ssmlora_dist.models import (
     base_fingerprint,
@@ -35,6 +42,7 @@ from ssmlora_dist.models import (
     max_positions,
     stored_dtype,
     structure_of,
+    tokenizer_digests,
 )
 from ssmlora_dist.models.attention import packing_obstacle
 from ssmlora_dist.models.loading import attention_implementation
@@ -331,21 +339,48 @@ def _fingerprint(base: Mapping[str, Any]) -> str:
     return base_fingerprint(base.get("path"), **known)
 
 
-def build_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset | ExampleStream, Dataset | None]:
-    """Training and validation examples; validation is cut to `evaluation.num_examples`.
+def build_data(
+    config: RunConfig,
+    tokenizer: Any,
+    warn: Callable[[str], object],
+    on_each_node: Callable[[Callable[[], Any]], Any] = lambda action: action(),
+) -> tuple[Dataset | ExampleStream, Dataset | None]:
+    """Training and validation examples, which lie on the disk unless they are streamed.
+
+    Args:
+        config: of the run, with the commits of its data sets.
+        tokenizer: of the model.
+        warn: told of a source that has changed since it was last prepared.
+        on_each_node: runs a function on one rank of every node and gives all of its ranks the result.
 
     Raises:
         DataError: anything that keeps the data from being used, with file and line; of a stream, in its first
             examples.
     """
     source, validation = config.data.train, config.data.validation
-    train: Dataset | ExampleStream
-    if source.streaming:
-        reader = _reader(config, source, tokenizer, "train")
-        train = ExampleStream(reader, source.shuffle_buffer_size, config.run.seed, row_tokens(config))
-    else:
-        train = _dataset(config, source, tokenizer, "train")
-    return train, _dataset(config, validation, tokenizer, "validation") if validation else None
+    stored: dict[Partition, SourceSection] = {} if source.streaming else {"train": source}
+    if validation is not None:
+        stored["validation"] = validation
+
+    def prepare_all() -> dict[Partition, Path]:
+        directory = config.data.cache_dir or default_directory()
+        digests = tokenizer_digests(tokenizer)
+        paths = {}
+        for name, section in stored.items():
+            reader = _reader(config, section, tokenizer, name)
+            deciding = _deciding(config, name, section) | {"tokenizer": digests}
+            contents = partial(_contents_of, config, section, name)
+            paths[name] = prepare(reader, directory, deciding, contents, warn)
+        return paths
+
+    paths: dict[Partition, Path] = on_each_node(prepare_all) if stored else {}
+    datasets = {name: open_prepared(path) for name, path in paths.items()}
+    if not source.streaming:
+        return datasets["train"], datasets.get("validation")
+    reader = _reader(config, source, tokenizer, "train")
+    assert isinstance(reader, ExampleReader), "refused by config.rules"
+    stream = ExampleStream(reader, source.shuffle_buffer_size, config.run.seed, row_tokens(config))
+    return stream, datasets.get("validation")
 
 
 def row_tokens(config: RunConfig) -> int | None:
@@ -353,30 +388,68 @@ def row_tokens(config: RunConfig) -> int | None:
     return config.data.max_length if config.data.packing else None
 
 
-def _dataset(config: RunConfig, source: SourceSection, tokenizer: Any, partition: Partition) -> Dataset:
-    num_examples = config.evaluation.num_examples if partition == "validation" else None
-    if source.format == "retrieval":
-        settings = (source.retrieval or RetrievalSection()).model_dump()
-        settings["num_examples"] = min(settings["num_examples"], num_examples or settings["num_examples"])
-        return generate_dataset(
-            tokenizer=tokenizer,
-            max_length=config.data.max_length,
-            partition=partition,
-            seed=config.run.seed,
-            settings=settings,
-        )
-    return read_dataset(_reader(config, source, tokenizer, partition, num_examples))
-
-
 def _reader(
-    config: RunConfig, source: SourceSection, tokenizer: Any, partition: Partition, limit: int | None = None
-) -> ExampleReader:
-    limits = [n for n in (source.limit, limit) if n is not None]
+    config: RunConfig, source: SourceSection, tokenizer: Any, partition: Partition
+) -> ExampleReader | RowReader:
+    data, task, limit = config.data, source.task, _limit(config, source, partition)
+    if task is not None:
+        return RowReader(
+            task.name or task.task,
+            lambda: islice(task_rows(task, tokenizer, config.run.seed, partition), limit),
+            tokenizer=tokenizer,
+            max_length=data.max_length,
+            too_long=data.too_long,
+        )
     return ExampleReader(
-        **source.model_dump(exclude={"retrieval", "limit", "shuffle_buffer_size"}),
-        limit=min(limits) if limits else None,
+        **source.model_dump(exclude={"task", "limit", "shuffle_buffer_size"}),
+        limit=limit,
         tokenizer=tokenizer,
-        max_length=config.data.max_length,
-        too_long=config.data.too_long,
+        max_length=data.max_length,
+        too_long=data.too_long,
         partition=partition,
     )
+
+
+def _limit(config: RunConfig, source: SourceSection, partition: Partition) -> int | None:
+    """The most records that are read, or items that are made."""
+    validated = config.evaluation.num_examples if partition == "validation" else None
+    return min((n for n in (source.limit, validated) if n is not None), default=None)
+
+
+def _deciding(config: RunConfig, partition: Partition, source: SourceSection) -> dict[str, Any]:
+    """What decides the examples of a source beside the tokenizer and what is read; and where that lies."""
+    aside = {"limit", "shuffle_buffer_size", "streaming", "revision"}
+    settings = source.model_dump(mode="json", exclude=aside) | {
+        "partition": partition,
+        "limit": _limit(config, source, partition),
+        "max_length": config.data.max_length,
+        "too_long": config.data.too_long,
+    }
+    if source.task is not None:
+        settings["seed"] = config.run.seed
+    if source.path is not None:
+        names = [source.path] if isinstance(source.path, str) else source.path
+        settings["path"] = [str(Path(name).absolute()) for name in names]
+    return settings
+
+
+def _contents_of(config: RunConfig, source: SourceSection, partition: Partition) -> str:
+    """A digest of all that is read of a source; of a commit on the hub its name, as it cannot change."""
+    if source.task is not None:
+        return task_contents(source.task)
+    if source.path is not None:
+        return source_digest(find_files([source.path] if isinstance(source.path, str) else source.path))
+    assert source.hub is not None, "refused by config.rules"
+    if source.revision is not None:
+        return source_digest(texts=[source.revision])
+    records = read_records(
+        hub=source.hub,
+        subset=source.subset,
+        split=source.split or partition,
+        streaming=source.streaming,
+        limit=_limit(config, source, partition),
+    )
+    seen = RecordsDigest()
+    for _ in seen.follow(records, lambda: None):
+        pass
+    return seen.sha256

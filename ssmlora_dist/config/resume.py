@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ssmlora_dist.config.problems import dotted, field_paths
-from ssmlora_dist.config.schema import RetrievalSection, RunConfig
+from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.shown import shown
 
 
@@ -56,8 +56,12 @@ RULES = (
     ResumeRule("data.train.subset", True, "the contents are compared, wherever they lie"),
     ResumeRule("data.train.split", True, "the contents are compared, wherever they lie"),
     ResumeRule("data.train.revision", True, "kept at the commit that it first was, else compared"),
+    ResumeRule("data.train.task.name", True, "says what results call it"),
+    ResumeRule("data.train.task.path", True, "the contents are compared, wherever they lie"),
+    ResumeRule("data.train.task.background", True, "the contents are compared, wherever they lie"),
     ResumeRule("data.train.*", False, "examples seen and examples to come are counted in this data"),
     ResumeRule("data.validation.*", True, "nothing is trained on it; the best loss is sought anew"),
+    ResumeRule("data.cache_dir", True, "says where examples are kept, not what they are"),
     ResumeRule("data.max_length", False, "it decides which examples there are"),
     ResumeRule("data.too_long", False, "it decides which examples there are"),
     ResumeRule("data.packing", False, "examples seen are counted in rows"),
@@ -139,10 +143,6 @@ def markdown_table() -> str:
 def _values(config: RunConfig) -> dict[str, Any]:
     """The value of every field that is no section; null where its section is absent."""
     content = config.model_dump(mode="json", by_alias=True)
-    for source in content["data"].values():
-        # Left out, it stands for its defaults.
-        if isinstance(source, dict) and source["format"] == "retrieval" and source["retrieval"] is None:
-            source["retrieval"] = RetrievalSection().model_dump(mode="json")
     values = {}
     for field in leaves():
         value: Any = content

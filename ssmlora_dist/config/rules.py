@@ -13,14 +13,16 @@ from pathlib import Path
 from ssmlora_dist.config.deepspeed_keys import deepspeed_problems
 from ssmlora_dist.config.paths import directory_refusal, refusal
 from ssmlora_dist.config.problems import NONE_DOUBTFUL, Doubtful, did_you_mean, nearest
-from ssmlora_dist.config.schema import RetrievalSection, RunConfig, SourceSection
+from ssmlora_dist.config.schema import RunConfig, SourceSection
 from ssmlora_dist.config.shown import shown
-from ssmlora_dist.config.task_rules import task_problems
+from ssmlora_dist.config.task_rules import task_problems, trained_task_problems
 from ssmlora_dist.errors import DataError
 
 _TEMPLATES = ("prompt", "answer", "choices")
 # What a generated source has no use for.
-_RECORD_KEYS = ("path", "hub", "subset", "split", "revision", "fields", *_TEMPLATES, "labels", "streaming")
+_RECORD_KEYS = (
+    *("path", "hub", "subset", "split", "revision", "fields", *_TEMPLATES, "labels", "limit", "streaming"),
+)
 
 
 def rule_problems(
@@ -49,7 +51,7 @@ def rule_problems(
     for where, source in _sources(config):
         lines += _source(where, source, doubtful)
         lines += _streaming(where, source, config, doubtful)
-        lines += _retrieval(where, source, config.data.max_length, doubtful)
+        lines += _task(where, source, config, doubtful, check_files=check_files and for_training)
     if check_files:
         lines += _run_directory(config, doubtful)
         lines += _model_files(config)
@@ -152,12 +154,12 @@ def _source(where: str, source: SourceSection, doubtful: Doubtful) -> Iterator[s
     yield from malformed
     if not doubtful.clear_of(f"{where}.format"):
         return
-    if source.retrieval is not None and source.format != "retrieval":
+    if source.task is not None and source.format != "task":
         yield (
-            f'{where}.retrieval: given with format "{source.format}"; allowed: only with format "retrieval"; '
+            f'{where}.task: given with format "{source.format}"; allowed: only with format "task"; '
             f"remove it or set {where}.format"
         )
-    if source.format == "retrieval":
+    if source.format == "task":
         return
     yield from _format_settings(where, source)
     if not malformed and doubtful.clear_of(*(f"{where}.{key}" for key in (*_TEMPLATES, "labels"))):
@@ -242,23 +244,20 @@ def _field_names(where: str, source: SourceSection, template_names: set[str]) ->
             )
 
 
-def _retrieval(where: str, source: SourceSection, max_length: int, doubtful: Doubtful) -> Iterator[str]:
-    """Rules for the generated source."""
-    if source.format != "retrieval" or not doubtful.clear_of(f"{where}.format"):
+def _task(
+    where: str, source: SourceSection, config: RunConfig, doubtful: Doubtful, *, check_files: bool
+) -> Iterator[str]:
+    """Rules for a generated source."""
+    if source.format != "task" or not doubtful.clear_of(f"{where}.format"):
         return
     for key in _RECORD_KEYS:
         value = getattr(source, key)
         if value:
             yield (
-                f'{where}.{key}: {shown(value)} given with format "retrieval"; allowed: only for records, '
-                "and retrieval is generated; remove it"
+                f'{where}.{key}: {shown(value)} given with format "task"; allowed: only for records, and a '
+                "task is generated; remove it"
             )
-    longest = max((source.retrieval or RetrievalSection()).lengths)
-    if longest > max_length and doubtful.clear_of(f"{where}.retrieval.lengths", "data.max_length"):
-        yield (
-            f"{where}.retrieval.lengths: {longest} given; allowed: at most data.max_length {max_length}; "
-            f"shorten it or set data.max_length to {longest}"
-        )
+    yield from trained_task_problems(f"{where}.task", source.task, config, doubtful, check_files=check_files)
 
 
 def _templates(where: str, source: SourceSection) -> tuple[list[str], set[str]]:

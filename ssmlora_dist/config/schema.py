@@ -82,26 +82,56 @@ class QuantizationSection(Section):
     """Quantise the block scales of `nf4` and `fp4` too: about 0.4 bits less per parameter."""
 
 
-class RetrievalSection(Section):
-    """The built-in generated task: a fact at a chosen depth of a real text among look-alikes."""
+class TaskSection(Section):
+    """One task: a generated or a published one by its name, or your own over your records."""
 
-    lengths: tuple[Length, ...] = Field(default=(1024,), min_length=1)
-    """Lengths of the inputs in tokens, each used in turn."""
-    depths: tuple[Fraction, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
-    """Places of the fact as fractions of the text, 0 its start and 1 its end, each used in turn."""
-    num_lookalikes: int = Field(default=8, ge=0)
-    """Number of other facts of the same form in the text."""
-    num_digits: int = Field(default=5, ge=2, le=12)
-    """Number of digits of the values."""
-    num_examples: int = Field(default=256, ge=1)
-    """Number of examples generated, over all lengths and depths."""
+    task: NonEmpty
+    """A known task, such as `passkey` or `boolq`; for your own a format of `data` whose records ask."""
+    name: NonEmpty | None = None
+    """What results call it; by default the task."""
+    num_examples: int | None = Field(default=None, ge=1)
+    """Number of items at most; of a generated task for each length. By default 100 generated, all read."""
+    seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
+    """Seed of what a generated task draws; by default `run.seed`."""
+    lengths: Annotated[tuple[Length, ...], Field(min_length=1)] | None = None
+    """Tokens of prompt and answer together, for generated tasks; by default 1024."""
+    depths: Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = None
+    """Places of the fact in generated tasks, 0 the start and 1 the end, each used in turn."""
+    background: UserPaths | None = None
+    """Text files in which generated tasks hide their facts; by default Python's language reference."""
+    path: UserPaths | None = None
+    """Files of records, as in `data`; of the `babilong` tasks the bAbI file."""
+    hub: NonEmpty | None = None
+    """Name of a data set for the `datasets` library; by default that of the published task."""
+    subset: NonEmpty | None = None
+    """Subset (configuration) of the hub data set."""
+    split: NonEmpty | None = None
+    """Split of the hub data set."""
+    fields: dict[str, Names] = {}
+    """Maps the names that your own task needs to names or paths (`outer.inner`) in the records."""
+    prompt: str | None = None
+    """Template of the prompt of your own task; by default the format's."""
+    answer: str | None = None
+    """Template of the answer of your own task, of which any reference is right; by default the format's."""
+    choices: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """Templates of the choices of `multiple_choice`; by default the texts in the field `choices`."""
+    labels: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    """What labels mean as positions of choices from 0, where they are neither these nor letters nor texts."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that a free answer to your own task has at most; by default 64."""
+    stop: tuple[NonEmpty, ...] | None = None
+    """Texts before which a free answer to your own task ends; by default the end of the line."""
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
+    """Scores of free answers, the first of which stands for the task; by default `f1` and `exact_match`."""
 
 
 class SourceSection(Section):
-    """One source of examples: files (`path`), a data set by its hub name (`hub`), or generated."""
+    """One source of examples: files (`path`), a data set by its hub name (`hub`), or a generated task."""
 
-    format: Literal["instruction", "chat", "text", "multiple_choice", "long_document_qa", "retrieval"]
-    """What the records are; `retrieval` is generated and needs no records."""
+    format: Literal[
+        "instruction", "generation", "long_document_qa", "multiple_choice", "chat", "text", "task"
+    ]
+    """What the records are; `task` needs none: a generated task of evaluation, of which this is a split."""
     path: UserPaths | None = None
     """One or more files or globs, relative to the working directory: .jsonl, .parquet or .txt."""
     hub: NonEmpty | None = None
@@ -128,8 +158,8 @@ class SourceSection(Section):
     """Read records while training goes on instead of all of them before; nothing is downloaded ahead."""
     shuffle_buffer_size: int = Field(default=1000, ge=1)
     """Consecutive examples of a stream that are shuffled among each other; 1: none."""
-    retrieval: RetrievalSection | None = None
-    """Settings of the format `retrieval`."""
+    task: TaskSection | None = None
+    """The task of the format `task`, as in `evaluation.tasks`: trained on what evaluation asks."""
 
 
 class DataSection(Section):
@@ -145,6 +175,8 @@ class DataSection(Section):
     """What happens to longer rows: left out, cut in the prompt, or an error; `text` is always split."""
     packing: bool = False
     """Trains on rows of up to `max_length` tokens that several samples share, none of which sees another."""
+    cache_dir: UserDirectory | None = None
+    """Where prepared examples are kept, once a node; by default beside the cache of `datasets`."""
 
 
 class TrainingSection(Section):
@@ -218,45 +250,6 @@ class CheckpointSection(Section):
     """Keep the checkpoint of the least validation loss beyond these."""
     grace_seconds: int = Field(default=30, ge=1)
     """Seconds that a run which is told to stop takes at most to save."""
-
-
-class TaskSection(Section):
-    """One task: a generated or a published one by its name, or your own over your records."""
-
-    task: NonEmpty
-    """A known task, such as `passkey` or `boolq`; `multiple_choice` or `generation` for your own."""
-    name: NonEmpty | None = None
-    """What results call it; by default the task."""
-    num_examples: int | None = Field(default=None, ge=1)
-    """Number of items at most; of a generated task for each length. By default 100 generated, all read."""
-    lengths: Annotated[tuple[Length, ...], Field(min_length=1)] | None = None
-    """Tokens of prompt and answer together, for generated tasks; by default 1024."""
-    depths: Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = None
-    """Places of the fact in generated tasks, 0 the start and 1 the end, each used in turn."""
-    background: UserPaths | None = None
-    """Text files in which generated tasks hide their facts; by default Python's language reference."""
-    path: UserPaths | None = None
-    """Files of records, as in `data`; of the `babilong` tasks the bAbI file."""
-    hub: NonEmpty | None = None
-    """Name of a data set for the `datasets` library; by default that of the published task."""
-    subset: NonEmpty | None = None
-    """Subset (configuration) of the hub data set."""
-    split: NonEmpty | None = None
-    """Split of the hub data set."""
-    fields: dict[str, Names] = {}
-    """Maps the names that your own task needs to names or paths (`outer.inner`) in the records."""
-    prompt: str | None = None
-    """Template of the prompt of your own task; by default `question` and a line `Answer:`."""
-    choices: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
-    """Templates of the choices of `multiple_choice`; by default the texts in the field `choices`."""
-    labels: dict[str, Annotated[int, Field(ge=0)]] | None = None
-    """What labels mean as positions of choices from 0, where they are neither these nor letters nor texts."""
-    max_new_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that an answer of `generation` has at most; by default 64."""
-    stop: tuple[NonEmpty, ...] | None = None
-    """Texts before which an answer of `generation` ends; by default the end of the line."""
-    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
-    """Scores of `generation`, the first of which stands for the task; by default `f1` and `exact_match`."""
 
 
 class EvaluationSection(Section):

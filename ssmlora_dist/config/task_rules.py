@@ -1,9 +1,9 @@
-"""What is wrong with `evaluation.tasks`: one line each, judged before anything is loaded."""
+"""What is wrong with tasks, evaluated or trained: one line each, judged before anything is loaded."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ssmlora_dist.config.paths import refusal
@@ -19,9 +19,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 def task_problems(config: RunConfig, doubtful: Doubtful, *, check_files: bool) -> Iterator[str]:
     """Lines about the tasks; their files are looked for with `check_files`."""
     tasks, every_steps = config.evaluation.tasks, config.evaluation.tasks_every_steps
-    # Of a list with one wrong value in it, all is left out.
-    has_wrong_value = any(field.startswith("evaluation.tasks.") for field in doubtful.fields)
-    if has_wrong_value or not doubtful.clear_of("evaluation.tasks"):
+    if not _is_clear("evaluation.tasks", doubtful):
         return
     if every_steps is not None and not tasks and doubtful.clear_of("evaluation.tasks_every_steps"):
         yield (
@@ -45,15 +43,58 @@ def task_problems(config: RunConfig, doubtful: Doubtful, *, check_files: bool) -
         yield from _task(where, section, check_files)
 
 
-def _task(where: str, section: TaskSection, check_files: bool) -> Iterator[str]:
+def trained_task_problems(
+    where: str, section: TaskSection | None, config: RunConfig, doubtful: Doubtful, *, check_files: bool
+) -> Iterator[str]:
+    """Lines about the task of a source of `data` whose format is `task`."""
+    # Brings torch.
+    from ssmlora_dist.config.tasks import BABILONG, DEFAULT_LENGTHS, GENERATED, KNOWN
+
+    if not _is_clear(where, doubtful):
+        return
+    if section is None:
+        yield f'{where}: missing; needed: a task of evaluation, such as {{"task": "passkey"}}; add it'
+        return
+    if section.task in KNOWN and section.task not in GENERATED:
+        yield (
+            f"{where}.task: {shown(section.task)} given; allowed: {', '.join(GENERATED)}, which are "
+            "generated; train on records with another format"
+        )
+        return
+    yield from _task(where, section, check_files, GENERATED)
+    limit, longest = config.data.max_length, max(section.lengths or DEFAULT_LENGTHS)
+    if longest > limit and doubtful.clear_of("data.max_length"):
+        yield (
+            f"{where}.lengths: {longest} given; allowed: at most data.max_length {limit}; shorten it or set "
+            f"data.max_length to {longest}"
+        )
+    others = {f"evaluation.tasks.{index}": task for index, task in enumerate(config.evaluation.tasks)}
+    validation = config.data.validation
+    if where == "data.train.task" and validation is not None and validation.task is not None:
+        others["data.validation.task"] = validation.task
+    for other, task in others.items() if section.task in BABILONG else ():
+        if task.task in BABILONG and task.path == section.path is not None:
+            yield (
+                f"{where}.path: {shown(section.path)} given, as in {other}; allowed: a file of other "
+                "questions, so that what is trained is not asked; name bAbI's files of the two splits"
+            )
+
+
+def _is_clear(where: str, doubtful: Doubtful) -> bool:
+    """Whether nothing within is wrong: of a list with one wrong value in it, all is left out."""
+    return doubtful.clear_of(where) and not any(field.startswith(f"{where}.") for field in doubtful.fields)
+
+
+def _task(where: str, section: TaskSection, check_files: bool, known: Sequence[str] = ()) -> Iterator[str]:
     # Brings torch.
     from ssmlora_dist.config.tasks import BABILONG, KNOWN, OWN, keys_of, own_format, surplus_keys
     from ssmlora_dist.data.sources import find_files
 
-    if section.task not in KNOWN:
+    known = known or KNOWN
+    if section.task not in known:
         yield (
-            f"{where}.task: {shown(section.task)} given; allowed: {', '.join(KNOWN)}; "
-            f"{did_you_mean(section.task, KNOWN)}"
+            f"{where}.task: {shown(section.task)} given; allowed: {', '.join(known)}; "
+            f"{did_you_mean(section.task, known)}"
         )
         return
     for key in surplus_keys(section):

@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ssmlora_dist import prose
 from ssmlora_dist.config.schema import RunConfig, TaskSection
-from ssmlora_dist.data.sources import read_records
+from ssmlora_dist.data import Partition, Row, Segment
+from ssmlora_dist.data.contents import source_digest
+from ssmlora_dist.data.sources import find_files, read_records
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.evaluation.items import FailedItem, Item, Task
+from ssmlora_dist.evaluation.items import FailedItem, GenerationItem, Item, Task
 from ssmlora_dist.evaluation.metrics import (
     BABILONG_LABELS,
     SCORERS,
@@ -28,11 +31,11 @@ from ssmlora_dist.evaluation.tasks.passkey import passkey
 from ssmlora_dist.evaluation.tasks.records import (
     ChoiceFormat,
     GenerationFormat,
-    ItemFormat,
     items_of_records,
 )
 from ssmlora_dist.evaluation.tasks.standard import STANDARD, StandardTask, items_of
 from ssmlora_dist.evaluation.tasks.variable_tracking import variable_tracking
+from ssmlora_dist.open_questions import OPEN_FORMATS
 from ssmlora_dist.records import RecordView, UnusedFields, nearest_name
 
 DEFAULT_LENGTHS = (1024,)
@@ -41,29 +44,28 @@ DEFAULT_NUM_EXAMPLES = 100
 DEFAULT_METRICS = ("f1", "exact_match")
 DEFAULT_MAX_NEW_TOKENS = 64
 DEFAULT_STOP = ("\n",)
-# Whatever training has seen of such tasks, these keys and values it has not.
-SPLIT = "test"
 
 # Those whose one fact has a depth, and those without.
-DEEP: Mapping[str, Callable[..., Iterator[Item]]] = {
+DEEP: Mapping[str, Callable[..., Iterator[GenerationItem]]] = {
     "passkey": passkey,
     **{f"niah_{name}": partial(needles, variant=variant) for name, variant in NEEDLE_VARIANTS.items()},
 }
-FLAT: Mapping[str, Callable[..., Iterator[Item]]] = {
+FLAT: Mapping[str, Callable[..., Iterator[GenerationItem]]] = {
     "variable_tracking": variable_tracking,
     "common_words": common_words,
     "frequent_words": frequent_words,
 }
 WITHOUT_BACKGROUND = ("common_words", "frequent_words")
 BABILONG = tuple(f"babilong_{name}" for name in BABILONG_LABELS)
-OWN = ("multiple_choice", "generation")
-KNOWN = (*DEEP, *FLAT, *BABILONG, *STANDARD, *OWN)
+GENERATED = (*DEEP, *FLAT, *BABILONG)
+OWN = ("multiple_choice", *OPEN_FORMATS)
+KNOWN = (*GENERATED, *STANDARD, *OWN)
 WITH_SETTINGS = (*BABILONG, *OWN)
 
 _RECORDS = ("path", "hub", "subset", "split")
 _OWN_KEYS = {
     "multiple_choice": ("fields", "prompt", "choices", "labels"),
-    "generation": ("fields", "prompt", "max_new_tokens", "stop", "metrics"),
+    **dict.fromkeys(OPEN_FORMATS, ("fields", "prompt", "answer", "max_new_tokens", "stop", "metrics")),
 }
 _WITHOUT_DEFAULT = ("task", "name", "num_examples")
 
@@ -71,13 +73,13 @@ _WITHOUT_DEFAULT = ("task", "name", "num_examples")
 def keys_of(task: str) -> tuple[str, ...]:
     """The settings that a known task takes beside its name and number of examples."""
     if task in DEEP:
-        return ("lengths", "background", "depths")
+        return ("lengths", "background", "depths", "seed")
     if task in WITHOUT_BACKGROUND:
-        return ("lengths",)
+        return ("lengths", "seed")
     if task in FLAT:
-        return ("lengths", "background")
+        return ("lengths", "background", "seed")
     if task in BABILONG:
-        return ("lengths", "background", "path")
+        return ("lengths", "background", "path", "seed")
     return (*_RECORDS, *_OWN_KEYS.get(task, ()))
 
 
@@ -137,18 +139,18 @@ def build_task(section: TaskSection, tokenizer: Any, seed: int, lengths: Sequenc
     Args:
         section: of a known task.
         tokenizer: of the model.
-        seed: of generated items.
+        seed: of generated items, unless the section has its own.
         lengths: in place of the section's, for generated tasks.
 
     Raises:
         DataError: its data or settings cannot be used.
     """
     name, kind = section.name or section.task, section.task
-    if kind in (*DEEP, *FLAT, *BABILONG):
-        items = partial(_generated, section, name, tokenizer, seed, tuple(lengths))
+    if kind in GENERATED:
+        drawn = partial(_generated, section, tokenizer, seed, "test", tuple(lengths))
         if kind in BABILONG:
-            return Task(name, items, babilong_match(BABILONG_LABELS[_babi(kind)]), "babilong")
-        return Task(name, items, string_match_all, "string_match_all")
+            return Task(name, drawn, babilong_match(BABILONG_LABELS[_babi(kind)]), "babilong")
+        return Task(name, drawn, string_match_all, "string_match_all")
     unused = UnusedFields()
     if kind in STANDARD:
         task = STANDARD[kind]
@@ -158,6 +160,37 @@ def build_task(section: TaskSection, tokenizer: Any, seed: int, lengths: Sequenc
         return Task(name, items, choice_accuracy, "acc", unused)
     metrics = section.metrics or DEFAULT_METRICS
     return Task(name, items, all_scores(*(SCORERS[metric] for metric in metrics)), metrics[0], unused)
+
+
+def task_rows(section: TaskSection, tokenizer: Any, seed: int, partition: Partition) -> Iterator[Row]:
+    """A split of a generated task as rows of text: the prompts that evaluation asks, with their answers.
+
+    Evaluation asks the split `test`. The splits draw other random numbers, and share no key, value or word
+    (`prose.split_of`); what they share is the wording and the text that facts are hidden in. The questions of
+    bAbI are those of its file, for each split another one.
+
+    Args:
+        section: of one of `GENERATED`.
+        tokenizer: of the model.
+        seed: of what is drawn, unless the section has its own.
+        partition: the split.
+
+    Raises:
+        DataError: the settings ask for what cannot be.
+    """
+    name = section.name or section.task
+    for item in _generated(section, tokenizer, seed, partition):
+        segments = (Segment(item.prompt), Segment(item.answer, is_target=True))
+        yield Row(f"{name} {item.id}", segments, metadata=item.metadata)
+
+
+def task_contents(section: TaskSection) -> str:
+    """A digest of all that a generated task is made of beside its settings."""
+    files = [] if section.path is None else [Path(str(section.path))]
+    if section.background is not None:
+        named = section.background
+        files += find_files([named] if isinstance(named, str) else named)
+    return source_digest(files, prose.sentences())
 
 
 def output_directory(config: RunConfig, adapter: Path | None) -> Path:
@@ -187,7 +220,7 @@ def output_directory(config: RunConfig, adapter: Path | None) -> Path:
     return found if adapter.is_absolute() else Path(os.path.relpath(found))
 
 
-def own_format(section: TaskSection) -> ItemFormat:
+def own_format(section: TaskSection) -> ChoiceFormat | GenerationFormat:
     """What makes items of the records of a user's own task.
 
     Raises:
@@ -197,6 +230,8 @@ def own_format(section: TaskSection) -> ItemFormat:
         return ChoiceFormat(section.prompt, section.choices, section.fields, section.labels)
     return GenerationFormat(
         section.prompt,
+        section.answer,
+        format=section.task,
         max_new_tokens=section.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
         stop=DEFAULT_STOP if section.stop is None else section.stop,
         fields=section.fields,
@@ -204,31 +239,32 @@ def own_format(section: TaskSection) -> ItemFormat:
 
 
 def _generated(
-    section: TaskSection, name: str, tokenizer: Any, seed: int, lengths: tuple[int, ...]
-) -> Iterator[Item | FailedItem]:
+    section: TaskSection, tokenizer: Any, seed: int, split: str, lengths: tuple[int, ...] = ()
+) -> Iterator[GenerationItem]:
     try:
-        yield from _drawn(section, tokenizer, seed, lengths)
+        yield from _drawn(section, tokenizer, seed, split, lengths)
     except DataError as error:
         # Several tasks can be made by one generator.
-        raise DataError(f"task {name!r}: {error}") from error
+        raise DataError(f"task {section.name or section.task!r}: {error}") from error
 
 
 def _drawn(
-    section: TaskSection, tokenizer: Any, seed: int, lengths: tuple[int, ...]
-) -> Iterator[Item | FailedItem]:
+    section: TaskSection, tokenizer: Any, seed: int, split: str, lengths: tuple[int, ...]
+) -> Iterator[GenerationItem]:
     kind = section.task
     settings: dict[str, Any] = {
         "lengths": lengths or section.lengths or DEFAULT_LENGTHS,
         "num_examples": section.num_examples or DEFAULT_NUM_EXAMPLES,
-        "seed": seed,
+        "split": split,
+        "seed": seed if section.seed is None else section.seed,
     }
     if section.background is not None:
         settings["text"] = _background(section.background)
     if kind in BABILONG:
         return babilong(tokenizer, path=Path(str(section.path)), task=_babi(kind), **settings)
     if kind in FLAT:
-        return FLAT[kind](tokenizer, split=SPLIT, **settings)
-    return DEEP[kind](tokenizer, split=SPLIT, depths=section.depths or DEFAULT_DEPTHS, **settings)
+        return FLAT[kind](tokenizer, **settings)
+    return DEEP[kind](tokenizer, depths=section.depths or DEFAULT_DEPTHS, **settings)
 
 
 def _standard(section: TaskSection, task: StandardTask, unused: UnusedFields) -> Iterator[Item | FailedItem]:
@@ -237,10 +273,11 @@ def _standard(section: TaskSection, task: StandardTask, unused: UnusedFields) ->
 
 
 def _own(
-    section: TaskSection, name: str, format: ItemFormat, unused: UnusedFields
+    section: TaskSection, name: str, format: ChoiceFormat | GenerationFormat, unused: UnusedFields
 ) -> Iterator[Item | FailedItem]:
     records = _records(section, None, None, "validation")
-    return items_of_records(records, format, name, limit=section.num_examples, unused=unused)
+    prepare = format.singles if isinstance(format, GenerationFormat) else None
+    return items_of_records(records, format, name, prepare, section.num_examples, unused)
 
 
 def _records(section: TaskSection, hub: str | None, subset: str | None, split: str) -> Iterator[Any]:

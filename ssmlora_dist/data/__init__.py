@@ -1,13 +1,12 @@
-"""Data: records read from files or a hub, formats, the generated retrieval task, batches."""
+"""Data: records read from files or a hub, formats, rows of text, examples, batches."""
 
 from __future__ import annotations
 
 from ssmlora_dist.data.accounts import DatasetReport
-from ssmlora_dist.data.building import ExampleReader, Partition, generate_dataset, read_dataset
+from ssmlora_dist.data.building import ExampleReader, Partition, RowReader
 from ssmlora_dist.data.chat_template import ChatTemplate
 from ssmlora_dist.data.collation import collate
-from ssmlora_dist.data.contents import examples_digest
-from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, Example
+from ssmlora_dist.data.examples import Dataset, Example
 from ssmlora_dist.data.formats import FORMATS
 from ssmlora_dist.data.loader import (
     BatchShape,
@@ -17,13 +16,13 @@ from ssmlora_dist.data.loader import (
     num_steps_of,
     rows_of_epoch,
 )
-from ssmlora_dist.data.retrieval import generate_retrieval
+from ssmlora_dist.data.prepared import default_directory, open_prepared, prepare
+from ssmlora_dist.data.rows import Row, Segment
 from ssmlora_dist.data.sources import resolve_revision
 from ssmlora_dist.data.streaming import ExampleStream, StreamedBatches
 
 __all__ = [
     "FORMATS",
-    "IGNORE_INDEX",
     "BatchShape",
     "ChatTemplate",
     "Dataset",
@@ -34,14 +33,16 @@ __all__ = [
     "ExampleStream",
     "GlobalBatches",
     "Partition",
+    "Row",
+    "RowReader",
+    "Segment",
     "StreamedBatches",
     "collate",
+    "default_directory",
     "evaluation_batches",
-    "examples_digest",
-    "generate_dataset",
-    "generate_retrieval",
     "num_steps_of",
-    "read_dataset",
+    "open_prepared",
+    "prepare",
     "resolve_revision",
     "rows_of_epoch",
 ]

@@ -42,9 +42,10 @@ class DatasetReport:
 
     def __add__(self, other: DatasetReport) -> DatasetReport:
         counts = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
-        unused = Counter(self.unused_fields)
-        unused.update(other.unused_fields)
-        return DatasetReport(**counts, unused_fields=dict(unused))
+        unused = self.unused_fields
+        if other.unused_fields:
+            unused = dict(Counter(unused) + Counter(other.unused_fields))
+        return DatasetReport(**counts, unused_fields=unused)
 
     def counts(self) -> dict[str, int]:
         """All numbers by their names."""

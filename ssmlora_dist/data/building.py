@@ -1,4 +1,4 @@
-"""Settings of one source in, its examples out: all at once, generated, or one record after another."""
+"""Settings of one source in, its examples out, one record after another."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ssmlora_dist.data.accounts import DatasetReport
-from ssmlora_dist.data.examples import Dataset, Example
+from ssmlora_dist.data.examples import Example
 from ssmlora_dist.data.formats import make_renderer
-from ssmlora_dist.data.retrieval import generate_retrieval
-from ssmlora_dist.data.rows import RowEncoder
+from ssmlora_dist.data.rows import Row, RowEncoder
 from ssmlora_dist.data.sources import read_records
 from ssmlora_dist.errors import DataError
-from ssmlora_dist.progress import progress
 from ssmlora_dist.records import Paths, Record
 from ssmlora_dist.tokenization import TextEncoder
 
@@ -110,54 +108,53 @@ class ExampleReader:
 
     def nothing_left(self, report: DatasetReport) -> DataError:
         """Why there are no examples, and what to do."""
-        return DataError(
-            f"{self.name}: nothing is left of {report.num_rows} rows at max_length {self._max_length}: "
-            f"{report.why()}"
-        )
+        return _nothing_left(self.name, report, self._max_length)
 
 
-def read_dataset(reader: ExampleReader) -> Dataset:
-    """All examples of a source, at least one, and what became of its rows.
+class RowReader:
+    """The examples of rows that are made, of no records.
 
-    Raises:
-        DataError: anything that keeps the data from being used, with file and line.
+    Args:
+        name: of what makes them, for messages.
+        rows: makes them, one after another.
+        tokenizer: a transformers tokenizer.
+        max_length: the most tokens of an example.
+        too_long: what happens to longer rows (see `RowEncoder`).
+
+    Attributes:
+        closings: nothing, as of an `ExampleReader` without conversations.
     """
-    examples: list[Example] = []
-    report = DatasetReport()
-    with progress(f"reading {reader.name}", unit="records") as shown:
-        for of_record, its_report in reader.read():
-            examples += of_record
-            report += its_report
-            shown.update(report.num_rows, f"{len(examples):,} examples")
-    if not examples:
-        raise reader.nothing_left(report)
-    return Dataset(examples, report, frozenset(reader.closings))
+
+    def __init__(
+        self,
+        name: str,
+        rows: Callable[[], Iterator[Row]],
+        *,
+        tokenizer: Any,
+        max_length: int,
+        too_long: Literal["drop", "truncate", "refuse"],
+    ) -> None:
+        self.name, self.closings = name, frozenset[str]()
+        self._rows, self._tokenizer = rows, tokenizer
+        self._max_length, self._too_long = max_length, too_long
+
+    def read(self) -> Iterator[tuple[list[Example], DatasetReport]]:
+        """For each row in order its examples, and what became of it."""
+        encoder = RowEncoder(TextEncoder(self._tokenizer), self._max_length, self._too_long)
+        for row in self._rows():
+            examples = encoder.encode(row)
+            yield examples, encoder.take_report(1, len(examples))
+
+    def nothing_left(self, report: DatasetReport) -> DataError:
+        """Why there are no examples, and what to do."""
+        return _nothing_left(self.name, report, self._max_length)
+
+
+def _nothing_left(name: str, report: DatasetReport, max_length: int) -> DataError:
+    return DataError(
+        f"{name}: nothing is left of {report.num_rows} rows at max_length {max_length}: {report.why()}"
+    )
 
 
 def _unused(record: Record) -> DatasetReport:
     return DatasetReport(unused_fields=dict.fromkeys(record.unused(), 1))
-
-
-def generate_dataset(
-    *, tokenizer: Any, max_length: int, partition: Partition, seed: int, settings: Mapping[str, Any]
-) -> Dataset:
-    """Examples of the format `retrieval`; each partition has keys and values of its own.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        max_length: the most tokens of an example.
-        partition: what the data are for.
-        seed: of what is drawn.
-        settings: the other arguments of `generate_retrieval`.
-
-    Raises:
-        DataError: the settings ask for what cannot be.
-    """
-    too_long = [length for length in settings["lengths"] if length > max_length]
-    if too_long:
-        raise DataError(
-            f"retrieval.lengths: {too_long[0]} is more than max_length {max_length}; "
-            "raise `data.max_length` or generate shorter examples"
-        )
-    examples = generate_retrieval(tokenizer, partition, seed=seed, **settings)
-    return Dataset(examples, DatasetReport(len(examples), len(examples)))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ssmlora_dist.batches import Batch
-from ssmlora_dist.data.examples import IGNORE_INDEX, Example
+from ssmlora_dist.batches import IGNORED_LABEL, Batch
+from ssmlora_dist.data.examples import Example
 from ssmlora_dist.ops.dropout import token_seeds
 
 Row = Sequence[Example]
@@ -38,7 +38,7 @@ def collate(
     num_tokens = -(-longest // multiple) * multiple
     shape = (len(rows), num_tokens)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
     position_ids = torch.arange(num_tokens).repeat(len(rows), 1)
     dropout_seeds = torch.zeros(shape, dtype=torch.int32)
     scored = torch.zeros(shape, dtype=torch.bool)

@@ -5,26 +5,40 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ssmlora_dist.data.examples import Example
+from ssmlora_dist.errors import DataError
 from ssmlora_dist.records import Record
 
 _AS_TEXT = (bytes, datetime.date, datetime.time, datetime.timedelta, Decimal)
 
 
-def examples_digest(examples: Sequence[Example]) -> str:
-    """sha256 (hexadecimal) of token ids and labels in their order: of all that can be trained."""
+def source_digest(files: Sequence[Path] = (), texts: Iterable[str] = ()) -> str:
+    """sha256 (hexadecimal) of all that is in files, and of texts.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(np.int64(example.num_tokens).tobytes())
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.labels.tobytes())
+    for file in files:
+        try:
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        except OSError as error:
+            raise unreadable(file, error) from None
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()
+
+
+def unreadable(file: Path, error: OSError) -> DataError:
+    """What is said of a file that the system does not give."""
+    return DataError(
+        f"{file}: cannot be read ({error.strerror or error}); mend its access rights or name another"
+    )
 
 
 class RecordsDigest:

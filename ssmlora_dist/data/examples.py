@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ssmlora_dist.batches import IGNORED_LABEL
 from ssmlora_dist.data.accounts import DatasetReport
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +24,7 @@ class Example:
     Args:
         input_ids: token ids, [S], kept as int32.
         labels: [S], kept as int32: at each position the token itself where it is trained, otherwise
-            `IGNORE_INDEX` (not shifted: the loss compares position t with the output at t - 1). The first
+            `IGNORED_LABEL` (not shifted: the loss compares position t with the output at t - 1). The first
             position never has a label, because nothing comes before it.
         num_scored: how many of the first target tokens count for exact match; None: all of them.
         metadata: what reports group by, such as `length` (tokens, a bucket) and `depth` (a fraction).
@@ -42,8 +45,8 @@ class Example:
     ) -> Example:
         """Makes the labels from a flag per token."""
         ids = np.asarray(input_ids, dtype=np.int32)
-        labels = np.where(np.asarray(is_target, dtype=bool), ids, np.int32(IGNORE_INDEX))
-        labels[:1] = IGNORE_INDEX
+        labels = np.where(np.asarray(is_target, dtype=bool), ids, np.int32(IGNORED_LABEL))
+        labels[:1] = IGNORED_LABEL
         return cls(ids, labels, num_scored, metadata or {})
 
     @property
@@ -53,13 +56,78 @@ class Example:
     @property
     def scored_tokens(self) -> NDArray[np.bool_]:
         """Which tokens count for the exact match, [S]."""
-        is_target = self.labels != IGNORE_INDEX
+        is_target = self.labels != IGNORED_LABEL
         return is_target if self.num_scored is None else is_target & (is_target.cumsum() <= self.num_scored)
 
     @property
     def num_targets(self) -> int:
         """How many tokens the loss is taken over."""
-        return int(np.count_nonzero(self.labels != IGNORE_INDEX))
+        return int(np.count_nonzero(self.labels != IGNORED_LABEL))
+
+
+class ExamplesDigest:
+    """sha256 of token ids and labels in their order: of all that can be trained."""
+
+    def __init__(self, examples: Iterable[Example] = ()) -> None:
+        self._digest = hashlib.sha256()
+        for example in examples:
+            self.add(example)
+
+    def add(self, example: Example) -> None:
+        self._digest.update(np.int64(example.num_tokens).tobytes())
+        self._digest.update(example.input_ids.tobytes())
+        self._digest.update(example.labels.tobytes())
+
+    @property
+    def sha256(self) -> str:
+        """Of what was added so far, in hexadecimal."""
+        return self._digest.hexdigest()
+
+
+class StoredExamples(Sequence[Example]):
+    """Examples in a file, of which only those that are asked for are read; see `data.prepared`.
+
+    Args:
+        file: as `prepared.prepare` has written it.
+        num_targets: tokens that the loss is taken over, in all of them.
+        sha256: their `ExamplesDigest`.
+    """
+
+    def __init__(self, file: Path, num_targets: int, sha256: str) -> None:
+        import datasets
+
+        self.num_targets, self.sha256 = num_targets, sha256
+        self._rows = datasets.Dataset.from_file(str(file)).with_format("arrow")
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each, [N]."""
+        import pyarrow.compute
+
+        lengths: NDArray[np.int32] = pyarrow.compute.list_value_length(
+            self._rows.data.column("input_ids")
+        ).to_numpy()
+        return lengths
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        row = self._rows[index]
+        # Copies: tensors are not made of what cannot be written to.
+        ids, is_target = (
+            np.array(row.column(name).chunk(0).flatten().to_numpy(zero_copy_only=False))
+            for name in ("input_ids", "is_target")
+        )
+        labels = np.where(is_target, ids, np.int32(IGNORED_LABEL))
+        (num_scored,), (metadata,) = (row.column(name).to_pylist() for name in ("num_scored", "metadata"))
+        return Example(ids, labels, num_scored, json.loads(metadata))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +143,27 @@ class Dataset:
     examples: Sequence[Example]
     report: DatasetReport
     closings: frozenset[str] = frozenset()
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each example, [N]."""
+        if isinstance(self.examples, StoredExamples):
+            return self.examples.lengths
+        return np.asarray([example.num_tokens for example in self.examples], dtype=np.int32)
+
+    @cached_property
+    def num_targets(self) -> int:
+        """How many tokens the loss is taken over, in all examples."""
+        if isinstance(self.examples, StoredExamples):
+            return self.examples.num_targets
+        return sum(example.num_targets for example in self.examples)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The `ExamplesDigest` of all examples."""
+        if isinstance(self.examples, StoredExamples):
+            return self.examples.sha256
+        return ExamplesDigest(self.examples).sha256
 
     def __len__(self) -> int:
         return len(self.examples)

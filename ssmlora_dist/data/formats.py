@@ -1,24 +1,16 @@
 """Records to rows of text: what is context, what is trained, and what may give way when a row is too long.
 
-| format | fields it needs | default prompt | default answer |
-| --- | --- | --- | --- |
-| instruction | instruction, output; input is optional | Instruction, Input, `Answer:` | ` {output}` |
-| chat | messages: objects with role and content; tools are optional | the tokenizer's chat template | |
-| text | text | | |
-| multiple_choice | label, and choices unless given as templates | Question, `Answer:` | the right choice |
-| long_document_qa | document, question, answer | the document, Question, `Answer:` | ` {answer}` |
-
-Templates may name any field of the records. An answer is appended to its prompt as it stands, so one of the
-two brings the space between them. The fields of long_document_qa may be lists: a document is joined line by
-line (the values of an object by `: `), an answer's first reference is trained, and a list of questions with a
-list of as many answers gives an example for each. So the nested records of QMSum are read with `fields`:
-`{"document": "meeting_transcripts", "question": "specific_query_list.query",
-"answer": "specific_query_list.answer"}`.
+| format | fields it needs | prompt and answer |
+| --- | --- | --- |
+| instruction, generation, long_document_qa | see `open_questions` | templates |
+| multiple_choice | label, and choices unless given as templates; see `multiple_choice` | templates |
+| chat | messages: objects with role and content; tools are optional | the tokenizer's chat template |
+| text | text | |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,22 +20,18 @@ from ssmlora_dist.data.messages import read_messages, read_tools
 from ssmlora_dist.data.rows import Row, Segment
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.multiple_choice import QuestionReader
-from ssmlora_dist.records import Paths, Record, RecordView, Template, check_fields
+from ssmlora_dist.open_questions import OPEN_FORMATS, OpenReader
+from ssmlora_dist.records import Paths, Record, RecordView, check_fields
 from ssmlora_dist.tokenization import TextEncoder
-
-INSTRUCTION_PROMPT = Template("Instruction: {instruction}\nAnswer:", "prompt")
-INSTRUCTION_INPUT_PROMPT = Template("Instruction: {instruction}\nInput: {input}\nAnswer:", "prompt")
-INSTRUCTION_ANSWER = Template(" {output}", "answer")
-LONG_DOCUMENT_PROMPT = Template("{document}\n\nQuestion: {question}\nAnswer:", "prompt")
-LONG_DOCUMENT_ANSWER = Template(" {answer}", "answer")
 
 # Format -> the names it looks up, and the settings it takes.
 FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "instruction": (("instruction", "input", "output"), ("prompt", "answer")),
+    "generation": (("question", "references"), ("prompt", "answer")),
+    "long_document_qa": (("document", "question", "answer"), ("prompt", "answer")),
+    "multiple_choice": (("question", "choices", "label"), ("prompt", "choices", "labels")),
     "chat": (("messages", "tools"), ()),
     "text": (("text",), ()),
-    "multiple_choice": (("question", "choices", "label"), ("prompt", "choices", "labels")),
-    "long_document_qa": (("document", "question", "answer"), ("prompt", "answer")),
 }
 
 Renderer = Callable[[Record], list[Row]]
@@ -84,19 +72,10 @@ def make_renderer(
             raise DataError(f"{setting}: does not belong to the format {format!r}; {allowed}; remove it")
     if format == "multiple_choice":
         return _MultipleChoice(QuestionReader(prompt, choices, fields, labels))
-    prompt_template = None if prompt is None else Template(prompt, "prompt")
-    answer_template = None if answer is None else Template(answer, "answer")
-    templates = [template for template in (prompt_template, answer_template) if template is not None]
-    check_fields(fields, names, templates, f"format {format!r}")
-    if format == "instruction":
-        return _Instruction(fields, prompt_template, answer_template or INSTRUCTION_ANSWER)
-    if format == "chat":
-        return _Chat(fields, tokenizer)
-    if format == "text":
-        return _Text(fields)
-    return _LongDocument(
-        fields, prompt_template or LONG_DOCUMENT_PROMPT, answer_template or LONG_DOCUMENT_ANSWER
-    )
+    if format in OPEN_FORMATS:
+        return _Open(OpenReader(format, prompt, answer, fields, f"format {format!r}"))
+    check_fields(fields, names, (), f"format {format!r}")
+    return _Chat(fields, tokenizer) if format == "chat" else _Text(fields)
 
 
 def _with_answer(context: Sequence[Segment], answer: str) -> tuple[Segment, ...]:
@@ -108,22 +87,17 @@ def _with_answer(context: Sequence[Segment], answer: str) -> tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
-class _Instruction:
-    fields: Mapping[str, Paths]
-    prompt: Template | None
-    answer: Template
+class _Open:
+    reader: OpenReader
 
     def __call__(self, record: Record) -> list[Row]:
-        view = RecordView(record, self.fields)
-        prompt = self._prompt(view).render(view)
-        answer = self.answer.render(view)
-        return [Row(record.where, _with_answer([Segment(prompt)], answer))]
-
-    def _prompt(self, view: RecordView) -> Template:
-        if self.prompt is not None:
-            return self.prompt
-        has_input = view.has("input") and view.text("input").strip()
-        return INSTRUCTION_INPUT_PROMPT if has_input else INSTRUCTION_PROMPT
+        rows = []
+        for question in map(self.reader.read, self.reader.singles(record)):
+            context = [Segment(question.before)]
+            if question.document is not None:
+                context += [Segment(question.document, may_shrink=True), Segment(question.after)]
+            rows.append(Row(question.where, _with_answer(context, question.answers[0])))
+        return rows
 
 
 class _Chat:
@@ -157,65 +131,3 @@ class _MultipleChoice:
         question = self.questions.read(record)
         answer = question.choices[question.position]
         return [Row(record.where, (Segment(question.prompt), Segment(answer, is_target=True)))]
-
-
-@dataclass(frozen=True)
-class _LongDocument:
-    fields: Mapping[str, Paths]
-    prompt: Template
-    answer: Template
-
-    def __post_init__(self) -> None:
-        if self.prompt.names.count("document") != 1:
-            raise DataError(
-                f"prompt: {self.prompt.text!r} must hold {{document}} exactly once, so that it is known what "
-                "may be shortened; map the field that holds the document with `fields.document`"
-            )
-
-    def __call__(self, record: Record) -> list[Row]:
-        view = RecordView(record, self.fields)
-        document = _document_text(view)
-        rows = []
-        for single in self._single_questions(record, view):
-            single_view = RecordView(single, {**self.fields, "question": "question", "answer": "answer"})
-            before, after = self.prompt.render_around(single_view, "document")
-            context = [Segment(before), Segment(document, may_shrink=True), Segment(after)]
-            rows.append(Row(single.where, _with_answer(context, self.answer.render(single_view))))
-        return rows
-
-    def _single_questions(self, record: Record, view: RecordView) -> Iterator[Record]:
-        """The record once for each of its questions, under the format's own names."""
-        used = {*self.prompt.names, *self.answer.names} & {"question", "answer"}
-        values = {name: view.value(name) for name in used}
-        questions, answers = values.get("question"), values.get("answer")
-        if not isinstance(questions, list):
-            asked = {name: _first_reference(view, value) for name, value in values.items()}
-            yield record.derived({**record.values, **asked})
-            return
-        if not isinstance(answers, list) or len(answers) != len(questions):
-            num_answers = len(answers) if isinstance(answers, list) else 1
-            raise DataError(
-                f"{record.where}: {len(questions)} questions but {num_answers} answers; mend the record so "
-                "that every question has one"
-            )
-        for number, (question, answer) in enumerate(zip(questions, answers, strict=True), start=1):
-            asked = {"question": question, "answer": _first_reference(view, answer)}
-            yield record.derived({**record.values, **asked}, f"{record.where}, question {number}")
-
-
-def _document_text(view: RecordView) -> str:
-    value = view.value("document")
-    if not isinstance(value, list):
-        return view.as_text(value, "document")
-    lines = (item.values() if isinstance(item, dict) else [item] for item in value)
-    return "\n".join(": ".join(view.as_text(part, "document") for part in line) for line in lines)
-
-
-def _first_reference(view: RecordView, answer: Any) -> Any:
-    if not isinstance(answer, list):
-        return answer
-    if not answer:
-        raise DataError(
-            f"{view.where}: field 'answer' is an empty list; give the question an answer or remove it"
-        )
-    return answer[0]

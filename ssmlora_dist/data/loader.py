@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssmlora_dist.batches import Batch
+from ssmlora_dist.batches import IGNORED_LABEL, Batch
 from ssmlora_dist.data.accounts import DatasetReport
 from ssmlora_dist.data.collation import Row, collate
-from ssmlora_dist.data.examples import IGNORE_INDEX, Dataset, Example
+from ssmlora_dist.data.examples import Dataset, Example
 from ssmlora_dist.data.packing import pack
 
 
@@ -158,8 +158,7 @@ def rows_of_epoch(dataset: Dataset, seed: int, epoch: int, row_tokens: int | Non
     if row_tokens is None:
         rows: Sequence[Any] = order[:, None]  # type: ignore[assignment]
         return rows
-    lengths = [example.num_tokens for example in dataset.examples]
-    return shuffled(pack(lengths, order.tolist(), row_tokens), seed, epoch)
+    return shuffled(pack(dataset.lengths.tolist(), order.tolist(), row_tokens), seed, epoch)
 
 
 def shuffled(rows: list[list[int]], *seeds: int) -> list[list[int]]:
@@ -181,7 +180,7 @@ class EvaluationBatch:
     Args:
         batch: that asks for scores.
         indices: for each row its example's index in the data set, or None for a row that only fills the
-            batch: a repeated example whose labels are all `IGNORE_INDEX`.
+            batch: a repeated example whose labels are all `IGNORED_LABEL`.
     """
 
     batch: Batch
@@ -199,7 +198,7 @@ def evaluation_batches(dataset: Dataset, shape: BatchShape) -> Iterator[Evaluati
         dataset: the examples.
         shape: of the batches of all ranks at a time.
     """
-    by_length = sorted(range(len(dataset)), key=lambda index: -dataset[index].num_tokens)
+    by_length = sorted(range(len(dataset)), key=lambda index: -dataset.lengths[index])
     num_per_round = shape.micro_batch_size * shape.data_parallel_size
     for begin in range(0, len(by_length), num_per_round):
         chosen: list[int | None] = list(by_length[begin : begin + num_per_round])
@@ -212,7 +211,7 @@ def evaluation_batches(dataset: Dataset, shape: BatchShape) -> Iterator[Evaluati
 
 
 def _without_labels(example: Example) -> Example:
-    return replace(example, labels=np.full_like(example.labels, IGNORE_INDEX))
+    return replace(example, labels=np.full_like(example.labels, IGNORED_LABEL))
 
 
 def num_steps_of(num_epochs: float, num_rows: int, global_batch_size: int) -> int:

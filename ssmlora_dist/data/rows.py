@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,7 @@ class Row:
         is_framed: whether the tokenizer's beginning and end of a sequence go around it.
         may_split: whether it is a document to be cut into pieces of the longest length allowed.
         closings: what ends the turns of its conversation, in whichever row they are.
+        metadata: of its example; by default its length, as the smallest power of two that is no less.
     """
 
     where: str
@@ -53,6 +54,7 @@ class Row:
     is_framed: bool = True
     may_split: bool = False
     closings: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class RowEncoder:
             self._counts["num_answers_too_long" if is_cut else "num_dropped_too_long"] += 1
             return []
         has_answer = row.is_framed and not row.segments[0].is_target
-        example = _make_example(parts, num_scored=len(parts[-2].ids) if has_answer else None)
+        num_scored = len(parts[-2].ids) if has_answer else None
+        example = _make_example(parts, num_scored, row.metadata)
         if example.num_targets == 0:
             self._counts["num_without_target"] += 1
             return []
@@ -228,10 +231,12 @@ def _num_tokens(parts: Sequence[Part]) -> int:
     return sum(len(part.ids) for part in parts)
 
 
-def _make_example(parts: Sequence[Part], num_scored: int | None = None) -> Example:
+def _make_example(
+    parts: Sequence[Part], num_scored: int | None = None, metadata: Mapping[str, Any] | None = None
+) -> Example:
     ids = [token for part in parts for token in part.ids]
     is_target = [part.is_target for part in parts for _ in part.ids]
-    return Example.from_tokens(ids, is_target, num_scored, metadata={"length": _length_bucket(len(ids))})
+    return Example.from_tokens(ids, is_target, num_scored, metadata or {"length": _length_bucket(len(ids))})
 
 
 def _length_bucket(num_tokens: int) -> int:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ssmlora_dist.data.contents import unreadable
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.progress import progress
 from ssmlora_dist.records import Record, nearest_name
@@ -119,9 +120,7 @@ def _read_file(file: Path) -> Iterator[Record]:
             is_empty = False
             yield record
     except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror or error}); mend its access rights or name another"
-        ) from None
+        raise unreadable(file, error) from None
     if is_empty:
         raise DataError(f"{file}: holds no records; fill it or take it out of the list")
 

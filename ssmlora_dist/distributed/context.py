@@ -28,6 +28,8 @@ from ssmlora_dist.progress import progress
 from ssmlora_dist.ranks import VARIABLES, LaunchEnvironment, read_launch_environment
 
 LONGEST_SILENCE_SECONDS = 60.0
+# For what takes as long as it takes; that a rank is lost is noticed otherwise.
+PATIENCE = timedelta(days=7)
 
 # As of torch's own process group, there is one of each in a process. The group for host memory; None: torch's
 # own is of that kind.
@@ -82,6 +84,28 @@ class DistributedContext:
         if error is not None:
             raise error
         return result
+
+    def on_each_node(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` on the first rank of every node while the others wait, however long it takes.
+
+        Every rank gets the result of its node; an `SSMLoRAError` of any node is raised on all ranks.
+        """
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        result, error = None, None
+        if self.local_rank == 0:
+            try:
+                result = action()
+            except SSMLoRAError as raised:
+                error = raised
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, (self.local_rank, result, error), group=patient)
+        dist.destroy_process_group(patient)
+        for _, _, error in found:
+            if error is not None:
+                raise error
+        # The ranks of a node follow each other.
+        firsts = [rank for rank, (local_rank, _, _) in enumerate(found) if local_rank == 0]
+        return found[max(rank for rank in firsts if rank <= self.rank)][1]
 
     def gather(self, value: Any) -> list[Any]:
         """What `value` is on every rank, by rank, on all of them."""

@@ -40,6 +40,8 @@ class GenerationItem:
         max_new_tokens: where the answer is cut off.
         stop: texts before which the answer ends; the end-of-sequence token always ends it.
         metadata: as of a `ChoiceItem`.
+        answer: what a model is trained to answer: all references as they continue the prompt, the space
+            between them included; empty for items of records, which training reads itself. Not asked.
     """
 
     id: str
@@ -48,6 +50,7 @@ class GenerationItem:
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    answer: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ SPEED_METRICS = (
 # What differs from point to point without making it another case.
 NOT_SETTINGS = frozenset({"run.seed", "run.name", "run.output_dir"})
 # The first that differs between points is the length that they were trained at.
-LENGTH_KEYS = ("data.max_length", "data.train.retrieval.lengths", "data.validation.retrieval.lengths")
+LENGTH_KEYS = ("data.max_length", "data.train.task.lengths", "data.validation.task.lengths")
 UNSET = "as base"
 
 # Of a score there are NAME, of all inputs, NAME/LENGTH and NAME/LENGTH/DEPTH.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssmlora_dist.config.build import build_tokenizer
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.data import Dataset, ExampleStream, examples_digest, resolve_revision
+from ssmlora_dist.data import Dataset, ExampleStream, resolve_revision
 from ssmlora_dist.errors import CheckpointError, DataError
 from ssmlora_dist.models import fix_date, tokenizer_digests
 from ssmlora_dist.training.resume_point import ResumePoint
@@ -108,7 +108,7 @@ def train_contents(train: Dataset | ExampleStream) -> dict[str, Any] | None:
     return {
         "num_records": train.report.num_rows,
         "num_examples": len(train),
-        "sha256": examples_digest(train.examples),
+        "sha256": train.sha256,
     }
 
 

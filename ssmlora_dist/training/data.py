@@ -18,7 +18,6 @@ from ssmlora_dist.data import (
     ExampleStream,
     GlobalBatches,
     StreamedBatches,
-    examples_digest,
 )
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.tokenization import TextEncoder
@@ -78,7 +77,7 @@ class RunData:
             config.run.seed if config.adapter.dropout else None,
         )
         commits = context.on_main(lambda: revisions(config, resume_point))
-        train, self.validation = build_data(pinned(config, commits), tokenizer)
+        train, self.validation = build_data(pinned(config, commits), tokenizer, warn, context.on_each_node)
         self._train, self._on_main = train, context.on_main
         self._row_tokens = row_tokens(config)
         self.contents = self._compared(config, train, commits, context, resume_point)
@@ -124,8 +123,8 @@ class RunData:
     ) -> dict[str, Any]:
         found = context.gather(train_contents(train))
         check_ranks(found)
-        check_train(resume_point, found[0], config.data.train.format == "retrieval")
-        validation = examples_digest(self.validation.examples) if self.validation else None
+        check_train(resume_point, found[0], config.data.train.task is not None)
+        validation = self.validation.sha256 if self.validation else None
         return {"revisions": commits, "train": found[0], "validation": validation}
 
     def micro_batches(self, step: int) -> list[Batch]:

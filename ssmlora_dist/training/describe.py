@@ -9,7 +9,7 @@ import torch
 
 from ssmlora_dist.config.build import build_data, check_model, check_tracking, row_tokens
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.data import Dataset, ExampleStream, examples_digest, num_steps_of, rows_of_epoch
+from ssmlora_dist.data import Dataset, ExampleStream, num_steps_of, rows_of_epoch
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.tokenization import TextEncoder
 from ssmlora_dist.tracking import RunDirectory
@@ -62,7 +62,7 @@ def describe(
     check_settings(resume_point, config)
     check_model(config, device_type)
     tokenizer, _ = tokenizer_of(config, resume_point, first_start(resume_point), warn)
-    train, validation = build_data(pinned(config, revisions(config, resume_point)), tokenizer)
+    train, validation = build_data(pinned(config, revisions(config, resume_point)), tokenizer, warn)
     _compare(config, resume_point, train, validation, warn)
     training = config.training
     is_streamed = isinstance(train, ExampleStream)
@@ -112,6 +112,6 @@ def _compare(
     if isinstance(train, ExampleStream):
         train.check(checkpoint.progress["data_position"])
     else:
-        check_train(resume_point, train_contents(train), config.data.train.format == "retrieval")
-    same_validation(resume_point, examples_digest(validation.examples) if validation else None, warn)
+        check_train(resume_point, train_contents(train), config.data.train.task is not None)
+    same_validation(resume_point, validation.sha256 if validation else None, warn)
     base_of(config, resume_point)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -176,10 +177,10 @@ def plan_stages(
         ConfigError: more stages than layers, boundaries that skip or repeat a layer, or a stage without an
             adapter.
     """
-    lengths = [example.num_tokens for example in sample.examples]
-    num_targets = sum(example.num_targets for example in sample.examples) // len(lengths)
+    lengths = sample.lengths
+    num_targets = sample.num_targets // len(lengths)
     costs_of = partial(_costs, config, dims, max(1, num_targets))
-    costs = costs_of(sum(lengths) // len(lengths))
+    costs = costs_of(int(lengths.sum(dtype=np.int64)) // len(lengths))
     num_layers, num_stages = len(costs.layers), dims.num_stages
     given = config.parallel.stage_boundaries
     if given is not None:
@@ -196,7 +197,7 @@ def plan_stages(
                     "or adapt more layers"
                 ]
             )
-    longest = costs_of(config.data.max_length if config.data.train.streaming else max(lengths))
+    longest = costs_of(config.data.max_length if config.data.train.streaming else int(lengths.max()))
     ahead = costs.layers_ahead
     if not config.training.gradient_checkpointing:
         ahead = 0

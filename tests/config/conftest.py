@@ -28,8 +28,8 @@ WORKING: dict[str, Any] = {
         "compute_dtype": "bfloat16",
     },
     "data": {
-        "train": {"format": "retrieval", "retrieval": {"lengths": [512]}},
-        "validation": {"format": "retrieval", "retrieval": {"lengths": [512, 1024]}},
+        "train": {"format": "task", "task": {"task": "passkey", "lengths": [512]}},
+        "validation": {"format": "task", "task": {"task": "passkey", "lengths": [512, 1024]}},
     },
     "training": {"max_steps": 100, "global_batch_size": 8, "micro_batch_size": 2},
 }

@@ -34,8 +34,8 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
     "key at the top": ([("learning_rate", 1)], ("learning_rate: unknown key", "training.learning_rate?")),
     "unknown adapter key": ([("adapter.rnk", 4)], ("adapter.rnk: unknown key", "did you mean adapter.rank?")),
     "unknown nested key": (
-        [("data.train.retrieval.lenghts", [512])],
-        ("data.train.retrieval.lenghts: unknown key", "data.train.retrieval.lengths?"),
+        [("data.train.task.lenghts", [512])],
+        ("data.train.task.lenghts: unknown key", "data.train.task.lengths?"),
     ),
     "missing section": ([("model", REMOVED)], ("model: missing", 'add "model" at the top level')),
     "missing key": ([("run.name", REMOVED)], ("run.name: missing", 'add "name" to run')),
@@ -100,7 +100,7 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
     ),
     "wrong case": ([("quantization.mode", "NF4")], ('quantization.mode: "NF4" given', 'did you mean "nf4"?')),
     "bad run name": ([("run.name", "my run/1")], ('run.name: "my run/1" given', 'write "my-run-1"')),
-    "empty list": ([("data.train.retrieval.lengths", [])], ("data.train.retrieval.lengths:", "at least 1")),
+    "empty list": ([("data.train.task.lengths", [])], ("data.train.task.lengths:", "at least 1")),
     # Adapter
     "no module": ([("adapter.alternate", [])], ("adapter: names no module", "list projections")),
     "module twice": ([("adapter.every_layer", ["q_proj"])], ("adapter: names q_proj more than once",)),
@@ -186,19 +186,42 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
     ),
     "streaming for generated data": (
         [("data.train.streaming", True)],
-        ("data.train.streaming: true given", "retrieval is generated"),
+        ("data.train.streaming: true given", "a task is generated"),
     ),
     "records for generated data": (
         [("data.train.path", "a.jsonl")],
-        ("data.train.path:", "retrieval is generated"),
+        ("data.train.path:", "a task is generated"),
     ),
     "generated settings for records": (
-        [*RECORDS, ("data.train.retrieval", {})],
-        ("data.train.retrieval:", 'only with format "retrieval"'),
+        [*RECORDS, ("data.train.task", {"task": "passkey"})],
+        ("data.train.task:", 'only with format "task"'),
+    ),
+    "a task to train on that is not named": (
+        [("data.train", {"format": "task"})],
+        ("data.train.task: missing", '{"task": "passkey"}'),
+    ),
+    "a task to train on that is unknown": (
+        [("data.train.task.task", "niah_multikey2")],
+        ('data.train.task.task: "niah_multikey2" given', 'did you mean "niah_multikey_2"?'),
+    ),
+    "a task to train on that is not generated": (
+        [("data.train.task.task", "boolq")],
+        ('data.train.task.task: "boolq" given', "train on records"),
+    ),
+    "a setting that the trained task does not have": (
+        [("data.train.task.metrics", ["f1"])],
+        ('data.train.task.metrics: ["f1"] given', "takes lengths, background, depths, seed; remove it"),
+    ),
+    "questions trained and asked": (
+        [
+            ("data.train.task", {"task": "babilong_qa1", "path": __file__}),
+            ("evaluation.tasks", [{"task": "babilong_qa1", "path": __file__}]),
+        ],
+        ("data.train.task.path:", "as in evaluation.tasks.0", "files of the two splits"),
     ),
     "length over the limit": (
         [("data.max_length", 700)],
-        ("data.validation.retrieval.lengths: 1024 given", "set data.max_length to 1024"),
+        ("data.validation.task.lengths: 1024 given", "set data.max_length to 1024"),
     ),
     "malformed template": (
         [*RECORDS, ("data.train.prompt", "{question")],
@@ -473,7 +496,7 @@ def test_all_kinds_are_shown_at_once(problems: Problems) -> None:
         "evaluation.every_steps",
         "training.warmup_steps",
         "deepspeed.bf16",
-        "data.validation.retrieval.lengths",
+        "data.validation.task.lengths",
         "training.global_batch_size",
     ]
 

@@ -66,8 +66,8 @@ def test_an_override_mends_what_the_file_has_wrong(load: Load) -> None:
         ("training..max_steps=5", ("--set training..max_steps=5:", "section.key=value")),
         ("run.name.first=a", ('--set run.name.first=a: run.name is "test"', "--set run.name=VALUE")),
         (
-            "data.train.retrieval.lengths.0=512",
-            ("lengths is [512]", "--set data.train.retrieval.lengths=VALUE"),
+            "data.train.task.lengths.0=512",
+            ("lengths is [512]", "--set data.train.task.lengths=VALUE"),
         ),
         ("run.seed=NaN", ('run.seed: "NaN" given', "a whole number")),
         ("adapter.alpha=1e999", ("adapter.alpha: Infinity given", "the default is 16.0")),

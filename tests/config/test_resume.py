@@ -33,7 +33,7 @@ def test_a_field_that_no_row_speaks_of_is_noticed() -> None:
 
 
 def test_the_nearest_row_speaks() -> None:
-    assert rule_of("data.train.retrieval.lengths").fields == "data.train.*"
+    assert rule_of("data.train.task.lengths").fields == "data.train.*"
     assert rule_of("training.betas").fields == "training.betas"
     assert rule_of("deepspeed").fields == "deepspeed"
 
@@ -76,7 +76,7 @@ FIXED: list[tuple[str, Any, str]] = [
     ("adapter.rank", 4, "4 given, 8 in the checkpoint"),
     ("adapter.alternate", ["k_proj"], '["k_proj"] given, ["q_proj", "v_proj"] in the checkpoint'),
     ("adapter.dropout", 0.5, "0.5 given, 0.0 in the checkpoint"),
-    ("data.train.retrieval.lengths", [256], "[256] given, [512] in the checkpoint"),
+    ("data.train.task.lengths", [256], "[256] given, [512] in the checkpoint"),
     ("data.max_length", 4096, "4096 given, 2048 in the checkpoint"),
     ("data.too_long", "refuse", '"refuse" given, "drop" in the checkpoint'),
     ("training.global_batch_size", 16, "16 given, 8 in the checkpoint"),
@@ -122,19 +122,13 @@ def test_all_changes_are_named_at_once() -> None:
 def test_other_data_of_another_format() -> None:
     lines = problems([], [("data.train", {"format": "text", "path": ["a.txt", "b.txt"]})])
     fields = {line.partition(":")[0] for line in lines}
-    assert {"data.train.format", "data.train.retrieval.lengths"} <= fields
+    assert {"data.train.format", "data.train.task.lengths"} <= fields
     # Where the records lie is no matter: they are compared themselves.
     assert "data.train.path" not in fields
 
 
 def test_defaults_that_are_written_out_are_no_change() -> None:
-    short: list[Change] = [("data.train", {"format": "retrieval"}), ("data.validation", None)]
-    written: list[Change] = [
-        ("data.train", {"format": "retrieval", "retrieval": {"lengths": [1024]}}),
-        ("data.validation", None),
-        ("adapter", {"rank": 8}),
-    ]
-    assert problems(short, written) == []
+    assert problems([("data.validation", None)], [("data.validation", None), ("adapter", {"rank": 8})]) == []
 
 
 def test_a_field_that_an_older_release_did_not_have_had_its_default() -> None:

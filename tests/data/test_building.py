@@ -10,8 +10,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ssmlora_dist.data import DatasetReport, ExampleReader, generate_dataset, read_dataset
+from ssmlora_dist.data import DatasetReport, ExampleReader
 from ssmlora_dist.errors import DataError
+
+from ..examples import read_dataset
 
 RECORDS = {
     "instruction": {"instruction": "Say hi.", "output": "hi"},
@@ -162,22 +164,6 @@ def test_the_partition_is_the_default_split(byte_tokenizer, tmp_path, monkeypatc
     assert len(build(byte_tokenizer, None, **hub)) == 3
     assert len(build(byte_tokenizer, None, partition="validation", **hub)) == 2
     assert len(build(byte_tokenizer, None, partition="validation", split="train", **hub)) == 3
-
-
-def test_retrieval(byte_tokenizer):
-    retrieval = {
-        "lengths": (200, 256),
-        "depths": (0.5,),
-        "num_lookalikes": 1,
-        "num_digits": 3,
-        "num_examples": 5,
-    }
-    given = {"tokenizer": byte_tokenizer, "partition": "test", "seed": 3, "settings": retrieval}
-    data = generate_dataset(max_length=256, **given)
-    assert data.report == DatasetReport(5, 5)
-    assert [example.num_tokens for example in data.examples] == [200, 256, 200, 256, 200]
-    with pytest.raises(DataError, match=r"retrieval\.lengths: 256 is more than max_length 255"):
-        generate_dataset(max_length=255, **given)
 
 
 def test_import_brings_no_heavy_library():

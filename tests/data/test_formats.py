@@ -103,10 +103,10 @@ def test_long_document_with_nested_questions():
     [
         ({"answer": ["a", "b"]}, r"rows\.jsonl:3: 1 questions but 2 answers"),
         ({"answer": "a"}, r"rows\.jsonl:3: 1 questions but 1 answers"),
-        ({"answer": [[]]}, r"rows\.jsonl:3: field 'answer' is an empty list"),
-        ({"document": [[1]]}, r"rows\.jsonl:3: field 'document' holds a list where text is needed"),
+        ({"answer": [[]]}, r"rows\.jsonl:3, question 1: field 'answer' is an empty list"),
+        ({"document": [[1]]}, r"rows\.jsonl:3, question 1: field 'document' holds a list where text is needed"),
         ({"question": [["q"]]}, r"rows\.jsonl:3, question 1: field 'question' holds a list"),
-        ({"document": None}, r"rows\.jsonl:3: field 'document' is null"),
+        ({"document": None}, r"rows\.jsonl:3, question 1: field 'document' is null"),
     ],
 )
 def test_long_document_records_that_do_not_fit(changes, message):

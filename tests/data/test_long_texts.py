@@ -8,10 +8,12 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from ssmlora_dist.data import ExampleReader, read_dataset
+from ssmlora_dist.data import ExampleReader
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.long_texts import PIECE, encode_ends, encode_pieces
 from ssmlora_dist.tokenization import TextEncoder
+
+from ..examples import read_dataset
 
 PROSE = "\n".join(text for _, text in sorted(topics.items()))[: 3 * PIECE + 999]
 TOKENIZERS = ["byte_tokenizer", "bpe_tokenizer", "sentencepiece_tokenizer"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ssmlora_dist.batches import IGNORED_LABEL
 from ssmlora_dist.data.accounts import DatasetReport
-from ssmlora_dist.data.examples import IGNORE_INDEX
 from ssmlora_dist.data.rows import Row, RowEncoder, Segment
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.tokenization import TextEncoder
@@ -40,7 +40,7 @@ def test_prompt_and_answer(byte_tokenizer):
         *answer_ids,
         byte_tokenizer.eos_token_id,
     ]
-    assert example.labels.tolist() == [IGNORE_INDEX] * 4 + [*answer_ids, byte_tokenizer.eos_token_id]
+    assert example.labels.tolist() == [IGNORED_LABEL] * 4 + [*answer_ids, byte_tokenizer.eos_token_id]
     assert example.num_scored == 2
     assert example.metadata == {"length": 8}
     assert report == DatasetReport(1, 1)
@@ -79,12 +79,12 @@ def test_text_after_a_prompt_of_a_sentencepiece_tokenizer(sentencepiece_tokenize
 def test_text_is_trained_from_its_second_token(byte_tokenizer, bpe_tokenizer):
     row = Row("rows.jsonl:1", (Segment("the set", is_target=True),))
     (example,), _ = encode_row(byte_tokenizer, row)
-    assert example.labels.tolist() == [IGNORE_INDEX, *example.input_ids[1:].tolist()]
+    assert example.labels.tolist() == [IGNORED_LABEL, *example.input_ids[1:].tolist()]
     assert example.num_targets == 7
     assert example.num_scored is None
     (example,), _ = encode_row(bpe_tokenizer, row)
     assert example.input_ids[0] == bpe_tokenizer.bos_token_id
-    assert example.labels.tolist() == [IGNORE_INDEX, *example.input_ids[1:].tolist()]
+    assert example.labels.tolist() == [IGNORED_LABEL, *example.input_ids[1:].tolist()]
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "\n"])
@@ -169,7 +169,7 @@ def test_truncate_keeps_the_last_answer_of_a_conversation(byte_tokenizer, max_le
         return
     (example,) = examples
     assert byte_tokenizer.decode(example.input_ids) == kept
-    assert byte_tokenizer.decode(example.labels[example.labels != IGNORE_INDEX]) == trained
+    assert byte_tokenizer.decode(example.labels[example.labels != IGNORED_LABEL]) == trained
     assert report == DatasetReport(1, 1, num_truncated=int(max_length < 16))
 
 

@@ -32,6 +32,16 @@ def test_rank_0_acts_and_every_rank_meets_its_error(results: Results, num_ranks:
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_the_first_rank_of_a_node_acts_for_it_and_all_meet_the_error_of_one(
+    results: Results, num_ranks: int
+) -> None:
+    by_rank = results.found(num_ranks, "collectives")
+    assert [found["of node"] for found in by_rank] == [0] * num_ranks
+    assert [found["of own node"] for found in by_rank] == list(range(num_ranks))
+    assert {found["refused by last"] for found in by_rank} == {f"refused on rank {num_ranks - 1}"}
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
 def test_every_rank_refuses_a_run_directory_that_is_taken(results: Results, num_ranks: int) -> None:
     for message in results.found(num_ranks, "trained twice"):
         assert "holds a run already" in message

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -125,7 +126,21 @@ def collectives(context: DistributedContext) -> dict[str, Any]:
         refused = str(error)
     ran: list[int] = []
     context.on_main(lambda: ran.append(context.rank))
+    # As if every rank were a node.
+    apart = replace(context, local_rank=0)
+
+    def refuse_last() -> None:
+        if context.rank == context.world_size - 1:
+            refuse()
+
+    try:
+        apart.on_each_node(refuse_last)
+    except CheckpointError as error:
+        refused_by_last = str(error)
     return {
+        "of node": context.on_each_node(lambda: context.rank),
+        "of own node": apart.on_each_node(lambda: context.rank),
+        "refused by last": refused_by_last,
         "sum": context.sum([1.0, 0.25 * context.rank]),
         "max": context.max([1.0, 0.25 * context.rank]),
         "refused": refused,

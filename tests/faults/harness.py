@@ -26,12 +26,12 @@ COMMON = (
     f"run.name={RUN_NAME}",
     "run.output_dir=..",
     "model.config.num_hidden_layers=4",
-    "data.train.retrieval.num_examples=32",
+    "data.train.task.num_examples=32",
     f"training.max_steps={NUM_STEPS}",
     "training.global_batch_size=4",
     f"checkpoint.every_steps={SAVE_EVERY}",
     "evaluation.every_steps=5",
-    "data.validation.retrieval.num_examples=2",
+    "data.validation.task.num_examples=1",
     "tracking.tracker=none",
 )
 # Name -> ranks, overrides.

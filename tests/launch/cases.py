@@ -208,8 +208,8 @@ BAD: dict[str, Case] = {
         "long.jsonl", "data.too_long=refuse", says=("long.jsonl:2:", "more than max_length 128", "'drop'")
     ),
     "too-short-for-the-task": overriding(
-        'data.train={"format":"retrieval","retrieval":{"lengths":[64],"num_lookalikes":8}}',
-        says=("retrieval", "64", "length"),
+        'data.train={"format":"task","task":{"task":"passkey","lengths":[64]}}',
+        says=("passkey", "64", "length"),
     ),
     "validation-broken": overriding(
         'data.validation={"format":"instruction","path":"corrupt.jsonl"}', says=("corrupt.jsonl:2:", "mend")

@@ -58,7 +58,7 @@ RUN: dict[str, Any] = {
     "model": {"init": "random", "config": MODEL, "tokenizer": "bytes", "compute_dtype": "float32"},
     # Not those of the adapter directories, which say themselves what they are.
     "adapter": {"rank": 4},
-    "data": {"train": {"format": "retrieval"}},
+    "data": {"train": {"format": "task", "task": {"task": "passkey"}}},
     "training": {"max_steps": 1},
     # Of several batches for each task.
     "evaluation": {"tasks": TASKS, "max_batch_tokens": 300},

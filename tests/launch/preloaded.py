@@ -31,6 +31,7 @@ NEEDED = (
     "transformers.conversion_mapping",
     "torch._dynamo",
     "bitsandbytes",
+    "datasets",
 )
 
 

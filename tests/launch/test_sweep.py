@@ -18,13 +18,13 @@ from .materials import MODEL
 from .processes import ROOT, Finished, run, without_progress
 
 SWEEP_SCRIPT = ROOT / "launch" / "sweep.py"
-RETRIEVAL = {"lengths": [224], "depths": [0], "num_lookalikes": 0, "num_digits": 2, "num_examples": 4}
+PASSKEY = {"task": "passkey", "lengths": [224], "depths": [0], "num_examples": 4}
 BASE: dict[str, Any] = {
     "run": {"name": "base"},
     "model": {"init": "random", "config": MODEL, "tokenizer": "bytes", "compute_dtype": "float32"},
     "quantization": {"mode": "none"},
     "adapter": {"rank": 2, "alpha": 4},
-    "data": {"train": {"format": "retrieval", "retrieval": RETRIEVAL}, "max_length": 224},
+    "data": {"train": {"format": "task", "task": PASSKEY}, "max_length": 224},
     "training": {"max_steps": 2, "global_batch_size": 2, "learning_rate": 1e-2},
 }
 SWEEP: dict[str, Any] = {

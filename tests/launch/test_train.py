@@ -149,7 +149,8 @@ def test_the_summary_has_speed_and_the_memory_of_each_rank(runs: Runs) -> None:
     summary = runs.summary("debug_tiny")
     assert summary["num_steps"] == NUM_STEPS
     assert summary["skipped_steps"] == 0
-    assert summary["num_tokens"] == NUM_STEPS * GLOBAL_BATCH_SIZE * LENGTH
+    # Of prompts within a word of their length, and answers that do not use up their budget.
+    assert 0.9 < summary["num_tokens"] / (NUM_STEPS * GLOBAL_BATCH_SIZE * LENGTH) < 1
     assert len(summary["peak_memory_gib"]) == 2
     # On a CPU all of a process, on a GPU the little that the model takes.
     for loaded, peak in zip(summary["loaded_memory_gib"], summary["peak_memory_gib"], strict=True):
@@ -177,8 +178,10 @@ def test_every_step_and_evaluation_has_its_row(runs: Runs) -> None:
     assert [row["step"] for row in rows if "validation_loss" in row] == [0, 4]
     for row in rows:
         assert all(math.isfinite(value) for value in row.values())
-    for row in (row for row in rows if "loss" in row):
-        assert row["tokens_per_second"] == pytest.approx(GLOBAL_BATCH_SIZE * LENGTH / row["step_seconds"])
+    steps = [row for row in rows if "loss" in row]
+    num_tokens = sum(row["tokens_per_second"] * row["step_seconds"] for row in steps)
+    assert num_tokens == pytest.approx(runs.summary("debug_tiny")["num_tokens"])
+    for row in steps:
         assert row["tokens_per_second_per_device"] == pytest.approx(row["tokens_per_second"] / 2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config import build
 from ssmlora_dist.config.arguments import run_command
 from ssmlora_dist.models import load_model, load_tokenizer
+from ssmlora_dist.prose import split_of
 from tests.tiny import randomize_adapters, tiny_model
 
 from .processes import GENERATE_SCRIPT
@@ -146,6 +148,19 @@ def test_a_prompt_begins_once(adapter: Any, generated: Any, prompts: list[list[i
     assert prompts == [[BOS, *b"hello"]] * 2
 
 
+def test_a_task_s_question_is_one_of_its_test_split(
+    adapter: Any, generated: Any, prompts: list[list[int]]
+) -> None:
+    code, out, _ = generated("--adapter", adapter(), "--task", "passkey", "--length", "240")
+    assert (code, "good day" in out) == (0, True)
+    # Of 240 tokens 16 are the answer's, and the first is the beginning of the sequence.
+    text = bytes(prompts[0][1:]).decode()
+    assert 0.9 * 224 < len(prompts[0]) <= 224
+    value = re.search(r"The pass key is (\d{5})\.", text)[1]  # type: ignore[index]
+    assert f"the true answer is {value}" in out
+    assert split_of(value) == "test"
+
+
 def test_greedy_is_greedy_whatever_the_model_comes_with(adapter: Any, generated: Any) -> None:
     arguments = ("--prompt", "hello", "--max-new-tokens", "24")
     plain = generated("--adapter", adapter({}), *arguments)
@@ -180,6 +195,9 @@ def test_tokens_are_drawn_on_request(adapter: Any, generated: Any) -> None:
         (("--max-new-tokens", "0"), "--max-new-tokens 0: allowed: 1 or more"),
         (("--seed", "3"), "--seed 3: nothing is drawn without --temperature or --top-p"),
         (("--temperature", "1", "--seed", "-3"), "--seed -3: allowed: 0 or more"),
+        (("--task", "paskey"), "--task paskey: no task that is generated (nearest: passkey); choose one of"),
+        (("--task", "boolq"), "--task boolq: no task that is generated"),
+        (("--task", "passkey", "--length", "9"), "--length 9: too short for a question; allowed: 64 or more"),
         (("--prompt", "caf\udce9"), "--prompt: is not valid UTF-8 (U+DCE9 at character 4); convert it"),
     ],
 )

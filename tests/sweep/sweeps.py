@@ -19,7 +19,7 @@ BASE: dict[str, Any] = {
         "compute_dtype": "float32",
     },
     "data": {
-        "train": {"format": "retrieval", "retrieval": {"lengths": [256]}},
+        "train": {"format": "task", "task": {"task": "passkey", "lengths": [256]}},
         "max_length": 256,
     },
     "training": {"max_steps": 4, "global_batch_size": 4},

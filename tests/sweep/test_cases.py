@@ -81,13 +81,11 @@ def test_a_length_is_always_a_setting():
 
 def test_keys_that_repeat_another_or_never_differ_are_not_shown():
     points = [
-        result(
-            "lora", overrides={"data.max_length": n, "data.train.retrieval.lengths": [n], "model.path": "m"}
-        )
+        result("lora", overrides={"data.max_length": n, "data.train.task.lengths": [n], "model.path": "m"})
         for n in (256, 512)
     ]
     sweep = sweep_of(*points)
-    assert sweep.setting_keys == ["data.max_length", "data.train.retrieval.lengths"]
+    assert sweep.setting_keys == ["data.max_length", "data.train.task.lengths"]
     assert sweep.shown_keys == ["data.max_length"]
     assert sweep_of(points[0]).shown_keys == []
 
@@ -178,7 +176,7 @@ def test_what_an_axis_of_lengths_sets_goes_with_the_length():
             "lora",
             overrides={
                 "data.max_length": 512,
-                "data.train.retrieval.lengths": [n],
+                "data.train.task.lengths": [n],
                 "training.micro_batch_size": 2 if n < 512 else 1,
                 "adapter.rank": rank,
             },
@@ -189,12 +187,12 @@ def test_what_an_axis_of_lengths_sets_goes_with_the_length():
     sweep = sweep_of(*points)
     assert sweep.setting_keys == [
         "data.max_length",
-        "data.train.retrieval.lengths",
+        "data.train.task.lengths",
         "adapter.rank",
         "training.micro_batch_size",
     ]
     assert set(sweep.setting_keys) - sweep.length_keys == {"adapter.rank"}
-    assert sweep.shown_keys == ["data.train.retrieval.lengths", "adapter.rank"]
+    assert sweep.shown_keys == ["data.train.task.lengths", "adapter.rank"]
     assert [case.length for case in sweep.cases] == [128, 128, 256, 256, 512, 512]
 
 

@@ -205,7 +205,7 @@ def test_by_default_a_group_is_all_but_the_length(tmp_path: Path) -> None:
 
 def test_a_section_of_a_point_takes_the_place_of_shared_keys_in_it(tmp_path: Path) -> None:
     shared = {"data.train": {"format": "text", "hub": "x"}, "data.train.limit": 5}
-    own = {"data.train": {"format": "retrieval", "retrieval": {"lengths": [64]}}}
+    own = {"data.train": {"format": "task", "task": {"task": "passkey", "lengths": [64]}}}
     plan = plan_of(tmp_path, overrides=shared, grid={}, list=[{"name": "own", "overrides": own}])
     assert plan.points[0].config.data.train.limit is None
 

@@ -29,7 +29,7 @@ COMMON = (
     "model.config.num_hidden_layers=2",
     # So that random numbers are drawn in every step.
     "adapter.dropout=0.2",
-    "data.train.retrieval.num_examples=16",
+    "data.train.task.num_examples=16",
     "data.validation=null",
     "evaluation.every_steps=null",
     f"training.max_steps={NUM_STEPS}",

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers.utils import chat_template_utils
 
+from ssmlora_dist import prose
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.config.schema import RunConfig
-from ssmlora_dist.data import retrieval
 from ssmlora_dist.distributed.context import DistributedContext, start_process_group, stop_process_group
 from ssmlora_dist.errors import CheckpointError, ConfigError, DataError, SSMLoRAError
 from ssmlora_dist.models import load_tokenizer
@@ -197,13 +197,11 @@ def test_a_changed_setting_is_named_before_the_data_that_it_changes(runs: Runs) 
 
 
 def test_generated_data_are_compared_with_their_text(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = {"format": "retrieval", "retrieval": {"lengths": [500], "num_examples": 2, "num_lookalikes": 1}}
+    source = {"format": "task", "task": {"task": "niah_single_2", "lengths": [500], "num_examples": 2}}
     generated = [f"data.train={json.dumps(source)}", "data.max_length=500"]
     runs.train(1, *generated)
     runs.train(2, *generated)
-    monkeypatch.setattr(
-        retrieval, "sentences", lambda: ["Another text.", "It came with another Python."] * 99
-    )
+    monkeypatch.setattr(prose, "sentences", lambda: ["Another text.", "It came with another Python."] * 99)
     with pytest.raises(
         CheckpointError, match=r"as many given here, but of other contents \(generated from a text"
     ):

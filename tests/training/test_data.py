@@ -28,7 +28,12 @@ def run_data(directory: Path, records: list[Any], *overrides: str) -> tuple[RunD
     source = json.dumps({"format": "instruction", "path": str(file), "shuffle_buffer_size": 4})
     settings = [f"data.train={source}", "data.max_length=64", "training.global_batch_size=2", *overrides]
     config = load_config(CONFIG, settings, world_size=1)
-    context: Any = SimpleNamespace(rank=0, on_main=lambda action: action(), gather=lambda value: [value])
+    context: Any = SimpleNamespace(
+        rank=0,
+        on_main=lambda action: action(),
+        on_each_node=lambda action: action(),
+        gather=lambda value: [value],
+    )
     dims = ParallelDims(data_parallel_rank=0, data_parallel_size=1, stage=0, num_stages=1)
     said: list[str] = []
     resume_point = ResumePoint(None, None, False)

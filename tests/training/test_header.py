@@ -35,7 +35,7 @@ def config(**sections: Any) -> RunConfig:
             "compute_dtype": "float32",
         },
         "adapter": {"rank": 4},
-        "data": {"train": {"format": "retrieval"}},
+        "data": {"train": {"format": "task", "task": {"task": "passkey"}}},
         "training": {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
         "tracking": {"tracker": "none"},
     }

@@ -47,7 +47,7 @@ def run_config(training: dict[str, Any] | None = None, **changes: Any) -> RunCon
             },
             "quantization": {"mode": settings["quantization"]},
             "adapter": {"rank": 4, "placement": "probe"} | settings["adapter"],
-            "data": {"train": {"format": "retrieval"}, "max_length": 64},
+            "data": {"train": {"format": "task", "task": {"task": "passkey"}}, "max_length": 64},
             "training": {"max_steps": 1, "loss_chunk_size": 5} | (training or {}),
         }
     )

@@ -212,7 +212,7 @@ def run_config(**sections: Any) -> RunConfig:
         {
             "run": {"name": "run"},
             "model": {"path": "org/base"},
-            "data": {"train": {"format": "retrieval"}},
+            "data": {"train": {"format": "task", "task": {"task": "passkey"}}},
             "training": {"max_steps": 100},
             **sections,
         }

@@ -43,7 +43,7 @@ def run_config(**section: Any) -> RunConfig:
             "run": {"name": "run"},
             "model": {"path": "org/base"},
             "adapter": ADAPTER.model_dump(mode="json"),
-            "data": {"train": {"format": "retrieval"}},
+            "data": {"train": {"format": "task", "task": {"task": "passkey"}}},
             "training": {"max_steps": 100, "global_batch_size": 6},
             "checkpoint": {"every_steps": 4, **section},
         }

@@ -147,7 +147,7 @@ def config(every_steps: int | None = None, *tasks: dict[str, Any], **evaluation:
             "run": {"name": "run", "output_dir": "runs"},
             "model": {"init": "random", "config": MODEL, "tokenizer": "bytes", "compute_dtype": "float32"},
             "quantization": {"mode": "none"},
-            "data": {"train": {"format": "retrieval"}},
+            "data": {"train": {"format": "task", "task": {"task": "passkey"}}},
             "training": {"max_steps": 1},
             "evaluation": {"tasks": tasks or [passkey], "tasks_every_steps": every_steps, **evaluation},
             "tracking": {"tracker": "none"},

@@ -24,7 +24,7 @@ from .test_task_evaluation import SingleProcess
 CONFIG: dict[str, Any] = {
     "run": {"name": "tracked"},
     "model": {"path": "./nowhere", "tokenizer": "bytes"},
-    "data": {"train": {"format": "retrieval"}},
+    "data": {"train": {"format": "task", "task": {"task": "passkey"}}},
     "training": {"max_steps": 1},
     "evaluation": {"tasks": [{"task": "passkey"}]},
 }

@@ -101,6 +101,7 @@ def babilong(
     task: str,
     lengths: Sequence[int],
     num_examples: int,
+    split: str,
     seed: int,
     first_question: int = 0,
     max_facts: int | None = None,
@@ -120,6 +121,7 @@ def babilong(
         lengths: tokens of the prompt and of the answer's budget together. Prompts are within one word of
             it, and never above.
         num_examples: of each length.
+        split: `train`, `validation` or `test`; other places and passages, but the questions of the file.
         seed: of places and passages.
         first_question: how many questions of the file are left to others.
         max_facts: leave out questions behind more facts.
@@ -142,7 +144,7 @@ def babilong(
             f"{path}: {len(questions)} questions{limit} are too few for {num_examples} from number "
             f"{first_question} on; ask for fewer or name a longer file"
         )
-    sampling = Sampling(f"babilong_{task}", tuple(lengths), num_examples, "test", seed)
+    sampling = Sampling(f"babilong_{task}", tuple(lengths), num_examples, split, seed)
     counter = TokenCounter(tokenizer)
     puzzles = [
         Puzzle(
@@ -150,6 +152,7 @@ def babilong(
             question.facts,
             QUESTION.format(question=question.question),
             (question.answer,),
+            f" {question.answer}",
             metadata={"question": question.question, "num_facts": len(question.facts)},
         )
         for question in chosen

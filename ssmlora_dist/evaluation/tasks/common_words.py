@@ -112,6 +112,7 @@ def common_words(
                 references=words.common,
                 max_new_tokens=MAX_NEW_TOKENS,
                 metadata={"length": length},
+                answer=_numbered(words.common),
             )
 
     return items()

@@ -102,6 +102,7 @@ def frequent_words(
                 references=tuple(words[:NUM_ASKED]),
                 max_new_tokens=MAX_NEW_TOKENS,
                 metadata={"length": length},
+                answer=" " + " ".join(words[:NUM_ASKED]),
             )
 
     return items()

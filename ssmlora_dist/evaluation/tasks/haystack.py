@@ -40,6 +40,7 @@ class Puzzle:
         facts: what is hidden in it.
         question: what comes behind it.
         references: the answers.
+        answer: them all, as they continue the question.
         depth: where the first fact lies, as the share of the haystack's other tokens before it; the other
             facts lie anywhere. None: all facts lie anywhere, in their order.
         metadata: more to say of the item.
@@ -49,6 +50,7 @@ class Puzzle:
     facts: tuple[str, ...]
     question: str
     references: tuple[str, ...]
+    answer: str
     depth: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -287,6 +289,7 @@ def hidden_fact_items(
             max_new_tokens=max_new_tokens,
             stop=stop,
             metadata={"length": length, **depth, **puzzle.metadata},
+            answer=puzzle.answer,
         )
 
     return itertools.starmap(make, sampling.examples())

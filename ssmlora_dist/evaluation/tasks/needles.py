@@ -146,13 +146,23 @@ def _draw_puzzle(variant: NeedleVariant, split: str, depth: float, rng: Random) 
     ]
     asked = keys[: variant.num_queries]
     references = tuple(values[: len(asked) * num_values])
-    named = " and ".join(filter(None, [", ".join(asked[:-1]), asked[-1]]))
+    named = _listed(asked)
     if variant.asks_for_one:
         question = QUESTION_ONE.format(kind=kind, keys=named)
-        return Puzzle(OPENING_ONE.format(kind=kind), tuple(facts), question, references, depth)
+        answer = f" {references[0]}"
+        return Puzzle(OPENING_ONE.format(kind=kind), tuple(facts), question, references, answer, depth)
+    value_of = dict(zip(facts, values, strict=True))
     rng.shuffle(facts)
     question = QUESTION_MANY.format(kind=kind, keys=named)
-    return Puzzle(OPENING_MANY.format(kind=kind), tuple(facts), question, references)
+    # As they can be known: key by key as asked, the values of each in the order of the text.
+    told = [value_of[fact] for fact in facts]
+    ordered = sorted(references, key=lambda value: (values.index(value) // num_values, told.index(value)))
+    answer = f" {_listed(ordered)}"
+    return Puzzle(OPENING_MANY.format(kind=kind), tuple(facts), question, references, answer)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _draw_facts(variant: NeedleVariant, split: str, count: int, rng: Random, avoid: str) -> list[str]:

@@ -60,6 +60,7 @@ def passkey(
         draw = functools.partial(draw_number, num_digits=NUM_DIGITS)
         (value,) = draw_owned(draw, 1, split, sampling.random(number))
         depth = depths[number % len(depths)]
-        puzzles.append(Puzzle(OPENING, (FACT.format(value=value),), QUESTION, (value,), depth))
+        fact = FACT.format(value=value)
+        puzzles.append(Puzzle(OPENING, (fact,), QUESTION, (value,), f" {value}", depth))
     haystack = noise(counter) if text is None else background(counter, text)
     return hidden_fact_items(counter, sampling, haystack, puzzles, MAX_NEW_TOKENS)

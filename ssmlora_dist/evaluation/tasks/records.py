@@ -1,9 +1,8 @@
 """Items made of records by templates: multiple-choice and generation tasks whose data are files or hub rows.
 
-The prompt and the choices are the same text that the training formats `multiple_choice` and
-`long_document_qa` make of the same templates, so a model is asked as it was trained.
-
-Labels are read by `multiple_choice`, which says what they may be.
+Training reads the same records by the same readers, under the same names and with the same settings, so that
+a model is asked as it was trained: questions with choices and their labels by `multiple_choice`, those that
+are answered in free words by `open_questions`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.evaluation.items import ChoiceItem, FailedItem, GenerationItem, Item
-from ssmlora_dist.multiple_choice import QUESTION_PROMPT, QuestionReader
-from ssmlora_dist.records import Paths, Record, RecordView, Template, UnusedFields, check_fields
+from ssmlora_dist.multiple_choice import QuestionReader
+from ssmlora_dist.open_questions import OpenReader
+from ssmlora_dist.records import Paths, Record, UnusedFields
 
 ItemFormat = Callable[[Record, str], Item]
 """Of a record and the id of its item. Raises DataError for a record that does not fit."""
@@ -31,46 +31,40 @@ class ChoiceFormat(QuestionReader):
         return ChoiceItem(id, question.prompt, question.choices, question.position)
 
 
-class GenerationFormat:
+class GenerationFormat(OpenReader):
     """Records to questions that are answered in the model's own words.
 
     Args:
-        prompt: template of the prompt, by default `QUESTION_PROMPT`; spaces at its end go to the answer.
+        prompt: template of the prompt, by default the format's; spaces at its end go to the answer.
+        answer: template of the answer, by default the format's.
         max_new_tokens: where the answer is cut off.
         stop: texts before which the answer ends.
-        fields: the names that the template uses, and `references`, to paths in the records; there, a text or
-            a list of texts.
+        fields: the names that the format or the templates use, to paths in the records.
+        format: one of `OPEN_FORMATS`, as in training.
 
     Raises:
-        DataError: the template is malformed, or `fields` maps a name that nobody uses.
+        DataError: as of `OpenReader`.
     """
 
     def __init__(
         self,
         prompt: str | None = None,
+        answer: str | None = None,
         *,
         max_new_tokens: int,
         stop: Sequence[str] = ("\n",),
         fields: Mapping[str, Paths] | None = None,
+        format: str = "generation",
     ) -> None:
-        self._prompt = Template(QUESTION_PROMPT if prompt is None else prompt, "prompt")
-        self._fields = fields or {}
+        super().__init__(format, prompt, answer, fields)
         self._max_new_tokens, self._stop = max_new_tokens, tuple(stop)
-        check_fields(self._fields, {"references"}, [self._prompt])
 
     def __call__(self, record: Record, id: str) -> GenerationItem:
-        view = RecordView(record, self._fields)
-        prompt = self._prompt.render(view).rstrip(" ")
-        value = view.value("references")
-        listed = value if isinstance(value, list) else [value]
-        references = tuple(view.as_text(reference, "references") for reference in listed)
-        if not references or not all(map(str.strip, references)):
-            fault = "an empty reference" if references else "no reference"
-            raise DataError(
-                f"{view.where}: field {self._fields.get('references', 'references')!r} holds {fault}; give "
-                "the question an answer, or remove it"
-            )
-        return GenerationItem(id, prompt, references, self._max_new_tokens, self._stop)
+        question = self.read(record)
+        references = tuple(map(str.strip, question.answers))
+        if not all(references):
+            raise DataError(f"{question.where}: an answer is empty; give the question one, or remove it")
+        return GenerationItem(id, question.prompt.rstrip(" "), references, self._max_new_tokens, self._stop)
 
 
 def items_of_records(

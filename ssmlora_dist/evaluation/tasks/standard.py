@@ -37,6 +37,7 @@ from ssmlora_dist.evaluation.tasks.records import (
     items_of_records,
 )
 from ssmlora_dist.multiple_choice import label_position
+from ssmlora_dist.open_questions import DOCUMENT_PROMPT
 from ssmlora_dist.records import Record, RecordView, UnusedFields
 
 NO_YES = (" no", " yes")
@@ -45,7 +46,6 @@ COMMITMENT = {"entailment": 0, "contradiction": 1, "neutral": 2, "0": 0, "1": 1,
 # Of published data it is known how they count, whatever their choices say.
 LETTERS = {"A": 0, "B": 1, "C": 2, "D": 3}
 POSITIONS = {"0": 0, "1": 1, "2": 2, "3": 3}
-DOCUMENT_PROMPT = "{document}\n\nQuestion: {question}\nAnswer:"
 MULTIRC_PROMPT = "{paragraph}\nQuestion: {question}\nAnswer:"
 MULTIRC_CHOICES = tuple(f" {{answer}}\nIs the answer correct? {word}" for word in ("yes", "no"))
 COPA_CONNECTORS = {"cause": "because", "effect": "therefore"}

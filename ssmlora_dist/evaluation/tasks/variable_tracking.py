@@ -86,11 +86,15 @@ def _draw_puzzle(split: str, num_chains: int, num_hops: int, num_fewshot: int, r
         lines.insert(rng.randrange(1, len(lines) + 1), NOISE[0])
         solved = chains[mine.start]
         question = QUESTION.format(value=values[mine.start], count=len(solved))
-        opening += "\n".join([OPENING, *lines]) + question + " " + " ".join(solved) + "\n\n"
+        opening += "\n".join([OPENING, *lines]) + question + _answer(solved) + "\n\n"
     asked = num_fewshot * num_chains
     facts = _mixed(chains[asked:], values[asked:], rng)
     question = QUESTION.format(value=values[asked], count=num_hops + 1)
-    return Puzzle(opening + OPENING, tuple(facts), question, tuple(chains[asked]))
+    return Puzzle(opening + OPENING, tuple(facts), question, tuple(chains[asked]), _answer(chains[asked]))
+
+
+def _answer(chain: Sequence[str]) -> str:
+    return " " + " ".join(chain)
 
 
 def _mixed(chains: Sequence[Sequence[str]], values: Sequence[str], rng: Random) -> list[str]:

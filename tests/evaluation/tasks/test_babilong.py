@@ -21,7 +21,7 @@ def write(tmp_path, text):
 
 
 def make(tokenizer, path, lengths, num_examples, **changes):
-    settings = {"task": "qa1", "seed": 0} | changes
+    settings = {"task": "qa1", "split": "test", "seed": 0} | changes
     return babilong(tokenizer, path=path, lengths=lengths, num_examples=num_examples, **settings)
 
 

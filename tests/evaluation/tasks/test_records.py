@@ -172,8 +172,8 @@ def test_generation():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"references": []}, r"field 'references' holds no reference"),
-        ({"references": ["x", " "]}, r"field 'references' holds an empty reference"),
+        ({"references": []}, r"field 'references' is an empty list"),
+        ({"references": ["x", " "]}, r"an answer is empty"),
         ({"references": {"a": "b"}}, r"field 'references' holds an object where text is needed"),
         ({}, r"the record has no field 'references'"),
     ],
