@@ -54,10 +54,10 @@ def test_debug_tiny_and_quickstart_run_on_cpu() -> None:
             assert config.quantization.mode == "nf4"
 
 
-def test_the_baseline_differs_in_nothing_but_the_adapter() -> None:
+@pytest.mark.parametrize("other", ["llama_lora", "llama_ssmlora_paper"])
+def test_the_baseline_differs_in_nothing_but_the_adapter(other: str) -> None:
     ours, baseline = (
-        json.loads((CONFIGS[0].parent / f"{name}.json").read_text())
-        for name in ("llama_ssmlora", "llama_lora")
+        json.loads((CONFIGS[0].parent / f"{name}.json").read_text()) for name in ("llama_ssmlora", other)
     )
     different = {key for key in ours if ours[key] != baseline[key]}
     assert different == {"run", "adapter"}
