@@ -27,8 +27,7 @@ class LateCopier(Copier):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        self.pending: list[tuple[Tensor, Tensor]] = []
-        self.fetched_ahead: list[bool] = []
+        self.pending: list[tuple[Tensor, weakref.ref[Tensor]]] = []
         self.num_copies = 0
 
     def empty_on_host(self, tensor: Tensor) -> Tensor:
@@ -38,13 +37,15 @@ class LateCopier(Copier):
         return torch.full_like(tensor, torch.nan)
 
     def copy(self, target: Tensor, source: Tensor) -> int:
-        self.pending.append((target, source))
+        self.pending.append((target, weakref.ref(source)))
         self.num_copies += 1
         return self.num_copies
 
     def wait(self, copied: Any) -> None:
         while self.pending and self.num_copies - len(self.pending) < copied:
-            target, source = self.pending.pop(0)
+            target, reference = self.pending.pop(0)
+            source = reference()
+            assert source is not None, "given back before it was copied"
             target.copy_(source)
 
 
