@@ -122,10 +122,11 @@ def test_on_a_gpu_the_same_gradients_for_less_memory(monkeypatch: pytest.MonkeyP
     def measured(switch: Any) -> tuple[dict[str, Tensor], int]:
         model = adapted_model(num_layers=24, hidden_size=256).cuda().train()
         switch(model)
-        tokens = token_ids(1, 64).repeat(1, 64).cuda()
+        tokens = token_ids(1, 64).repeat(1, 64)
+        batch = Batch.of(tokens, input_ids=tokens).to(torch.device("cuda"))
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        CausalLMLoss(model, chunk_size=512)(Batch.of(tokens, input_ids=tokens)).backward()
+        CausalLMLoss(model, chunk_size=512)(batch).backward()
         peak = torch.cuda.max_memory_allocated() - held
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, peak
 
