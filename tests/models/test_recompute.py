@@ -118,7 +118,7 @@ def test_a_pass_without_gradients_keeps_nothing() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_same_gradients_for_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_same_gradients_for_less_memory() -> None:
     def measured(switch: Any) -> tuple[dict[str, Tensor], int]:
         model = adapted_model(num_layers=24, hidden_size=256).cuda().train()
         switch(model)
