@@ -69,10 +69,10 @@ class Features:
 
 FEATURES = {
     "checkpointing alone": Features(),
-    "and checkpoints in host memory": Features(offload=True),
-    "and MLP in tiles": Features(tile_size=TILE_SIZE),
-    "and both": Features(offload=True, tile_size=TILE_SIZE),
-    "and two layers a checkpoint": Features(2, True, TILE_SIZE),
+    "checkpoints in host memory": Features(offload=True),
+    "MLP in tiles": Features(tile_size=TILE_SIZE),
+    "tiles and host memory": Features(offload=True, tile_size=TILE_SIZE),
+    "the same, two layers a checkpoint": Features(2, True, TILE_SIZE),
 }
 
 
@@ -263,7 +263,7 @@ def main() -> int:
             }
             append_row(arguments.out, row)
             print(
-                f"{name:32} {num_tokens:7,} {row['peak_bytes_per_token']:10,.0f} {growth:10,.0f} "
+                f"{name:33} {num_tokens:7,} {row['peak_bytes_per_token']:10,.0f} {growth:10,.0f} "
                 f"{counted.host_bytes / num_tokens:10,.0f}",
                 flush=True,
             )

@@ -37,10 +37,11 @@ from ssmlora_dist.config.build import build_data, build_model, build_tokenizer, 
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.config.paths import path_argument
 from ssmlora_dist.data import BatchShape, Dataset, GlobalBatches
-from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
+from ssmlora_dist.models.loss import CausalLMLoss
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.tracking.quiet import quiet_libraries
 from ssmlora_dist.tracking.rows import append_row
+from ssmlora_dist.training.memory import spare_memory
 
 RESULTS = Path(__file__).parent / "results" / "packing.jsonl"
 
@@ -123,8 +124,7 @@ def main() -> None:
         data, _ = build_data(config, tokenizer, print)
     assert isinstance(data, Dataset), "not streamed"
     model = build_model(config, device)
-    if config.training.gradient_checkpointing:
-        checkpoint_layers(model)
+    spare_memory(config, model)
     loss = CausalLMLoss(model, config.training.loss_chunk_size).train()
     rows, number, pad = arguments.micro_batch_size, arguments.batches, tokenizer.pad_token_id
     ways = {
