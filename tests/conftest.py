@@ -30,6 +30,8 @@ LONGEST = (
     "test_trainers.py",
     "launch/test_lost_ranks.py",
     "launch/test_harness.py",
+    "launch/test_evaluate.py",
+    "models/test_any_decoder.py",
 )
 
 

@@ -35,6 +35,8 @@ _STAND_INS: dict[tuple[str, ...], Any] = {
     ("data", "train"): {"format": "text"},
     ("data", "train", "format"): "text",
     ("data", "validation", "format"): "text",
+    ("data", "train", "task", "task"): "passkey",
+    ("data", "validation", "task", "task"): "passkey",
 }
 # An optional section with required fields: with one of these wrong it is left out.
 _LEFT_OUT_WHOLE = ("model", "rope_parameters")
@@ -249,9 +251,11 @@ def _validate(data: dict[str, Any]) -> tuple[RunConfig, Doubtful, list[str]]:
         for problem in problems:
             if first_pass or _still_holds(problem, doubtful):
                 lines.append(problem.line)
+        before = copy.deepcopy(data)
         for problem in problems:
             doubtful.update(problem.doubtful)
             _replace(data, problem)
+        assert data != before, f"nothing stands in for what is wrong: {problems}"
         first_pass = False
 
 
