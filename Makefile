@@ -38,7 +38,7 @@ test: install
 quickstart: install
 	python launch/prepare_smollm2.py
 	deepspeed launch/train.py --config configs/quickstart.json
-	deepspeed launch/evaluate.py --config configs/quickstart.json --adapter runs/quickstart/adapter
+	deepspeed launch/evaluate.py --config configs/quickstart.json --adapter runs/quickstart/adapter --no-base
 	python launch/generate.py --adapter runs/quickstart/adapter --task niah_multikey_2 --length 1024
 
 # Leaves runs/ and models/ alone: they are results and downloads.
