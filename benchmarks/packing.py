@@ -4,7 +4,7 @@
     python benchmarks/packing.py --config configs/quickstart.json --name chat --chat 400
 
 Both train samples of one data set with one model: rows of one sample, so many a micro-batch and padded to
-the longest, and packed rows of up to `data.max_length` tokens, one a micro-batch. They are timed in turn, a
+the longest, and packed rows of up to `data.max_length` tokens, as many as make up as many tokens. They are timed in turn, a
 forward and a backward pass each; the rates are those of the supervised tokens that went through.
 `--chat` makes conversations of 1 to 6 turns, whose texts have log-normal lengths (median 25 words, a tenth
 beyond 90), so that neither many short ones nor few long ones are all of it.
@@ -127,9 +127,12 @@ def main() -> None:
     spare_memory(config, model)
     loss = CausalLMLoss(model, config.training.loss_chunk_size).train()
     rows, number, pad = arguments.micro_batch_size, arguments.batches, tokenizer.pad_token_id
+    padded = micro_batches(data, rows, number, None, pad)
+    # As many tokens a micro-batch: what is done once for each, such as dequantising, is done as often.
+    packed_rows = max(1, round(count(padded)[1] / number / config.data.max_length))
     ways = {
-        "padded": Measured(micro_batches(data, rows, number, None, pad)),
-        "packed": Measured(micro_batches(data, 1, number, config.data.max_length, pad)),
+        "padded": Measured(padded),
+        "packed": Measured(micro_batches(data, packed_rows, number, config.data.max_length, pad)),
     }
     for measured in ways.values():
         seconds_of(loss, measured.batches[0], device)
@@ -153,6 +156,7 @@ def main() -> None:
         "compute_dtype": config.model.compute_dtype,
         "max_length": config.data.max_length,
         "padded_rows": rows,
+        "packed_rows": packed_rows,
         "rounds": arguments.rounds,
         **found,
         "gain": gain,
