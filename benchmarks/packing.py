@@ -4,8 +4,9 @@
     python benchmarks/packing.py --config configs/quickstart.json --name chat --chat 400
 
 Both train samples of one data set with one model: rows of one sample, so many a micro-batch and padded to
-the longest, and packed rows of up to `data.max_length` tokens, as many as make up as many tokens. They are timed in turn, a
-forward and a backward pass each; the rates are those of the supervised tokens that went through.
+the longest, and packed rows of up to `data.max_length` tokens, as many as make up as many tokens. They are
+timed in turn, a forward and a backward pass each; the rates are those of the supervised tokens that went
+through.
 `--chat` makes conversations of 1 to 6 turns, whose texts have log-normal lengths (median 25 words, a tenth
 beyond 90), so that neither many short ones nor few long ones are all of it.
 """
