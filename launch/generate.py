@@ -11,6 +11,8 @@ from ssmlora_dist.evaluation.answering import decoding_settings, stream_answer
 from ssmlora_dist.tokenization import TextEncoder, check_text
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
+DEFAULT_LENGTH = 1024
+
 
 def main() -> None:
     arguments = _parser().parse_args()
@@ -18,8 +20,11 @@ def main() -> None:
     settings = decoding_settings(arguments.max_new_tokens, arguments.temperature, arguments.top_p, seed)
     if arguments.prompt is not None:
         check_text(arguments.prompt, "--prompt")
+    length = DEFAULT_LENGTH if arguments.length is None else arguments.length
     if arguments.task is not None:
-        _check_task(arguments.task, arguments.length)
+        _check_task(arguments.task, length)
+    elif arguments.length is not None:
+        raise DataError(f"--length {arguments.length}: is that of a task's question; give --task too")
     quiet_libraries()
 
     import torch
@@ -43,7 +48,7 @@ def main() -> None:
     if seed is not None:
         torch.manual_seed(seed)
     if arguments.task is not None:
-        asked, answer = _task(tokenizer, arguments.task, arguments.length)
+        asked, answer = _task(tokenizer, arguments.task, length)
         prompt = TextEncoder(tokenizer).begin(asked)
         print(f"... {tokenizer.decode(prompt[-60:])}")
         print(f"({len(prompt)} tokens; the true answer is{answer})")
@@ -69,9 +74,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--length",
         type=int,
-        default=1024,
         metavar="TOKENS",
-        help="of the task's question (default: %(default)s)",
+        help=f"of the task's question (default: {DEFAULT_LENGTH})",
     )
     return parser
 

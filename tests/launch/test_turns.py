@@ -200,6 +200,7 @@ def test_tokens_are_drawn_on_request(adapter: Any, generated: Any) -> None:
         (("--task", "paskey"), "--task paskey: no task that is generated (nearest: passkey); choose one of"),
         (("--task", "boolq"), "--task boolq: no task that is generated"),
         (("--task", "passkey", "--length", "9"), "--length 9: too short for a question; allowed: 64 or more"),
+        (("--length", "512"), "--length 512: is that of a task's question; give --task too"),
         (("--prompt", "caf\udce9"), "--prompt: is not valid UTF-8 (U+DCE9 at character 4); convert it"),
     ],
 )
