@@ -48,10 +48,10 @@ from ssmlora_dist.models import (
 )
 from ssmlora_dist.models.attention import packing_obstacle
 from ssmlora_dist.models.configuration import ROPE, reaching_factor
-from ssmlora_dist.models.loading import attention_implementation
+from ssmlora_dist.models.loading import Attention, attention_implementation
 from ssmlora_dist.models.location import locate_base
 from ssmlora_dist.models.stage import StageLayers
-from ssmlora_dist.models.structure import check_layers, modules_named
+from ssmlora_dist.models.structure import check_layers, model_class, modules_named
 from ssmlora_dist.ops.registry import import_forms
 from ssmlora_dist.rope import read_rope
 from ssmlora_dist.tokenization import end_token_ids
@@ -129,7 +129,7 @@ def _row_problems(config: RunConfig, model_config: PreTrainedConfig, device_type
     if not config.data.packing and ranks == 1:
         return []
     device, dtype = torch.device(device_type), getattr(torch, config.model.compute_dtype)
-    attention = attention_implementation(config.model.attention, model_config, device, dtype)
+    attention = attention_implementation(attention_of(config, model_config), model_config, device, dtype)
     problems = []
     if (obstacle := packing_obstacle(model_config, attention)) is not None:
         if config.data.packing:
@@ -157,7 +157,7 @@ def _row_problems(config: RunConfig, model_config: PreTrainedConfig, device_type
     if attention == "flash_attention_2":
         problems.append(
             f"parallel.sequence_parallel: {ranks} given with flash_attention_2; allowed: 1 with it; set "
-            'model.attention to "sdpa", which needs no mask either'
+            'model.attention to "auto", which is sdpa then and needs no mask either'
         )
     return problems
 
@@ -245,7 +245,15 @@ def build_backbone(
     """The frozen backbone alone; `load` is handed to `load_model`."""
     settings = backbone_settings(config)
     settings["compute_dtype"] = getattr(torch, config.model.compute_dtype)
+    settings["attention"] = attention_of(config, shapes_of(config.model))
     return load_model(**settings, device=device, stage=stage, **load)
+
+
+def attention_of(config: RunConfig, model_config: PreTrainedConfig) -> Attention:
+    """`model.attention`; `auto` without flash-attention where ranks share rows, which it takes whole."""
+    if config.model.attention != "auto" or config.parallel.sequence_parallel == 1:
+        return config.model.attention
+    return "sdpa" if model_class(model_config)._supports_sdpa else "eager"
 
 
 def meta_model(config: RunConfig) -> PreTrainedModel:

@@ -73,7 +73,7 @@ class ModelSection(Section):
     compute_dtype: Literal["auto"] | DTypeName = "auto"
     """Dtype of activations, unquantised layers and arithmetic; `auto`: the fastest that the device has."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
-    """Attention implementation; `auto` is flash-attention where installed and on CUDA, else sdpa."""
+    """`auto`: flash-attention where installed and on CUDA, unless ranks share rows; else sdpa or eager."""
 
 
 class QuantizationSection(Section):

@@ -15,7 +15,7 @@ from ssmlora_dist.adapters.config import AdapterConfig, split_place
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.adapters.projections import linear_layers, named_by, skipped_layers
 from ssmlora_dist.adapters.tiling import untiled_layers
-from ssmlora_dist.config.build import build_store, meta_model, probe_budget, shapes_of
+from ssmlora_dist.config.build import attention_of, build_store, meta_model, probe_budget, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, gradient_accumulation_steps
 from ssmlora_dist.models import decoder_layers, empty_model, max_positions, structure_of
@@ -155,7 +155,8 @@ def model_lines(config: RunConfig, device: torch.device, model: PreTrainedModel)
     """What the backbone is, and how it is stored and computed with; `model` is it without storage."""
     section = config.model
     dtype = section.compute_dtype
-    attention = attention_implementation(section.attention, model.config, device, getattr(torch, dtype))
+    chosen = attention_of(config, model.config)
+    attention = attention_implementation(chosen, model.config, device, getattr(torch, dtype))
     name = "random weights" if section.init == "random" else section.path
     return [
         _line("model", f"{name} ({model.config.model_type})"),

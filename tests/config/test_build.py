@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ssmlora_dist import AdapterConfig, add_adapters, save_adapter
-from ssmlora_dist.config.build import build_tokenizer, check_model, load_trained
+from ssmlora_dist.config.build import attention_of, build_tokenizer, check_model, load_trained, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.errors import AdapterError, ConfigError, ModelError
 from ssmlora_dist.models import load_model
+from ssmlora_dist.models import loading as loading_module
 from ssmlora_dist.quantization import is_quantized
 from tests.decoders import bare_config
 from tests.tiny import layers_of, randomize_adapters, tiny_config, tiny_model, token_ids
@@ -246,6 +247,27 @@ def test_rows_that_cannot_be_packed_or_shared_are_refused() -> None:
     shared_among(6, "llama", **heads)
     with pytest.raises(ConfigError, match=r"sequence_parallel: 3 given; allowed: 1 or 2, 6, among which"):
         shared_among(3, "llama", **heads)
+
+
+def test_shared_rows_take_no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading_module.importlib.util, "find_spec", lambda name: object())
+
+    def sharing(ranks: int, attention: str, model_type: str = "llama") -> RunConfig:
+        model = {"config": bare_config(model_type), "compute_dtype": "bfloat16", "attention": attention}
+        config = run_config(model, max_length=60)
+        parallel = config.parallel.model_copy(update={"sequence_parallel": ranks})
+        return config.model_copy(update={"parallel": parallel})
+
+    check_model(sharing(2, "auto"), "cuda")
+    for config, expected in (
+        (sharing(1, "auto"), "auto"),
+        (sharing(2, "auto"), "sdpa"),
+        (sharing(2, "auto", "gemma2"), "eager"),
+        (sharing(2, "flash_attention_2"), "flash_attention_2"),
+    ):
+        assert attention_of(config, shapes_of(config.model)) == expected
+    with pytest.raises(ConfigError, match=r'2 given with flash_attention_2; .* to "auto", which is sdpa'):
+        check_model(sharing(2, "flash_attention_2"), "cuda")
 
 
 def test_tiles_without_an_mlp_to_cut_are_refused() -> None:
