@@ -7,7 +7,7 @@ step: weights, and gradients of the micro-batch before. So numbers are exact for
 say nothing of memory within an operator or of an allocator's gaps.
 
 With tiles and checkpoints in host memory, the bytes of a token do not depend on the number of layers, the
-width of the MLP or the size of the vocabulary: what grows is one layer's working set outside its MLP.
+width of the MLP or the size of the vocabulary: what grows is one layer's working set outside MLP and norms.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
-from ssmlora_dist.adapters.tiling import tile_mlps
+from ssmlora_dist.adapters.tiling import tile_layers
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.arguments import run_command
 from ssmlora_dist.evaluation.plots import plot_by_length
-from ssmlora_dist.models import decoder_layers, load_model, recompute
+from ssmlora_dist.models import decoder_layers, load_model, recompute, structure_of
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.models.shapes import SHAPES
 from ssmlora_dist.ops.dropout import token_seeds
@@ -70,7 +70,7 @@ class Features:
 FEATURES = {
     "checkpointing alone": Features(),
     "checkpoints in host memory": Features(offload=True),
-    "MLP in tiles": Features(tile_size=TILE_SIZE),
+    "MLP and norms in tiles": Features(tile_size=TILE_SIZE),
     "tiles and host memory": Features(offload=True, tile_size=TILE_SIZE),
     "the same, two layers a checkpoint": Features(2, True, TILE_SIZE),
 }
@@ -184,7 +184,8 @@ class Step:
         """Counts a forward and a backward pass over one row of so many tokens; tiles, once made, stay."""
         checkpoint_layers(self.model, 0, features.layers_per_checkpoint, offload=features.offload)
         if features.tile_size is not None:
-            tile_mlps(decoder_layers(self.model), features.tile_size)
+            behind = map(self.model.get_submodule, structure_of(self.model).after)
+            tile_layers(decoder_layers(self.model), features.tile_size, behind=behind)
         tokens = torch.zeros(1, num_tokens, dtype=torch.long)
         batch = Batch.of(
             tokens,

@@ -1,10 +1,10 @@
-"""The MLP of a decoder layer, computed a tile of tokens at a time.
+"""The MLP and the norms of a decoder layer, computed a tile of tokens at a time.
 
 What an MLP computes for a token depends on that token alone, the adapters in it included: their state is the
-token's own, and its dropout a function of where the token stands. So a layer's widest tensors exist for the
-tokens of one tile only: in the forward pass they go when the tile is done, in the backward pass a tile is
-recomputed, its gradients are taken, and then the next. Outputs and gradients are those of the whole but for
-rounding, as sums over tokens are taken tile by tile.
+token's own, and its dropout a function of where the token stands. So does what a norm computes, in float32.
+Hence a layer's widest tensors exist for the tokens of one tile only: in the forward pass they go with the tile,
+in the backward pass a tile is recomputed, its gradients are taken, and then the next. Outputs and gradients
+are those of the whole but for rounding, as sums over tokens are taken tile by tile.
 
 DeepSpeed's `TiledMLP` and `SequenceTiledCompute` have a gradient for one input, and here the state is a
 second one; they put the gradients of parameters in place in the midst of a backward pass, and compute every
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,26 +55,45 @@ def untiled_layers(layers: Mapping[int, nn.Module]) -> list[int]:
     return [index for index, layer in layers.items() if find_mlp(layer) is None]
 
 
-def tile_mlps(layers: Mapping[int, nn.Module], tile_size: int, num_tiles: int | None = None) -> None:
-    """Has the MLPs of decoder layers computed in tiles, in place; layers without one stay as they are.
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module takes nothing but one tensor and has nothing but numbers of one token's width."""
+    weights = [weight.dim() for weight in module.parameters()]
+    return (
+        not any(module.children())
+        and set(weights) == {1}
+        and len(inspect.signature(module.forward).parameters) == 1
+    )
+
+
+def tile_layers(
+    layers: Mapping[int, nn.Module],
+    tile_size: int,
+    num_tiles: int | None = None,
+    behind: Iterable[nn.Module] = (),
+) -> None:
+    """Has the MLPs and norms of decoder layers computed in tiles, in place; what is neither stays as it is.
 
     Args:
         layers: decoder layers by their index in the whole model, with their adapters.
         tile_size: tokens of a tile at most, of all rows together.
         num_tiles: cut always into as many, whatever the number of tokens: where ranks must call modules
             equally often. None: as many as are needed.
+        behind: what comes behind the layers, of which the norms are tiled too.
     """
+    tiled: list[Any] = [module for module in behind if is_norm(module)]
     for layer in layers.values():
+        tiled += [child for child in layer.children() if is_norm(child)]
         if (name := find_mlp(layer)) is not None:
-            mlp: Any = layer.get_submodule(name)
-            if not isinstance(mlp, TiledMLP):
-                mix_in(mlp, TiledMLP)
-            mlp.tile_size, mlp.num_tiles = tile_size, num_tiles
-            mlp.takes_state = any(isinstance(m, LoRALinear) and m.form.has_state for m in mlp.modules())
+            tiled.append(layer.get_submodule(name))
+    for module in tiled:
+        if not isinstance(module, Tiled):
+            mix_in(module, Tiled)
+        module.tile_size, module.num_tiles = tile_size, num_tiles
+        module.takes_state = any(isinstance(m, LoRALinear) and m.form.has_state for m in module.modules())
 
 
-class TiledMLP(nn.Module):
-    """Mixed into the class of an MLP by `tile_mlps`; never made directly.
+class Tiled(nn.Module):
+    """Mixed into the class of an MLP or a norm by `tile_layers`; never made directly.
 
     Attributes:
         tile_size: tokens of a tile at most.
@@ -87,7 +106,7 @@ class TiledMLP(nn.Module):
     takes_state: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,S,D] -> [B,S,D], as the MLP itself computes it."""
+        """[B,S,D] -> [B,S,D], as the module itself computes it."""
         num_tiles = 1
         if x.dim() == 3:
             num_tiles = self.num_tiles or math.ceil(x.shape[0] * x.shape[1] / self.tile_size)
@@ -143,30 +162,67 @@ class _TileInputs:
     """
 
     def __init__(self, tensors: Sequence[Tensor], num_tiles: int) -> None:
-        self.num_tiles, self.is_recompute = num_tiles, False
-        self.tiles: list[tuple[Tensor, ...]] = []
         if torch.is_grad_enabled():
             # Autograd needs something that has a gradient in any case.
             self.node: Any = _Save.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
-        self._cut(tensors)
+        num_tokens = tensors[0].shape[1]
+        self.bounds = [math.ceil(num_tokens * index / num_tiles) for index in range(num_tiles + 1)]
+        self.gradients = [_Gradient(tensor.shape, num_tiles) for tensor in tensors]
+        self.tensors, self.is_recompute = tensors, False
 
     def tile(self, index: int) -> tuple[int, list[Tensor]]:
         """Where the first token of a tile stands, and the tile of every tensor."""
-        if not self.tiles:
-            self._cut([each.detach().requires_grad_(each.requires_grad) for each in self.node.saved_tensors])
-        first = sum(tile.shape[1] for tile in self.tiles[0][:index])
-        tiles = [own[index] for own in self.tiles]
+        if not self.tensors:
+            self.tensors = [
+                saved.detach().requires_grad_(saved.requires_grad) for saved in self.node.saved_tensors
+            ]
+        first, end = self.bounds[index : index + 2]
+        # Cut when it is its turn: autograd goes through what was made last first.
+        tiles = [
+            _Cut.apply(tensor, gradient, first, end)  # type: ignore[no-untyped-call]
+            for tensor, gradient in zip(self.tensors, self.gradients, strict=True)
+        ]
         if self.is_recompute and index == 0:
             # The backward pass comes to the first tile last.
-            self.tiles = []
+            self.tensors = []
         return first, tiles
 
     def end_forward(self) -> None:
         """From now on only what was saved is there."""
-        self.tiles, self.is_recompute = [], True
+        self.tensors, self.is_recompute = [], True
 
-    def _cut(self, tensors: Sequence[Tensor]) -> None:
-        self.tiles = [tensor.tensor_split(self.num_tiles, 1) for tensor in tensors]
+
+class _Gradient:
+    """Of a tensor [B,S,...], as the gradients of its tiles come in one by one."""
+
+    def __init__(self, shape: torch.Size, num_tiles: int) -> None:
+        self.shape, self.num_tiles = shape, num_tiles
+        self.whole: Tensor | None = None
+        self.num_left = num_tiles
+
+    def take(self, first: int, tile: Tensor) -> Tensor | None:
+        """Puts the gradient of a tile in its place; all of them, once there is each."""
+        if self.whole is None:
+            self.whole, self.num_left = tile.new_empty(self.shape), self.num_tiles
+        self.whole.narrow(1, first, tile.shape[1]).copy_(tile)
+        self.num_left -= 1
+        if self.num_left:
+            return None
+        whole, self.whole = self.whole, None
+        return whole
+
+
+class _Cut(torch.autograd.Function):
+    """A tile of a tensor. A slice of torch's would make a gradient of the whole for every tile."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gradient: _Gradient, first: int, end: int) -> Tensor:
+        ctx.gradient, ctx.first = gradient, first
+        return tensor.narrow(1, first, end - first)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        return ctx.gradient.take(ctx.first, gradients[0]), None, None, None
 
 
 class _Save(torch.autograd.Function):

@@ -220,7 +220,7 @@ class TrainingSection(Section):
     offload_checkpoints: bool = False
     """Keep what decoder layers are recomputed from in host memory; on CUDA, copied meanwhile."""
     mlp_tile_size: int | None = Field(default=None, ge=1)
-    """Tokens whose MLP activations exist at one time; null: all. Experts are not tiled."""
+    """Tokens whose activations in MLP and norms exist at one time; null: all. Experts are not tiled."""
     loss_chunk_size: int = Field(default=1024, ge=1)
     """Tokens whose logits exist at one time in the loss."""
     max_nonfinite_steps: int = Field(default=5, ge=1)

@@ -52,7 +52,7 @@ class Workload:
             recomputed on their gradient; None: all.
         layers_per_checkpoint: layers that are recomputed together, from the first one's input.
         offload_checkpoints: whether these inputs are kept in host memory.
-        mlp_tile_size: tokens whose MLP activations exist at one time; None: all.
+        mlp_tile_size: tokens whose activations in MLP and norms exist at one time; None: all.
     """
 
     sequence_length: int
@@ -210,15 +210,15 @@ def _layer_cost(
     linear = 2 * tokens * layer.multiplied_weights
     attention = 2 * tokens * workload.sequence_length * layer.attention_size
     forward = linear + attention + 2 * tokens * parameters
-    kept, tile_flops = tokens * layer.activation_size, 0
+    kept, tile_flops, norm_bytes = tokens * layer.activation_size, 0, FLOAT32_BYTES
     if workload.mlp_tile_size is not None and layer.mlp_weights:
         # Of the MLP one tile, and what all of them are cut from.
         kept -= max(0, tokens - workload.mlp_tile_size) * layer.mlp_activation_size - tokens * hidden
-        tile_flops = 2 * tokens * layer.mlp_weights
+        tile_flops, norm_bytes = 2 * tokens * layer.mlp_weights, compute_dtype_bytes
     # Tiles are recomputed in the backward pass, and before it only for a layer that follows.
     recompute = forward - tile_flops // workload.layers_per_checkpoint
     # A frozen product keeps nothing; what stands between two is kept for the operations there. The two norms'
-    # inputs are in float32.
+    # inputs are in float32, but in tiles.
     stored = layer.linear_weights + layer.expert_weights
     # Experts' weights do not stay; the largest of their tensors is dequantised whole.
     dequantized = layer.linear_weights + layer.largest_expert_weights
@@ -230,7 +230,7 @@ def _layer_cost(
         frozen_bytes=math.ceil(stored * bytes_per_linear_weight) + layer.other_weights * compute_dtype_bytes,
         adapter_bytes=parameters * ADAPTER_BYTES_PER_PARAMETER,
         input_bytes=tokens * (hidden * compute_dtype_bytes + state * adapters.state_dtype_bytes),
-        saved_bytes=kept * compute_dtype_bytes + 2 * tokens * hidden * FLOAT32_BYTES,
+        saved_bytes=kept * compute_dtype_bytes + 2 * tokens * hidden * norm_bytes,
         dequantized_bytes=dequantized * compute_dtype_bytes if is_quantized else 0,
     )
 

@@ -99,9 +99,9 @@ def recompute_text(config: RunConfig, model: PreTrainedModel) -> str:
         parts = [f"{number} layers at a time" if number > 1 else "layer by layer"]
         parts[0] += f", from checkpoints{place}" if place else ""
     if (tile_size := training.mlp_tile_size) is not None:
-        parts.append(f"MLPs in tiles of {tile_size} tokens")
+        parts.append(f"MLPs and norms in tiles of {tile_size} tokens")
         if left := untiled_layers(decoder_layers(model)):
-            parts[-1] += f", whole in {len(left)} layers with experts or without an MLP of its own"
+            parts[-1] += f", MLPs whole in {len(left)} layers with experts or without an MLP of its own"
     return "; ".join(parts)
 
 

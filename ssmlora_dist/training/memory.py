@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ssmlora_dist.adapters.tiling import tile_mlps
+from ssmlora_dist.adapters.tiling import tile_layers
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.models.loss import checkpoint_layers
-from ssmlora_dist.models.structure import decoder_layers
+from ssmlora_dist.models.structure import decoder_layers, structure_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,4 +34,5 @@ def spare_memory(config: RunConfig, model: PreTrainedModel, num_kept: int = 0) -
             rows = max(training.micro_batch_size, config.evaluation.micro_batch_size)
             tokens = rows * math.ceil(config.data.max_length / config.parallel.sequence_parallel)
             num_tiles = math.ceil(tokens / training.mlp_tile_size)
-        tile_mlps(decoder_layers(model), training.mlp_tile_size, num_tiles)
+        behind = map(model.get_submodule, structure_of(model).after)
+        tile_layers(decoder_layers(model), training.mlp_tile_size, num_tiles, behind)

@@ -1,4 +1,4 @@
-"""MLPs in tiles of tokens: what they compute, how often, and which decoders have any."""
+"""MLPs and norms in tiles of tokens: what they compute, how often, and which decoders have any."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ssmlora_dist import AdapterConfig
 from ssmlora_dist.adapters.state import disabled_adapters
-from ssmlora_dist.adapters.tiling import find_mlp, tile_mlps, untiled_layers
+from ssmlora_dist.adapters.tiling import Tiled, find_mlp, tile_layers, untiled_layers
 from ssmlora_dist.batches import Batch
-from ssmlora_dist.models import decoder_layers, empty_model
+from ssmlora_dist.models import decoder_layers, empty_model, structure_of
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.ops.dropout import token_seeds
 from tests.decoders import TESTED, bare_config
@@ -45,7 +45,8 @@ def tiled(tile_size: int, num_tiles: int | None = None, **checkpoints: Any) -> P
     def prepare(model: Any) -> None:
         if checkpoints:
             checkpoint_layers(model, **checkpoints)
-        tile_mlps(decoder_layers(model), tile_size, num_tiles)
+        behind = map(model.get_submodule, structure_of(model).after)
+        tile_layers(decoder_layers(model), tile_size, num_tiles, behind)
 
     return prepare
 
@@ -60,7 +61,7 @@ WAYS: dict[str, Prepare] = {
 
 def trained(prepare: Prepare, **settings: Any) -> dict[str, Tensor]:
     """The loss, the gradients, and what the last layer but one hands on."""
-    model = adapted_model(config=EVERYWHERE, num_layers=4, **settings).train()
+    model = adapted_model(**{"config": EVERYWHERE, "num_layers": 4} | settings).train()
     prepare(model)
     handed: list[tuple[Tensor, Tensor]] = []
     hook = layers_of(model)[-1].register_forward_pre_hook(lambda _, args: handed.append(args[0]))
@@ -96,11 +97,19 @@ def test_tiles_do_not_show_where_layers_share_a_checkpoint() -> None:
     assert_near({**got, "hidden": wanted["hidden"], "state": wanted["state"]}, wanted)
 
 
+def test_norms_that_are_trained_learn_from_every_tile() -> None:
+    whole = EVERYWHERE.model_copy(update={"modules_to_save": ("input_layernorm", "norm")})
+    wanted, got = (trained(way, config=whole) for way in (lambda _: None, WAYS["tiles"]))
+    assert any("input_layernorm" in name for name in wanted)
+    assert_near(got, wanted)
+
+
 def test_tiles_are_cut_as_configured_and_recomputed_once() -> None:
     model = adapted_model(config=EVERYWHERE, num_layers=2).train()
     tiled(8, num_kept=0)(model)
     calls: list[tuple[int, str, int]] = []
     for index, layer in enumerate(layers_of(model)):
+        assert isinstance(layer.input_layernorm, Tiled)
         for part in ("self_attn.q_proj", "mlp.act_fn"):
             layer.get_submodule(part).register_forward_pre_hook(
                 lambda _, args, call=(index, part[-4:]): calls.append((*call, args[0].shape[1]))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
-from ssmlora_dist.adapters.tiling import tile_mlps
+from ssmlora_dist.adapters.tiling import tile_layers
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.distributed.cost_model import (
     AdapterShape,
@@ -166,7 +166,7 @@ def test_saved_bytes_are_near_those_of_a_real_layer(dtype: torch.dtype) -> None:
     for tile_size, num_not_kept in ((None, 0), (16, 16 * 3 * 352)):
         model = adapted(4, config, dtype=dtype, num_key_value_heads=2, **sizes)
         if tile_size is not None:
-            tile_mlps(decoder_layers(model), tile_size)
+            tile_layers(decoder_layers(model), tile_size)
         tokens = torch.ones(BATCH, TOKENS, dtype=torch.long)
         found = saved_bytes(model, layers_of(model)[2], input_ids=tokens)
         estimate = costs_of(model, "none", dtype, mlp_tile_size=tile_size).layers[2].saved_bytes
@@ -180,7 +180,7 @@ def test_flops_of_tiles_are_those_of_a_real_model(layers_per_checkpoint: int) ->
     for model in models:
         model.set_attn_implementation("eager")
         checkpoint_layers(model, layers_per_checkpoint=layers_per_checkpoint)
-        tile_mlps(decoder_layers(model), 16)
+        tile_layers(decoder_layers(model), 16)
     two, four = (counted_flops(model, checkpointing=False) for model in models)
     spared = {"mlp_tile_size": 16, "layers_per_checkpoint": layers_per_checkpoint}
     costs = costs_of(models[1], "on_gradient", **spared)

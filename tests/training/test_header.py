@@ -131,8 +131,8 @@ def test_what_is_recomputed() -> None:
     assert told("llama", gradient_checkpointing=False) == "nothing"
     spared = {"layers_per_checkpoint": 2, "offload_checkpoints": True, "mlp_tile_size": 2048}
     assert told("glm4_moe", **spared) == (
-        "2 layers at a time, from checkpoints in host memory; MLPs in tiles of 2048 tokens, whole in 3 "
-        "layers with experts or without an MLP of its own"
+        "2 layers at a time, from checkpoints in host memory; MLPs and norms in tiles of 2048 tokens, "
+        "MLPs whole in 3 layers with experts or without an MLP of its own"
     )
 
 
