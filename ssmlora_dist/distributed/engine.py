@@ -80,17 +80,22 @@ class DataParallelEngine:
         loss_scale: LossScale | None = None,
         sequence_group: SequenceGroup | None = None,
     ) -> None:
-        import deepspeed
-
         self.context = context
         self.parameters = dict(sorted(parameters.items()))
         self.max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale
         self.sequence_group = sequence_group
         self.zero_stage: int = config["zero_optimization"]["stage"]
-        self.engine, *_ = deepspeed.initialize(
+        self.engine = self.start(model, optimizer, config)
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+        """DeepSpeed's engine."""
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
+        return engine
 
     @property
     def module(self) -> nn.Module:
