@@ -35,6 +35,8 @@ from ssmlora_dist.quantization import fresh_code_books
 _SOURCE = Path(__file__).with_name("guard.cpp")
 # They have kernels on CUDA; in a build without, torch would take them apart into others.
 _KERNELS_OF_CUDA = ("silu_backward", "mish_backward")
+CAPABILITY = (9, 0)
+"""Of the device that is pretended: Hopper's."""
 # Flash attention computes in these, and heads of at most so many components.
 _FLASH_DTYPES, _FLASH_HEAD_SIZE = (torch.bfloat16, torch.float16), 256
 
@@ -127,6 +129,7 @@ def _answers() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "current_stream", PretendedStream),
         (torch.cuda, "stream", lambda _: nullcontext()),
         (torch.cuda, "synchronize", lambda _=None: told("synchronize")),
+        (torch.cuda, "get_device_capability", lambda _=None: CAPABILITY),
         (functional, "scaled_dot_product_attention", _attention(functional.scaled_dot_product_attention)),
     ]
 

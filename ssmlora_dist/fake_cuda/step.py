@@ -49,6 +49,7 @@ from ssmlora_dist.fake_cuda.watch import (
 from ssmlora_dist.models import decoder_layers, recompute, structure_of
 from ssmlora_dist.models.configuration import load_config
 from ssmlora_dist.precision import machine_dtype
+from ssmlora_dist.quantization import QuantizedExperts
 from ssmlora_dist.quantization.linear import Linear4bit, Linear8bit
 from ssmlora_dist.training.topology import ParallelDims, build_engine
 
@@ -172,7 +173,8 @@ class _TracedRun:
     def build(self) -> int:
         """Makes the model and its engine; the bytes of the model."""
         with self.mode, self.watch:
-            built = build_engine(self.config, _Alone(0, 1, 0, self.device), ParallelDims(0, 1, 0, 1), None)
+            context, dims = _Alone(0, 1, 0, self.device), ParallelDims(0, 1, 0, 1)
+            built = build_engine(self.config, context, dims, plan=None, warn=lambda _: None)
         assert isinstance(built.engine, DataParallelEngine)
         self.engine = built.engine
         self.watch.kinds = kinds_of(self.engine.module)
@@ -262,7 +264,7 @@ class _TracedRun:
             (copier, "empty_on_host", empty_on_host),
             *(
                 (kind, "dequantize", of_kind(DEQUANTISED, kind.dequantize))
-                for kind in (Linear4bit, Linear8bit)
+                for kind in (Linear4bit, Linear8bit, QuantizedExperts)
             ),
             (DataParallelEngine, "start", lambda _, model, optimizer, __: _Engine(model, optimizer, watch)),
         ]
