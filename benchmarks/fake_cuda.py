@@ -3,8 +3,9 @@
 Peak bytes by kind, launches of a decoder layer and of an adapted linear layer, bytes moved, and host
 synchronisations, of Llama's shapes in NF4 with `configs/llama_ssmlora.json` as shipped and with q_proj and
 v_proj alone. The project's own step runs on tensors that have shapes but no storage
-(`ssmlora_dist.fake_cuda`), at 2 and 4 decoder layers: every two more add the same. No time is measured, and no
-GPU is needed; what is within an operator, the allocator's gaps, the CUDA context and DeepSpeed are not in it.
+(`ssmlora_dist.fake_cuda`), at 2 and 4 decoder layers: every two more add the same. No time is measured, and
+no GPU is needed. What is within an operator, gaps of the allocator, the CUDA context and what DeepSpeed does
+are not in it.
 """
 
 from __future__ import annotations

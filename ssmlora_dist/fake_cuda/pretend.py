@@ -129,9 +129,14 @@ def _answers() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "current_stream", PretendedStream),
         (torch.cuda, "stream", lambda _: nullcontext()),
         (torch.cuda, "synchronize", lambda _=None: told("synchronize")),
+        (Tensor, "pin_memory", _pin_memory),
         (torch.cuda, "get_device_capability", lambda _=None: CAPABILITY),
         (functional, "scaled_dot_product_attention", _attention(functional.scaled_dot_product_attention)),
     ]
+
+
+def _pin_memory(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
 class PretendedStream:

@@ -251,12 +251,11 @@ class _TracedRun:
             return kept_checkpoint(run, *tensors, **settings)
 
         def empty_on_host(self: Any, tensor: Tensor) -> Tensor:
-            # Pinned memory is there with a driver only.
-            on_host = torch.empty_like(tensor, device="cpu")
+            on_host = kept_empty_on_host(self, tensor)
             watch.count_on_host(on_host)
             return on_host
 
-        kept_checkpoint = recompute.checkpoint
+        kept_checkpoint, kept_empty_on_host = recompute.checkpoint, copier.empty_on_host
         return [
             (nn.Module, "__call__", call_module),
             (recompute, "checkpoint", checkpoint),

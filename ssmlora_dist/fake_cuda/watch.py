@@ -33,6 +33,8 @@ GRAIN_BYTES = 512
 # Of a node that adds up the gradient of a parameter.
 _LAST_SEQUENCE_NUMBER = 2**63
 _PACKAGES = ("ssmlora_dist", "transformers", "bitsandbytes", "deepspeed", "torch/optim", "torch/nn/utils")
+# Attribute of fake tensors in host memory that would be pinned.
+_PINNED = "_pretended_pinned"
 # They launch nothing.
 _FREE = frozenset(
     "detach alias _unsafe_view empty empty_like empty_strided new_empty new_empty_strided lift_fresh "
@@ -170,6 +172,8 @@ class Watch(TorchDispatchMode):
         ]
         if not func.is_view and name not in _FREE:
             self._count(name, args, kwargs, made)
+        if kwargs.get("pin_memory"):
+            setattr(made[0], _PINNED, True)
         for tensor in made:
             if tensor.device.type == self.device_type:
                 self._follow(tensor)
@@ -216,7 +220,10 @@ class Watch(TorchDispatchMode):
         if name not in ("_to_copy", "copy_") or not made:
             return
         source, target = args[1] if name == "copy_" else args[0], made[0]
-        waits = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+        # From memory that is not pinned the host waits in any case.
+        goes_on = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+        on_host = source if source.device.type == "cpu" else target
+        waits = not (goes_on and hasattr(on_host, _PINNED))
         if source.device.type != target.device.type and waits:
             self.note_sync("copy to the host" if target.device.type == "cpu" else "copy from the host")
 
