@@ -121,16 +121,23 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """The same with its tensors on `device`."""
+        """The same with its tensors on `device`, to which they are on their way: see `upload`."""
         return replace(
             self,
-            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
-            targets=self.targets.to(device),
-            places=self.places.to(device),
-            columns=self.columns.to(device),
-            column_places=self.column_places.to(device),
-            scored=None if self.scored is None else self.scored.to(device),
+            inputs={name: upload(tensor, device) for name, tensor in self.inputs.items()},
+            targets=upload(self.targets, device),
+            places=upload(self.places, device),
+            columns=upload(self.columns, device),
+            column_places=upload(self.column_places, device),
+            scored=None if self.scored is None else upload(self.scored, device),
         )
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on `device`. Nobody waits for a GPU: it copies from pinned memory when it gets there."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def count(batches: Sequence[Batch]) -> list[int]:

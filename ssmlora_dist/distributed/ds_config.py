@@ -45,6 +45,8 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        # It would wait for the device twice a micro-batch, for numbers that nobody is shown.
+        "timers": {"throughput": {"enabled": False}},
     }
     return _merged(base, native or {})
 

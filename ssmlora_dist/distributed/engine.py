@@ -80,17 +80,22 @@ class DataParallelEngine:
         loss_scale: LossScale | None = None,
         sequence_group: SequenceGroup | None = None,
     ) -> None:
-        import deepspeed
-
         self.context = context
         self.parameters = dict(sorted(parameters.items()))
         self.max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale
         self.sequence_group = sequence_group
         self.zero_stage: int = config["zero_optimization"]["stage"]
-        self.engine, *_ = deepspeed.initialize(
+        self.engine = self.start(model, optimizer, config)
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+        """DeepSpeed's engine."""
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
+        return engine
 
     @property
     def module(self) -> nn.Module:
@@ -117,7 +122,7 @@ class DataParallelEngine:
         # DeepSpeed averages gradients over the ranks; the mean wanted is over the tokens of all of them.
         loss_scale = self.loss_scale.value if self.loss_scale else 1.0
         scale = loss_scale * self.context.world_size / num_targets
-        # All of them now: each copy to a device waits for what the device is at.
+        # All of them now: they are there before the device has come to them.
         on_device = [batch.to(self.context.device) for batch in micro_batches]
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.context.device)
         self.module.train()
@@ -128,21 +133,24 @@ class DataParallelEngine:
             # 0 x infinity: a loss that is not finite makes the gradients so, and every stage skips the step.
             self.engine.backward(loss * (scale + 0.0 * loss.detach()), scale_wrt_gas=False)
             loss_sum += loss.detach()
-        loss_mean = self.context.sum([float(loss_sum)])[0] / num_targets
-        grad_norm, skipped = self._update(loss_scale)
+        loss, grad_norm, skipped = self._update(loss_sum, loss_scale)
+        loss_mean = self.context.sum([loss])[0] / num_targets
         return step_result(loss_mean, grad_norm, counts, skipped, self.loss_scale)
 
-    def _update(self, loss_scale: float) -> tuple[float, bool]:
+    def _update(self, loss_sum: Tensor, loss_scale: float) -> tuple[float, float, bool]:
+        """The loss, the gradients' norm, and whether they were skipped: all that is read off a device."""
         if self.zero_stage > 0:
             with unscaled_by(self.engine.optimizer, loss_scale):
                 self.engine.step()
-            return float(self.engine.get_global_grad_norm()), bool(self.engine.optimizer.overflow)
-        grad_norm = clip_gradients(self.parameters, self.max_grad_norm, loss_scale)
+            grad_norm = float(self.engine.get_global_grad_norm())
+            return float(loss_sum), grad_norm, bool(self.engine.optimizer.overflow)
+        loss, grad_norm = read_loss_and_norm(loss_sum, self.parameters, loss_scale)
         if not math.isfinite(grad_norm):
             self.engine.zero_grad()
-            return grad_norm, True
+            return loss, grad_norm, True
+        scale_gradients(self.parameters, clip_coefficient(grad_norm, self.max_grad_norm) / loss_scale)
         self.engine.step()
-        return grad_norm, False
+        return loss, grad_norm, False
 
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """What the module returns for each of this rank's batches, in evaluation mode; of whole rows."""
@@ -211,13 +219,31 @@ def unscaled_by(optimizer: Any, loss_scale: float) -> Iterator[None]:
     optimizer.loss_scale = 1.0
 
 
-def squared_norms(parameters: Mapping[str, nn.Parameter], loss_scale: float = 1.0) -> dict[str, float]:
-    """Squared gradient norm of each parameter that has a gradient, in float64, by name in order; unscaled."""
+def squared_norms(parameters: Mapping[str, nn.Parameter], loss_scale: float = 1.0) -> dict[str, Tensor]:
+    """Squared gradient norm of each parameter that has a gradient, by name in order; unscaled.
+
+    Numbers in float64 on the device: `on_host` reads them.
+    """
     grads = {name: p.grad for name, p in sorted(parameters.items()) if p.grad is not None}
-    if not grads:
+    if not any(grad.is_cuda for grad in grads.values()):
+        return {name: (grad.double() / loss_scale).square().sum() for name, grad in grads.items()}
+    norms = torch.stack(torch._foreach_norm(list(grads.values()), dtype=torch.float64))
+    return dict(zip(grads, (norms / loss_scale).square().unbind(), strict=True))
+
+
+def on_host(numbers: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers by name, in one copy, for which the host waits."""
+    if not numbers:
         return {}
-    squares = torch.stack([(grad.double() / loss_scale).square().sum() for grad in grads.values()])
-    return dict(zip(grads, squares.tolist(), strict=True))
+    return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
+
+
+def read_loss_and_norm(
+    loss_sum: Tensor, parameters: Mapping[str, nn.Parameter], loss_scale: float = 1.0
+) -> tuple[float, float]:
+    """The loss [] float64, and the global norm of the gradients as `clip_gradients` sums it, in one copy."""
+    loss, *squares = on_host({"": loss_sum, **squared_norms(parameters, loss_scale)}).values()
+    return loss, math.sqrt(sum(squares))
 
 
 def clip_coefficient(norm: float, max_norm: float | None) -> float:
@@ -237,7 +263,7 @@ def clip_gradients(
     The norm is summed from per-parameter norms in the order of their names, in float64, so that it does not
     depend on how parameters are spread over processes. Gradients are left alone when the norm is not finite.
     """
-    norm = math.sqrt(sum(squared_norms(parameters, loss_scale).values()))
+    norm = math.sqrt(sum(on_host(squared_norms(parameters, loss_scale)).values()))
     if math.isfinite(norm):
         scale_gradients(parameters, clip_coefficient(norm, max_norm) / loss_scale)
     return norm
@@ -245,7 +271,6 @@ def clip_gradients(
 
 def scale_gradients(parameters: Mapping[str, nn.Parameter], coefficient: float) -> None:
     """Multiplies gradients in place; 1 leaves every bit as it is."""
-    if coefficient != 1.0:
-        for parameter in parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(coefficient)
+    grads = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    if coefficient != 1.0 and grads:
+        torch._foreach_mul_(grads, coefficient)

@@ -29,6 +29,7 @@ from ssmlora_dist.distributed.engine import (
     StepResult,
     clip_coefficient,
     no_check,
+    on_host,
     scale_gradients,
     set_learning_rate,
     squared_norms,
@@ -118,7 +119,7 @@ class PipelineParallelEngine:
         outcome = self.engine.run_step(
             on_device, self.context.world_size / self.num_stages / num_targets, loss_scale
         )
-        loss_mean = self.context.sum([float(outcome.loss_sum)])[0] / num_targets
+        loss_mean = self.context.sum([outcome.loss])[0] / num_targets
         return step_result(loss_mean, outcome.grad_norm, counts, outcome.skipped, self.loss_scale)
 
     def score(self, batches: Iterable[Batch]) -> list[Any]:
@@ -191,7 +192,7 @@ class _StageEngine(PipelineEngine):
         self.micro_batches = len(batches)
         self.num_forwards = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.grad_norm, self.skipped = math.nan, False
+        self.loss, self.grad_norm, self.skipped = math.nan, math.nan, False
         self._exec_schedule(self._train_schedule())
         return self
 
@@ -266,8 +267,9 @@ class _StageEngine(PipelineEngine):
             self._force_grad_boundary = False
             self.grad_norm = float(self.optimizer._global_grad_norm)
             self.skipped = bool(self.optimizer.overflow)
+            self.loss = float(self.loss_sum)
             return
-        self.grad_norm = self._global_norm()
+        self.grad_norm = self._read_global_norm()
         self.skipped = not math.isfinite(self.grad_norm)
         if not self.skipped:
             coefficient = clip_coefficient(self.grad_norm, self.max_grad_norm)
@@ -275,10 +277,14 @@ class _StageEngine(PipelineEngine):
             self.optimizer.step()
         self.zero_grad()
 
-    def _global_norm(self) -> float:
-        """From per-parameter norms of all stages in the order of their names: as on one device."""
+    def _read_global_norm(self) -> float:
+        """From per-parameter norms of all stages in the order of their names: as on one device.
+
+        The loss comes with them.
+        """
         stages: list[Any] = [None] * self.num_stages
-        mine = squared_norms(self.named, self.loss_scale_now)
+        mine = on_host({"": self.loss_sum, **squared_norms(self.named, self.loss_scale_now)})
+        self.loss = mine.pop("")
         dist.all_gather_object(stages, mine, group=self.grid.get_pipe_parallel_group())
         by_name = sorted(item for stage in stages for item in stage.items())
         return math.sqrt(sum(square for _, square in by_name))

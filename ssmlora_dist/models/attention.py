@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssmlora_dist.batches import Batch, Lengths
+from ssmlora_dist.batches import Batch, Lengths, upload
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.models.structure import decoder_layers, empty_model, structure_of
 from ssmlora_dist.quantization import expert_weights
@@ -115,7 +115,7 @@ def _cumulative(batch: Batch) -> dict[str, Any]:
     filled = [[*lengths, tokens - sum(lengths)] for lengths in batch.lengths]
     flat = [length for lengths in filled for length in lengths if length]
     ends = torch.tensor([0, *flat], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    on_device = ends.to(next(iter(batch.inputs.values())).device)
+    on_device = upload(ends, next(iter(batch.inputs.values())).device)
     longest = max(flat)
     return {
         "cu_seq_lens_q": on_device,

@@ -5,6 +5,7 @@ from ssmlora_dist.quantization.inspection import dequantized_weight, is_quantize
 from ssmlora_dist.quantization.linear import (
     QuantizationMode,
     QuantizedLinear,
+    fresh_code_books,
     keep_weights_of_recompute,
     quantize_linear,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "dequantize_mxfp4",
     "dequantized_weight",
     "expert_weights",
+    "fresh_code_books",
     "is_quantized",
     "keep_weights_of_recompute",
     "quantize_experts",

@@ -18,8 +18,10 @@ import copy
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, cast
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -289,6 +291,13 @@ def keep_weights_of_recompute(layer: nn.Module) -> None:
     for module in layer.modules():
         if isinstance(module, QuantizedLinear):
             module.is_recomputed = True
+
+
+@contextmanager
+def fresh_code_books() -> Iterator[None]:
+    """Has bitsandbytes make its code books anew, which it keeps as tensors for the life of the process."""
+    with mock.patch.dict(bitsandbytes().functional.name2qmap, clear=True):
+        yield
 
 
 @functools.cache

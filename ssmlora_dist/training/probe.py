@@ -16,7 +16,7 @@ from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.build import probe_budget
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.distributed.context import DistributedContext
-from ssmlora_dist.distributed.engine import squared_norms
+from ssmlora_dist.distributed.engine import on_host, squared_norms
 from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.errors import TrainingError
 from ssmlora_dist.models import decoder_layers, structure_of
@@ -102,7 +102,7 @@ def _squared_norms(
         total = loss(batch)
         # 0 x infinity: a loss that is not finite makes the gradients so.
         (total * (value / batch.num_targets + 0.0 * total.detach())).backward()
-        squares = squared_norms(parameters, value)
+        squares = on_host(squared_norms(parameters, value))
         for parameter in parameters.values():
             parameter.grad = None
         norm = math.sqrt(sum(squares.values()))
