@@ -41,7 +41,7 @@ from ssmlora_dist.tracking.quiet import quiet_libraries
 from ssmlora_dist.tracking.rows import append_row
 
 RESULTS = Path(__file__).parent / "results" / "length_memory.jsonl"
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 TILE_SIZE = 1024
 CHUNK_SIZE = 128
 MODEL = "smollm2"
