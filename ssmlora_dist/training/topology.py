@@ -286,6 +286,7 @@ def build_engine(
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps(config, context.world_size),
         max_grad_norm=training.max_grad_norm,
+        num_trained=sum(p.numel() for p in adapter_parameters(meta_model(config)).values()),
         offload_optimizer=parallel.offload_optimizer,
         offload_parameters=parallel.offload_parameters,
         native=config.deepspeed,

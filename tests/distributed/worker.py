@@ -179,7 +179,11 @@ def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str)
         parameters,
         torch.optim.AdamW(parameters.values(), lr=0.1),
         deepspeed_config(
-            zero_stage=zero_stage, micro_batch_size=1, gradient_accumulation_steps=2, max_grad_norm=1.0
+            zero_stage=zero_stage,
+            micro_batch_size=1,
+            gradient_accumulation_steps=2,
+            max_grad_norm=1.0,
+            num_trained=6,
         ),
         context,
         max_grad_norm=1.0,
