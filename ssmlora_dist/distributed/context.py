@@ -24,6 +24,7 @@ import torch.distributed.nn.functional
 
 from ssmlora_dist.distributed.liveness import Peer, PeerWatch, meet
 from ssmlora_dist.errors import ConfigError, SSMLoRAError, TrainingError
+from ssmlora_dist.last_words import show_error
 from ssmlora_dist.progress import progress
 from ssmlora_dist.ranks import VARIABLES, LaunchEnvironment, read_launch_environment
 
@@ -186,17 +187,25 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
 def stop_process_group() -> None:
     """Ends the process group; without it a gloo process aborts at exit.
 
-    To be called in a `finally`: an exception that is on its way out is told to the other ranks.
+    To be called in a `finally`: an exception that is on its way out is told to the other ranks. On NCCL it is
+    shown here, for whoever ends a communicator that other ranks still work with may wait for ever; it is
+    aborted for the same reason.
     """
     global _watch, _host
+    error = sys.exception()
     if _watch is not None:
-        _watch.leave(sys.exception())
+        _watch.leave(error)
         _watch = None
     _host = None
     if dist.is_initialized():
         from deepspeed.utils import groups
 
-        dist.destroy_process_group()
+        if error is not None and dist.get_backend() == "nccl":
+            if isinstance(error, Exception):
+                show_error(error)
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
         # DeepSpeed's engines leave a group of all ranks there; held, its threads would run on.
         groups._WORLD_GROUP = None
 

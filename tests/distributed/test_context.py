@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssmlora_dist.distributed.context import DistributedContext, _device_index
-from ssmlora_dist.errors import ConfigError
+from ssmlora_dist.distributed.context import DistributedContext, _device_index, stop_process_group
+from ssmlora_dist.errors import ConfigError, TrainingError
 from ssmlora_dist.ranks import LaunchEnvironment
 
 from ..launch.processes import finish, free_port, run
@@ -107,6 +107,47 @@ def test_a_port_in_use_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     assert finished.exit_code == 3, finished.stderr
     assert "--master_port" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "acts"),
+    [
+        ("nccl", TrainingError("out of memory"), ["abort"]),
+        ("nccl", ValueError("odd"), ["abort"]),
+        ("nccl", None, ["destroy"]),
+        ("gloo", ValueError("odd"), ["destroy"]),
+    ],
+)
+def test_a_rank_that_fails_on_nccl_speaks_first_and_waits_for_nobody(
+    backend: str,
+    error: Exception | None,
+    acts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Destroyed, a communicator waits for ranks that are in a collective this one never joins."""
+    done: list[str] = []
+    shown: list[str] = []
+
+    def act(name: str) -> None:
+        done.append(name)
+        shown.append(capsys.readouterr().err)
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: backend)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: act("destroy"))
+    monkeypatch.setattr("torch.distributed.distributed_c10d._abort_process_group", lambda: act("abort"))
+    try:
+        if error is not None:
+            raise error
+    except Exception:
+        stop_process_group()
+    else:
+        stop_process_group()
+    assert done == acts
+    expected = str(error) if acts == ["abort"] else ""
+    assert expected in shown[0]
+    assert bool(expected) == bool(shown[0])
 
 
 def test_nothing_keeps_the_group_s_threads_when_it_is_ended(tmp_path: Path) -> None:
