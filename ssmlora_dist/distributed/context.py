@@ -22,6 +22,7 @@ import torch.distributed as dist
 # abort the process as it exits.
 import torch.distributed.nn.functional
 
+from ssmlora_dist.devices import device_type
 from ssmlora_dist.distributed.liveness import Peer, PeerWatch, meet
 from ssmlora_dist.errors import ConfigError, SSMLoRAError, TrainingError
 from ssmlora_dist.last_words import show_error
@@ -147,7 +148,7 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
         verbose: shows what DeepSpeed says while it starts.
 
     Raises:
-        ConfigError: the environment does not say who this process is.
+        ConfigError: the environment does not say who this process is, or what it computes on.
         TrainingError: when the processes cannot find each other.
     """
     with progress("loading DeepSpeed"):
@@ -160,7 +161,7 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
     # Where torch and DeepSpeed look.
     os.environ.update(zip(VARIABLES, map(str, (*values, *meeting)), strict=True))
     os.environ["LOCAL_WORLD_SIZE"] = str(environment.local_world_size)
-    cuda = torch.cuda.is_available()
+    cuda = device_type() == "cuda"
     device = (
         torch.device("cuda", _device_index(environment, torch.cuda.device_count()))
         if cuda
