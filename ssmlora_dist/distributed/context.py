@@ -6,6 +6,9 @@ others a number.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import socket
 import sys
@@ -148,11 +151,11 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
         verbose: shows what DeepSpeed says while it starts.
 
     Raises:
-        ConfigError: the environment does not say who this process is, or what it computes on.
-        TrainingError: when the processes cannot find each other.
+        ConfigError: the environment does not say who this process is, or not what it alone computes on.
+        TrainingError: when the processes, or their GPUs, cannot find each other.
     """
     with progress("loading DeepSpeed"):
-        import deepspeed
+        deepspeed = _deepspeed(verbose)
 
     global _host
     environment = read_launch_environment()
@@ -182,7 +185,14 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
             "are reachable and that no other run uses the port (deepspeed --master_port N)"
         ) from error
     context = DistributedContext(dist.get_rank(), dist.get_world_size(), environment.local_rank, device)
-    return replace(context, watch=_start_watch(context, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2)))
+    watch = _start_watch(context, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2))
+    try:
+        if cuda:
+            _check_gpus(context)
+    except SSMLoRAError:
+        stop_process_group()
+        raise
+    return replace(context, watch=watch)
 
 
 def stop_process_group() -> None:
@@ -209,6 +219,55 @@ def stop_process_group() -> None:
             dist.destroy_process_group()
         # DeepSpeed's engines leave a group of all ranks there; held, its threads would run on.
         groups._WORLD_GROUP = None
+
+
+def _deepspeed(verbose: bool) -> Any:
+    """DeepSpeed, which tries as it is imported what it could compile, and prints what it finds.
+
+    The standard output is for results: what it logs goes to the standard error stream.
+    """
+    with contextlib.redirect_stdout(sys.stderr if verbose else io.StringIO()):
+        import deepspeed
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    return deepspeed
+
+
+def _check_gpus(context: DistributedContext) -> None:
+    """Has the GPUs of all ranks talk to each other, once; all ranks call it.
+
+    Raises:
+        ConfigError: two ranks compute on one.
+        TrainingError: NCCL cannot connect them.
+    """
+    mine = (str(torch.cuda.get_device_properties(context.device).uuid), socket.gethostname())
+    rank_of: dict[str, int] = {}
+    for rank, (gpu, host) in enumerate(context.gather(mine)):
+        other = rank_of.setdefault(gpu, rank)
+        if other != rank:
+            problem = (
+                f"ranks {other} and {rank} compute on the same GPU (host {host}, {gpu}); allowed: one rank "
+                "on each; start as many processes on a node as it has GPUs, and show every process either "
+                "all of them or one of its own (CUDA_VISIBLE_DEVICES)"
+            )
+            raise ConfigError([problem], source="environment")
+    total = torch.ones(1, device=context.device)
+    try:
+        with progress("connecting the GPUs"):
+            dist.all_reduce(total)
+            total.item()
+    except RuntimeError as error:
+        raise TrainingError(
+            f"the GPUs of this run cannot talk to each other: {_nccl_reason(str(error))}. NCCL_DEBUG=INFO "
+            "shows what NCCL tries; NCCL_SOCKET_IFNAME names the network interface, where there are several"
+        ) from error
+
+
+def _nccl_reason(text: str) -> str:
+    """What NCCL itself gives as the last error, behind torch's account of where it met one."""
+    _, marker, reason = text.partition("Last error:")
+    return " ".join((reason if marker else text).split()).rstrip(".")
 
 
 def _start_watch(context: DistributedContext, silence_seconds: float) -> PeerWatch | None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from ssmlora_dist.distributed.context import DistributedContext, _device_index, stop_process_group
+from ssmlora_dist.distributed.context import (
+    DistributedContext,
+    _check_gpus,
+    _deepspeed,
+    _device_index,
+    stop_process_group,
+)
 from ssmlora_dist.errors import ConfigError, TrainingError
 from ssmlora_dist.ranks import LaunchEnvironment
 
@@ -82,6 +91,73 @@ def test_which_gpu_a_process_takes() -> None:
     assert _device_index(LaunchEnvironment(3, 8, 3, "host", 1), 1) == 0
     with pytest.raises(ConfigError, match="LOCAL_RANK: 4 given; allowed: below 4"):
         _device_index(LaunchEnvironment(4, 8, 4, "host", 1), 4)
+
+
+class Gpus(DistributedContext):
+    """Rank 0 of as many as there are GPUs, by their ids."""
+
+    ids: tuple[str, ...] = ()
+
+    def gather(self, value: Any) -> list[Any]:
+        assert value == (self.ids[0], socket.gethostname())
+        return [(gpu, f"node{rank // 2}") for rank, gpu in enumerate(self.ids)]
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, *ids: str) -> Gpus:
+    context = Gpus(0, len(ids), 0, torch.device("cpu"))
+    object.__setattr__(context, "ids", ids)
+    properties = SimpleNamespace(uuid=ids[0])
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    return context
+
+
+def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: None)
+    _check_gpus(gpus(monkeypatch, "GPU-a", "GPU-b", "GPU-c"))
+    with pytest.raises(ConfigError, match=r"ranks 1 and 2 compute on the same GPU \(host node1, GPU-b\)"):
+        _check_gpus(gpus(monkeypatch, "GPU-a", "GPU-b", "GPU-b"))
+
+
+NCCL_ERROR = """NCCL error in: ProcessGroupNCCL.cpp:3699, unhandled system error (run with NCCL_DEBUG=INFO)
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
+Last error:
+socketStartConnect: Connect to 10.0.0.7<41911> failed : Software caused connection abort
+"""
+
+
+def test_nccl_s_own_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(values: torch.Tensor) -> None:
+        raise RuntimeError(NCCL_ERROR)
+
+    monkeypatch.setattr("torch.distributed.all_reduce", fail)
+    with pytest.raises(TrainingError, match=r"other: socketStartConnect: Connect to 10.0.0.7<41911> failed"):
+        _check_gpus(gpus(monkeypatch, "GPU-a", "GPU-b"))
+
+
+def test_what_deepspeed_tries_at_its_import_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a GPU without a CUDA toolkit it prints what it could not compile."""
+    (tmp_path / "deepspeed.py").write_text(
+        "import logging, sys\n"
+        "logging.getLogger('DeepSpeed').addHandler(logging.StreamHandler(sys.stdout))\n"
+        "print('[WARNING] async_io requires the dev libaio .so object')\n"
+    )
+    logger = logging.getLogger("DeepSpeed")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.syspath_prepend(tmp_path)
+    # So that it is taken away again.
+    monkeypatch.setitem(sys.modules, "deepspeed", sys)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+        monkeypatch.delitem(sys.modules, name)
+    _deepspeed(verbose=False)
+    logger.error("something that matters")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "something that matters\n")
+    monkeypatch.delitem(sys.modules, "deepspeed")
+    _deepspeed(verbose=True)
+    shown = capsys.readouterr()
+    assert (shown.out, "async_io" in shown.err) == ("", True)
 
 
 def test_a_port_in_use_is_an_error_with_a_remedy(tmp_path: Path) -> None:
