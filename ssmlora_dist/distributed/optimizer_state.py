@@ -94,8 +94,8 @@ def restore_optimizer_state(
         for name, parameter in parameters.items():
             state = {kind: values[name] for kind, values in saved.tensors.items() if name in values}
             if state:
-                on_device = {kind: value.to(parameter.device, copy=True) for kind, value in state.items()}
-                base.state[parameter] = {"step": count(), **on_device}
+                placed = {kind: _placed(base, parameter, value) for kind, value in state.items()}
+                base.state[parameter] = {"step": count(), **placed}
         return
     for kind, values in saved.tensors.items():
         wrong = [n for n, p in parameters.items() if n in values and values[n].numel() != _numel(p)]
@@ -105,7 +105,7 @@ def restore_optimizer_state(
                 "parameter (moments in 8 bits): they resume with parallel.zero_stage=0 alone"
             )
     for flat in _shards(optimizer, zero_stage):
-        zeros = {kind: torch.zeros_like(flat.detach()) for kind in saved.tensors}
+        zeros = {kind: _zeros(base, flat.detach(), flat.dtype) for kind in saved.tensors}
         base.state[flat] = {"step": count(), **zeros}
     if zero_stage < 3:
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -118,6 +118,21 @@ def restore_optimizer_state(
 def _base(optimizer: Any, zero_stage: int) -> torch.optim.Optimizer:
     base: torch.optim.Optimizer = optimizer if zero_stage == 0 else optimizer.optimizer
     return base
+
+
+def _placed(base: torch.optim.Optimizer, parameter: Tensor, value: Tensor) -> Tensor:
+    """A moment where the optimiser itself would have put it; others than one for each value as they are."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return _zeros(base, parameter, value.dtype).copy_(value)
+
+
+def _zeros(base: torch.optim.Optimizer, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Moments before the first step; bitsandbytes' paged optimisers page those that are large."""
+    if hasattr(base, "get_state_buffer"):
+        buffer: Tensor = base.get_state_buffer(parameter, dtype=dtype)
+        return buffer
+    return torch.zeros_like(parameter, dtype=dtype)
 
 
 def _shards(optimizer: Any, zero_stage: int) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -53,7 +53,7 @@ from ssmlora_dist.sizes import DecoderShape
 from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.loop import Engine
 from ssmlora_dist.training.memory import spare_memory
-from ssmlora_dist.training.optimizer import build_optimizer
+from ssmlora_dist.training.optimizer import build_optimizer, unpaged_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +65,9 @@ class TopologyEngine(Engine, Protocol):
     @property
     def module(self) -> nn.Module:
         """The part of the model that this rank holds."""
+
+    def rehearse(self, micro_batches: Sequence[Batch]) -> None:
+        """Takes the memory of a step on these micro-batches, and updates nothing."""
 
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """`models.loss.Scores` of each of this replica's batches, on every rank that works on them."""
@@ -275,7 +278,8 @@ def build_engine(
     """Loads this rank's part of the backbone, adapts it and hands it to the topology's engine.
 
     With a checkpoint, parameters and optimiser are as they were in it. `warn` is told of logits that
-    cannot be made in chunks. A whole `backbone` that is loaded already is taken as it is.
+    cannot be made in chunks, and of moments that are not paged. A whole `backbone` that is loaded already is
+    taken as it is.
 
     Raises:
         CheckpointError: its tensors do not fit.
@@ -361,6 +365,8 @@ def build_engine(
                 recompute_ahead=num_ahead > 0,
                 loss_scale=loss_scale,
             )
+    if (unpaged := unpaged_text(optimizer)) is not None:
+        warn(unpaged)
     if checkpoint is not None:
         engine.restore(OptimizerState(checkpoint.progress["num_updates"], checkpoint.moments))
     if context.max([float(uses_own_logits)])[0]:
