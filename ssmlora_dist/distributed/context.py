@@ -139,6 +139,11 @@ class DistributedContext:
         if self.watch is not None:
             self.watch.note_checkpoint(path)
 
+    @property
+    def noted_checkpoint(self) -> str | None:
+        """The checkpoint that rank 0 has noted last, as far as this rank has heard of it."""
+        return None if self.watch is None else self.watch.last_checkpoint
+
 
 def start_process_group(timeout_seconds: int, verbose: bool = False) -> DistributedContext:
     """Joins the processes started by the DeepSpeed launcher, torchrun or srun, or a plain python command.

@@ -132,6 +132,14 @@ class DataParallelEngine:
         grad_norm, skipped = self._update(loss_scale)
         return step_result(loss_mean, grad_norm, counts, skipped, self.loss_scale)
 
+    def rehearse(self, micro_batches: Sequence[Batch]) -> None:
+        """Takes the memory of a step on these micro-batches, and updates nothing; every rank calls it."""
+        self.module.train()
+        for index, batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            self.engine.backward(self.engine(batch.to(self.context.device)) * math.nan, scale_wrt_gas=False)
+        self._update(1.0)
+
     def _update(self, loss_scale: float) -> tuple[float, bool]:
         if self.zero_stage > 0:
             with unscaled_by(self.engine.optimizer, loss_scale):

@@ -121,6 +121,11 @@ class PipelineParallelEngine:
         loss_mean = self.context.sum([float(outcome.loss_sum)])[0] / num_targets
         return step_result(loss_mean, outcome.grad_norm, counts, outcome.skipped, self.loss_scale)
 
+    def rehearse(self, micro_batches: Sequence[Batch]) -> None:
+        """See `DataParallelEngine.rehearse`."""
+        self.stage.train()
+        self.engine.run_step([batch.to(self.context.device) for batch in micro_batches], math.nan, 1.0)
+
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """Scores of this replica's batches, on every stage; the stages work on different batches at once."""
         self.stage.eval()

@@ -170,7 +170,8 @@ def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str)
         zero_stage: 0 to 3.
         poison: `no poison` leaves the second step out; `gradients` makes them and the loss not-a-number,
             `loss` adds infinity to the loss alone; `overflow`, in which the loss is scaled, makes them
-            infinite for that scale alone.
+            infinite for that scale alone; `rehearsed` rehearses it and a step before
+            the first one, and makes neither.
     """
     model = SquaredOutputs()
     parameters = dict(model.named_parameters())
@@ -192,6 +193,10 @@ def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str)
     found: dict[str, Any] = {"skipped": [], "grad_norm": [], "weight": [], "loss_scale": [], "halved": []}
     for poisoned in (False, False) if poison == "no poison" else (False, True, False):
         batches = [_micro_batch(context.rank, index) for index in range(2)]
+        if poison == "rehearsed":
+            engine.rehearse(batches[:1])
+            if poisoned:
+                continue
         if poisoned and context.rank == context.world_size - 1:
             key, value = {
                 "gradients": ("inputs", torch.nan),
