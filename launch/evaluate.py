@@ -43,6 +43,7 @@ def main() -> None:
 
     from ssmlora_dist.distributed.context import start_process_group, stop_process_group
     from ssmlora_dist.tracking import Console
+    from ssmlora_dist.training.determinism import determinism
     from ssmlora_dist.training.task_evaluation import describe_evaluation, run_evaluation
 
     console = Console(enabled=environment.is_main)
@@ -61,7 +62,8 @@ def main() -> None:
     )
     quiet_libraries(arguments.log_level, environment.is_main)
     try:
-        run_evaluation(config, context, console, **chosen, with_base=not arguments.no_base)
+        with determinism(config, context.device):
+            run_evaluation(config, context, console, **chosen, with_base=not arguments.no_base)
     finally:
         stop_process_group()
 

@@ -33,6 +33,7 @@ from ssmlora_dist.tracking import (
 from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 from ssmlora_dist.training.contents import first_start, tokenizer_of
 from ssmlora_dist.training.data import RunData
+from ssmlora_dist.training.determinism import determinism
 from ssmlora_dist.training.evaluation import evaluate
 from ssmlora_dist.training.header import adapter_lines, run_header
 from ssmlora_dist.training.interrupts import Interrupts, StoppedError
@@ -93,7 +94,8 @@ def run_training(
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
     try:
-        _train(config, context, console, resume, directory)
+        with determinism(config, context.device):
+            _train(config, context, console, resume, directory)
     finally:
         directory.release()
 
