@@ -75,6 +75,13 @@ def test_a_kernel_that_runs_is_taken_and_lack_of_memory_says_nothing_of_it(
     assert [x.dtype for x in tried] == [torch.float32, torch.bfloat16]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_run_on_every_gpu(fresh: pytest.MonkeyPatch) -> None:
+    for index in range(torch.cuda.device_count()):
+        assert operators._runs_kernels(torch.device("cuda", index), torch.float32)
+
+
 @pytest.mark.parametrize("runs", [True, False])
 def test_kernels_are_launched_on_the_tensor_s_device(runs: bool, fresh: pytest.MonkeyPatch) -> None:
     """Triton takes the current one, whose kernels read another's memory by luck or not at all."""
