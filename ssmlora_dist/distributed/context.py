@@ -118,6 +118,23 @@ class DistributedContext:
         dist.all_gather_object(values, value, group=_host)
         return values
 
+    def collect(self, value: Any, ranks: Sequence[int]) -> list[Any]:
+        """On rank 0 what `value` is on each of `ranks`, one after the other; elsewhere nothing.
+
+        Unlike `gather`, nobody holds or sends more than there is.
+        """
+        if not self.is_main:
+            if self.rank in ranks:
+                dist.send_object_list([value], dst=0, group=_host)
+            return []
+        values = []
+        for rank in ranks:
+            received = [value]
+            if rank != 0:
+                dist.recv_object_list(received, src=rank, group=_host)
+            values += received
+        return values
+
     def share(self, value: Any) -> Any:
         """What `value` is on rank 0."""
         values = [value]
@@ -192,7 +209,7 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
     context = DistributedContext(dist.get_rank(), dist.get_world_size(), environment.local_rank, device)
     watch = _start_watch(context, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2))
     try:
-        if cuda:
+        if cuda and context.world_size > 1:
             _check_gpus(context)
     except SSMLoRAError:
         stop_process_group()

@@ -373,6 +373,7 @@ class _Run:
 
     def _answer_tasks(self, step: int) -> None:
         if self.tasks.is_due(step, self.num_steps):
+            self.work.begin(f"answering tasks after step {step}")
             metrics = self.tasks.answer(self.engine.module.model)
             if self.context.is_main:
                 self._log(metrics, step)

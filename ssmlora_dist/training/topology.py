@@ -77,10 +77,10 @@ class TopologyEngine(Engine, Protocol):
         """What the loss is multiplied with in float16; None in other dtypes."""
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """The trained parameters by full name, whole, on the CPU."""
+        """The trained parameters by full name, whole, on rank 0's CPU; elsewhere none."""
 
     def optimizer_state(self) -> OptimizerState:
-        """What the optimiser has learnt of them."""
+        """What the optimiser has learnt of them, on rank 0."""
 
     def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with it, before the first step."""

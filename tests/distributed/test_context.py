@@ -34,6 +34,14 @@ def test_sums_and_maxima_are_the_same_on_every_rank(results: Results, num_ranks:
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+def test_rank_0_collects_and_the_others_hold_nothing(results: Results, num_ranks: int) -> None:
+    first, *others = results.found(num_ranks, "collectives")
+    assert first["collected"] == [10 * rank for rank in range(num_ranks)]
+    assert first["collected of last"] == [10 * (num_ranks - 1)]
+    assert all(found["collected"] == found["collected of last"] == [] for found in others)
+
+
+@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
 def test_rank_0_acts_and_every_rank_meets_its_error(results: Results, num_ranks: int) -> None:
     by_rank = results.found(num_ranks, "collectives")
     assert [found["ran"] for found in by_rank] == [[0], *[[]] * (num_ranks - 1)]

@@ -28,6 +28,7 @@ from ssmlora_dist.errors import CheckpointError, SSMLoRAError
 from ssmlora_dist.models import loading
 from ssmlora_dist.tracking import Console, quiet_libraries
 from ssmlora_dist.training import resume_point, run
+from ssmlora_dist.training.lack_of_memory import REHEARSING_DEVICES
 
 from ..launch.preloaded import hide_plots
 from ..launch.processes import DEBUG_TINY
@@ -60,6 +61,9 @@ def train_all(context: DistributedContext) -> dict[str, Any]:
     """Runs all jobs that fit, and one of them again: what this raises, and what was seen of their loading."""
     message = ""
     whole_parts = {}
+    if context.world_size > 1:
+        # As on GPUs; nothing changes by it.
+        REHEARSING_DEVICES.add("cpu")
     names = [name for name in JOBS if fits(name, context.world_size)]
     counted = mock.Mock(wraps=resume_point.build_fingerprint)
     with mock.patch.object(resume_point, "build_fingerprint", counted):
@@ -141,6 +145,8 @@ def collectives(context: DistributedContext) -> dict[str, Any]:
         "of node": context.on_each_node(lambda: context.rank),
         "of own node": apart.on_each_node(lambda: context.rank),
         "refused by last": refused_by_last,
+        "collected": context.collect(10 * context.rank, range(context.world_size)),
+        "collected of last": context.collect(10 * context.rank, [context.world_size - 1]),
         "sum": context.sum([1.0, 0.25 * context.rank]),
         "max": context.max([1.0, 0.25 * context.rank]),
         "refused": refused,
@@ -209,7 +215,8 @@ def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str)
         found["grad_norm"].append(result.grad_norm)
         found["loss_scale"].append(result.loss_scale)
         found["halved"].append(result.scale_halved)
-        found["weight"].append(engine.adapter_tensors()["linear.weight"].flatten().tolist())
+        weight = context.share(engine.adapter_tensors())["linear.weight"]
+        found["weight"].append(weight.flatten().tolist())
     return found
 
 
