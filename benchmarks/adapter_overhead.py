@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.adapter_variants import VARIANTS, Variant
 from ssmlora_dist.batches import IGNORED_LABEL, Batch
+from ssmlora_dist.devices import device_type
 from ssmlora_dist.distributed.cost_model import bytes_per_weight
 from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
 from ssmlora_dist.models import empty_model, load_config, load_model, structure_of
@@ -330,7 +331,7 @@ def main() -> int:
     parser.add_argument("--quantization", choices=("nf4", "fp4", "int8", "none"), default="nf4")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="by default a GPU, where there is one")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument(
         "--ceilings",
@@ -343,6 +344,7 @@ def main() -> int:
         "--out", type=Path, default=RESULTS, help="rows are added here (default: %(default)s)"
     )
     arguments = parser.parse_args()
+    arguments.device = arguments.device or device_type()
     quiet_libraries()
     rows = measure(arguments)
     show(rows)

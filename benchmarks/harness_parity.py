@@ -46,6 +46,7 @@ from ssmlora_dist import AdapterConfig, add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
 from ssmlora_dist.config.arguments import run_command
 from ssmlora_dist.data.sources import read_records
+from ssmlora_dist.devices import device_type
 from ssmlora_dist.errors import DataError, ModelError
 from ssmlora_dist.evaluation.items import ChoiceItem, Task
 from ssmlora_dist.evaluation.runner import run
@@ -277,7 +278,7 @@ def _show(task: str, state: str, row: dict[str, Any]) -> None:
 def main() -> int:
     arguments = _parser().parse_args()
     quiet_libraries()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     model, tokenizer = load(arguments.model, device)
     quiet_libraries()
     harness = harness_of(model, tokenizer, batch_size=4)

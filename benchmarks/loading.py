@@ -105,7 +105,7 @@ def measure(path: Path, split: str, out: Path) -> None:
 
 def _measure(path: Path, split: str, context: DistributedContext) -> Loaded:
     settings = deepspeed_config(
-        zero_stage=3, micro_batch_size=1, gradient_accumulation_steps=1, max_grad_norm=None
+        zero_stage=3, micro_batch_size=1, gradient_accumulation_steps=1, max_grad_norm=None, num_trained=1
     )
     partition = zero3_partitioner(settings) if split == "zero3" else None
     # So that libraries that load at the first use are there.

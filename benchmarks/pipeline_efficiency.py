@@ -187,7 +187,7 @@ def _check_equal(
     for name, engine in built.items():
         for _ in range(2):
             engine.engine.train_step(batches, LEARNING_RATE)
-        trained = engine.engine.adapter_tensors()
+        trained = context.share(engine.engine.adapter_tensors())
         assert trained.keys() == expected.keys(), name
         different = [key for key, tensor in trained.items() if not torch.equal(tensor, expected[key])]
         assert not different, f"{name}: {different} differ from what one stage trains"

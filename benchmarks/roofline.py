@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from ssmlora_dist.devices import device_type
 from ssmlora_dist.distributed.cost_model import bytes_per_weight
 from ssmlora_dist.distributed.roofline import Ceilings, measured_ceilings, step_limit
 from ssmlora_dist.models import empty_model, load_config, structure_of
@@ -32,7 +33,7 @@ def main() -> int:
     ceilings = Ceilings(**{name: getattr(arguments, name) for name in Ceilings.__dataclass_fields__})
     dtype = torch.bfloat16
     if arguments.measure:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(device_type())
         dtype = getattr(torch, machine_dtype(device.type))
         ceilings = measured_ceilings(device, dtype)
     print(

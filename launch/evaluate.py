@@ -7,6 +7,7 @@ from typing import Any
 
 from ssmlora_dist.config.arguments import build_parser, run_command
 from ssmlora_dist.config.paths import path_argument
+from ssmlora_dist.devices import device_type
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.ranks import read_launch_environment
 from ssmlora_dist.tracking.quiet import quiet_libraries
@@ -35,15 +36,14 @@ def main() -> None:
     if arguments.no_base and arguments.adapter is None:
         raise DataError("--no-base: leaves nothing to evaluate without --adapter; name one, or leave it out")
 
-    import torch
-
     from ssmlora_dist.config.loading import load_config
 
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    config = load_config(arguments.config, arguments.overrides, device_type=device_type, for_training=False)
+    device = device_type()
+    config = load_config(arguments.config, arguments.overrides, device_type=device, for_training=False)
 
     from ssmlora_dist.distributed.context import start_process_group, stop_process_group
     from ssmlora_dist.tracking import Console
+    from ssmlora_dist.training.determinism import determinism
     from ssmlora_dist.training.task_evaluation import describe_evaluation, run_evaluation
 
     console = Console(enabled=environment.is_main)
@@ -54,7 +54,7 @@ def main() -> None:
         "lengths": arguments.lengths,
     }
     if arguments.dry_run:
-        text = describe_evaluation(config, device_type, environment.world_size, **chosen, warn=console.warn)
+        text = describe_evaluation(config, device, environment.world_size, **chosen, warn=console.warn)
         console.message(text)
         return
     context = start_process_group(
@@ -62,7 +62,8 @@ def main() -> None:
     )
     quiet_libraries(arguments.log_level, environment.is_main)
     try:
-        run_evaluation(config, context, console, **chosen, with_base=not arguments.no_base)
+        with determinism(config, context.device):
+            run_evaluation(config, context, console, **chosen, with_base=not arguments.no_base)
     finally:
         stop_process_group()
 

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from ssmlora_dist.config.arguments import ArgumentParser, build_adapter_parser, run_command
+from ssmlora_dist.devices import device_type
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.evaluation.answering import decoding_settings, stream_answer
 from ssmlora_dist.tokenization import TextEncoder, check_text
@@ -33,7 +34,7 @@ def main() -> None:
     from ssmlora_dist.models import max_positions
     from ssmlora_dist.tracking import Console
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     model, tokenizer = load_trained(
         arguments.adapter,
         path=arguments.model,

@@ -15,6 +15,7 @@ if sys.stderr is not None and not sys.stderr.isatty():
 
 from ssmlora_dist.config.arguments import build_adapter_parser, run_command
 from ssmlora_dist.config.paths import name_argument, path_argument
+from ssmlora_dist.devices import device_type
 from ssmlora_dist.durable import explained, write_text
 from ssmlora_dist.errors import DataError
 from ssmlora_dist.progress import progress
@@ -44,8 +45,6 @@ def main() -> None:
         raise DataError("lm-eval is not installed: pip install -c constraints.txt 'lm-eval[hf]'")
     quiet_libraries()
 
-    import torch
-
     with progress("loading lm-eval and its tasks"):
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -65,7 +64,7 @@ def main() -> None:
             f"--tasks {unknown[0]}: lm-eval has no such task{nearest}; `lm_eval ls tasks` lists them"
         )
     console = Console(enabled=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     model, tokenizer = load_trained(
         arguments.adapter,
         path=arguments.model,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ssmlora_dist.config.arguments import ArgumentParser, run_command
 from ssmlora_dist.config.paths import name_argument
+from ssmlora_dist.devices import device_type
 from ssmlora_dist.errors import EXIT_DONE, EXIT_TRAINING_FAILED
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
@@ -31,7 +32,7 @@ def main() -> int:
     from ssmlora_dist.sweep.recording import check_stores
     from ssmlora_dist.sweep.table import counts, outcome_table, plan_text
 
-    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    num_devices = torch.cuda.device_count() if device_type() == "cuda" else 0
     devices = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), num_devices)
     plan = plan_sweep(arguments.config, devices=devices)
     num_cpus = len(os.sched_getaffinity(0))

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from ssmlora_dist.config.arguments import build_parser, run_command
 from ssmlora_dist.config.paths import name_argument
+from ssmlora_dist.devices import device_type
 from ssmlora_dist.ranks import read_launch_environment
 from ssmlora_dist.tracking.quiet import quiet_libraries
 
@@ -31,12 +32,10 @@ def main() -> None:
     environment = read_launch_environment()
     quiet_libraries(arguments.log_level, environment.is_main)
 
-    import torch
-
     from ssmlora_dist.config.loading import load_config
 
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    config = load_config(arguments.config, arguments.overrides, device_type=device_type)
+    device = device_type()
+    config = load_config(arguments.config, arguments.overrides, device_type=device)
 
     from ssmlora_dist.distributed.context import start_process_group, stop_process_group
     from ssmlora_dist.tracking import Console
@@ -45,7 +44,7 @@ def main() -> None:
     if arguments.dry_run:
         from ssmlora_dist.training.describe import describe
 
-        console.message(describe(config, device_type, environment.world_size, arguments.resume, console.warn))
+        console.message(describe(config, device, environment.world_size, arguments.resume, console.warn))
         return
 
     from ssmlora_dist.training.run import run_training

@@ -6,13 +6,22 @@ without a traceback and exits with the exception's `exit_code`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 LONGEST_LINE = 900
 EXIT_DONE = 0
+EXIT_UNFORESEEN = 1
 EXIT_BAD_INPUT = 2
 EXIT_TRAINING_FAILED = 3
+# Of PyTorch on CUDA and on the CPU, of cuBLAS and NCCL, of Python and of the C library.
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|"
+    r"Cannot allocate memory|^MemoryError|std::bad_alloc",
+    re.MULTILINE | re.IGNORECASE,
+)
+"""What is said, in logs and errors, where memory has run out."""
 
 
 class SSMLoRAError(Exception):

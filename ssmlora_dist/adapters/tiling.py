@@ -2,9 +2,9 @@
 
 What an MLP computes for a token depends on that token alone, the adapters in it included: their state is the
 token's own, and its dropout a function of where the token stands. So does what a norm computes, in float32.
-Hence a layer's widest tensors exist for the tokens of one tile only: in the forward pass they go with the tile,
-in the backward pass a tile is recomputed, its gradients are taken, and then the next. Outputs and gradients
-are those of the whole but for rounding, as sums over tokens are taken tile by tile.
+Hence a layer's widest tensors exist for the tokens of one tile only: in the forward pass they go with it, in
+the backward pass a tile is recomputed, its gradients are taken, and then the next. Outputs and gradients are
+those of the whole but for rounding, as sums over tokens are taken tile by tile.
 
 DeepSpeed's `TiledMLP` and `SequenceTiledCompute` have a gradient for one input, and here the state is a
 second one; they put the gradients of parameters in place in the midst of a backward pass, and compute every

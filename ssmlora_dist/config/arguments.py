@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from ssmlora_dist.config.paths import name_argument, path_argument
-from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, SSMLoRAError
+from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_UNFORESEEN, ConfigError, SSMLoRAError
+from ssmlora_dist.last_words import SECONDS_FOR_RANK_0, is_shown, launch_environment, show_error
 from ssmlora_dist.progress import shown_by
-from ssmlora_dist.ranks import LaunchEnvironment, read_launch_environment
 from ssmlora_dist.signals import StopRequested, raise_on_stop_signals
 from ssmlora_dist.tracking.console import ProgressDisplay
 from ssmlora_dist.tracking.streams import UnreadError, make_lenient
@@ -22,16 +22,13 @@ EXIT_INTERRUPTED = 130
 # What a shell says of a command that SIGPIPE has ended.
 EXIT_UNREAD = 141
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# Launchers end every rank as soon as one has ended: the others leave rank 0 this time to say why and to close
-# its run at the tracker.
-SECONDS_FOR_RANK_0 = 30.0
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """An argument parser that names its usage on one rank only."""
 
     def error(self, message: str) -> NoReturn:
-        if _launch_environment().rank != 0:
+        if launch_environment().rank != 0:
             time.sleep(SECONDS_FOR_RANK_0)
             sys.exit(EXIT_BAD_INPUT)
         super().error(message)
@@ -106,10 +103,9 @@ def run_command(main: Callable[[], int | None], *, alone: bool = False, ends_unr
     Rank 0 shows the progress of long work. Output that cannot be written is given up, and changes neither the
     work nor the exit code.
 
-    An error that the user can mend is shown without traceback, by rank 0: as a rule every rank meets it, and
-    the launcher ends those that wait. One that is still there after a while met it alone, and shows it. A
-    signal that the script does not heed by itself ends it with 128 and the signal's number. Any other
-    exception passes through with its traceback (exit code 1).
+    An error that the user can mend is shown by `show_error`. A signal that the script does not heed by itself
+    ends it with 128 and the signal's number. Any other exception passes through with its traceback (exit
+    code 1), unless that has been shown.
 
     Args:
         main: gives the exit code, or None for 0.
@@ -119,36 +115,26 @@ def run_command(main: Callable[[], int | None], *, alone: bool = False, ends_unr
     """
     make_lenient(ends_unread=ends_unread)
     try:
-        if alone and (number := _launch_environment().world_size) > 1:
+        if alone and (number := launch_environment().world_size) > 1:
             problem = (
                 f"{number} processes were started; allowed: one; start it with plain python, or `srun -n 1`"
             )
             raise ConfigError([problem], source=Path(sys.argv[0]).name)
-        stream = sys.stderr if _launch_environment().rank == 0 else None
+        stream = sys.stderr if launch_environment().rank == 0 else None
         with raise_on_stop_signals(), ProgressDisplay(stream) as display, shown_by(display.show):
             return main() or EXIT_DONE
     except SSMLoRAError as error:
-        on_rank = ""
-        if _launch_environment().rank != 0:
-            if error.met_by_all:
-                return error.exit_code
-            time.sleep(SECONDS_FOR_RANK_0)
-            on_rank = f" on rank {_launch_environment().rank}"
-        print(f"{error.label}{on_rank}: {error}", file=sys.stderr)
+        show_error(error)
         return error.exit_code
     except StopRequested as request:
-        if _launch_environment().rank == 0:
+        if launch_environment().rank == 0:
             print(f"stopped: by {signal.Signals(request.signum).name}", file=sys.stderr)
         return 128 + request.signum
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except UnreadError:
         return EXIT_UNREAD
-
-
-def _launch_environment() -> LaunchEnvironment:
-    try:
-        return read_launch_environment()
-    except ConfigError:
-        # Whoever does not know who it is speaks.
-        return LaunchEnvironment()
+    except Exception as error:
+        if is_shown(error):
+            return EXIT_UNFORESEEN
+        raise

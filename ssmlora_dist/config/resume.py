@@ -36,6 +36,7 @@ RULES = (
     ResumeRule("run.name", True, "says where the run lies, not what it is"),
     ResumeRule("run.output_dir", True, "says where the run lies, not what it is"),
     ResumeRule("run.seed", False, "the order of the examples, and what is drawn at random, follow from it"),
+    ResumeRule("run.deterministic", True, "changes no more than rounding"),
     ResumeRule("model.path", True, "the base model is compared by its fingerprint, wherever it lies"),
     ResumeRule("model.revision", True, "the base model is compared by its fingerprint"),
     ResumeRule("model.init", False, "the adapter was trained on this base model"),

@@ -53,6 +53,8 @@ class RunSection(Section):
     """Directory that holds the run directories, relative to the working directory."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of initialisation, data order, generated data and dropout."""
+    deterministic: bool = False
+    """On GPUs, the same bits in every run; slower. On CPUs they always are."""
 
 
 class ModelSection(Section):

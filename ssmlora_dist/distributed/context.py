@@ -6,6 +6,9 @@ others a number.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import socket
 import sys
@@ -22,8 +25,10 @@ import torch.distributed as dist
 # abort the process as it exits.
 import torch.distributed.nn.functional
 
+from ssmlora_dist.devices import device_type
 from ssmlora_dist.distributed.liveness import Peer, PeerWatch, meet
 from ssmlora_dist.errors import ConfigError, SSMLoRAError, TrainingError
+from ssmlora_dist.last_words import show_error
 from ssmlora_dist.progress import progress
 from ssmlora_dist.ranks import VARIABLES, LaunchEnvironment, read_launch_environment
 
@@ -113,6 +118,23 @@ class DistributedContext:
         dist.all_gather_object(values, value, group=_host)
         return values
 
+    def collect(self, value: Any, ranks: Sequence[int]) -> list[Any]:
+        """On rank 0 what `value` is on each of `ranks`, one after the other; elsewhere nothing.
+
+        Unlike `gather`, nobody holds or sends more than there is.
+        """
+        if not self.is_main:
+            if self.rank in ranks:
+                dist.send_object_list([value], dst=0, group=_host)
+            return []
+        values = []
+        for rank in ranks:
+            received = [value]
+            if rank != 0:
+                dist.recv_object_list(received, src=rank, group=_host)
+            values += received
+        return values
+
     def share(self, value: Any) -> Any:
         """What `value` is on rank 0."""
         values = [value]
@@ -134,6 +156,11 @@ class DistributedContext:
         if self.watch is not None:
             self.watch.note_checkpoint(path)
 
+    @property
+    def noted_checkpoint(self) -> str | None:
+        """The checkpoint that rank 0 has noted last, as far as this rank has heard of it."""
+        return None if self.watch is None else self.watch.last_checkpoint
+
 
 def start_process_group(timeout_seconds: int, verbose: bool = False) -> DistributedContext:
     """Joins the processes started by the DeepSpeed launcher, torchrun or srun, or a plain python command.
@@ -146,11 +173,11 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
         verbose: shows what DeepSpeed says while it starts.
 
     Raises:
-        ConfigError: the environment does not say who this process is.
-        TrainingError: when the processes cannot find each other.
+        ConfigError: the environment does not say who this process is, or not what it alone computes on.
+        TrainingError: when the processes, or their GPUs, cannot find each other.
     """
     with progress("loading DeepSpeed"):
-        import deepspeed
+        deepspeed = _deepspeed(verbose)
 
     global _host
     environment = read_launch_environment()
@@ -159,7 +186,7 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
     # Where torch and DeepSpeed look.
     os.environ.update(zip(VARIABLES, map(str, (*values, *meeting)), strict=True))
     os.environ["LOCAL_WORLD_SIZE"] = str(environment.local_world_size)
-    cuda = torch.cuda.is_available()
+    cuda = device_type() == "cuda"
     device = (
         torch.device("cuda", _device_index(environment, torch.cuda.device_count()))
         if cuda
@@ -180,25 +207,89 @@ def start_process_group(timeout_seconds: int, verbose: bool = False) -> Distribu
             "are reachable and that no other run uses the port (deepspeed --master_port N)"
         ) from error
     context = DistributedContext(dist.get_rank(), dist.get_world_size(), environment.local_rank, device)
-    return replace(context, watch=_start_watch(context, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2)))
+    watch = _start_watch(context, min(LONGEST_SILENCE_SECONDS, timeout_seconds / 2))
+    try:
+        if cuda and context.world_size > 1:
+            _check_gpus(context)
+    except SSMLoRAError:
+        stop_process_group()
+        raise
+    return replace(context, watch=watch)
 
 
 def stop_process_group() -> None:
     """Ends the process group; without it a gloo process aborts at exit.
 
-    To be called in a `finally`: an exception that is on its way out is told to the other ranks.
+    To be called in a `finally`: an exception that is on its way out is told to the other ranks. On NCCL it is
+    shown here, for whoever ends a communicator that other ranks still work with may wait for ever; it is
+    aborted for the same reason.
     """
     global _watch, _host
+    error = sys.exception()
     if _watch is not None:
-        _watch.leave(sys.exception())
+        _watch.leave(error)
         _watch = None
     _host = None
     if dist.is_initialized():
         from deepspeed.utils import groups
 
-        dist.destroy_process_group()
+        if error is not None and dist.get_backend() == "nccl":
+            if isinstance(error, Exception):
+                show_error(error)
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
         # DeepSpeed's engines leave a group of all ranks there; held, its threads would run on.
         groups._WORLD_GROUP = None
+
+
+def _deepspeed(verbose: bool) -> Any:
+    """DeepSpeed, which tries as it is imported what it could compile, and prints what it finds.
+
+    The standard output is for results: what it logs goes to the standard error stream.
+    """
+    with contextlib.redirect_stdout(sys.stderr if verbose else io.StringIO()):
+        import deepspeed
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    return deepspeed
+
+
+def _check_gpus(context: DistributedContext) -> None:
+    """Has the GPUs of all ranks talk to each other, once; all ranks call it.
+
+    Raises:
+        ConfigError: two ranks compute on one.
+        TrainingError: NCCL cannot connect them.
+    """
+    mine = (str(torch.cuda.get_device_properties(context.device).uuid), socket.gethostname())
+    rank_of: dict[str, int] = {}
+    for rank, (gpu, host) in enumerate(context.gather(mine)):
+        other = rank_of.setdefault(gpu, rank)
+        if other != rank:
+            problem = (
+                f"ranks {other} and {rank} compute on the same GPU (host {host}, {gpu}); allowed: one rank "
+                "on each; start as many processes on a node as it has GPUs, and show every process either "
+                "all of them or one of its own (CUDA_VISIBLE_DEVICES)"
+            )
+            raise ConfigError([problem], source="environment")
+    total = torch.ones(1, device=context.device)
+    try:
+        with progress("connecting the GPUs"):
+            dist.all_reduce(total)
+            total.item()
+    except RuntimeError as error:
+        raise TrainingError(
+            f"the GPUs of this run cannot talk to each other: {_nccl_reason(str(error))}. NCCL_DEBUG=INFO "
+            "shows what NCCL tries; NCCL_SOCKET_IFNAME names the network interface, where there are several"
+        ) from error
+
+
+def _nccl_reason(text: str) -> str:
+    """What NCCL itself gives as the last error, behind torch's account of where it met one."""
+    _, marker, reason = text.partition("Last error:")
+    return " ".join((reason if marker else text).split()).rstrip(".")
 
 
 def _start_watch(context: DistributedContext, silence_seconds: float) -> PeerWatch | None:

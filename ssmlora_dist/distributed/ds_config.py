@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# DeepSpeed's own, for models that are trained whole: 2 GB in float32.
+MAX_BUCKET_SIZE = 500_000_000
+
 
 def deepspeed_config(
     *,
@@ -12,6 +15,7 @@ def deepspeed_config(
     micro_batch_size: int,
     gradient_accumulation_steps: int,
     max_grad_norm: float | None,
+    num_trained: int,
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
     native: Mapping[str, Any] | None = None,
@@ -27,11 +31,16 @@ def deepspeed_config(
         micro_batch_size: sequences per rank and micro-batch.
         gradient_accumulation_steps: micro-batches per step and rank.
         max_grad_norm: global norm to clip to; None leaves gradients as they are.
+        num_trained: values of what is trained, whose gradients ZeRO reduces in one buffer on the device.
         offload_optimizer: optimiser state in host memory (ZeRO >= 1).
         offload_parameters: parameters in host memory (ZeRO 3).
         native: DeepSpeed keys from the configuration's `deepspeed` section, merged in last.
     """
-    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False}
+    zero: dict[str, Any] = {
+        "stage": zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": min(num_trained, MAX_BUCKET_SIZE),
+    }
     if offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if offload_parameters:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.optimizer_state import (
     OptimizerState,
-    gather_optimizer_state,
+    joined_state,
+    optimizer_state_pieces,
+    parameter_pieces,
     restore_optimizer_state,
 )
+from ssmlora_dist.distributed.pieces import put_together
 from ssmlora_dist.distributed.sequence import SequenceGroup
 
 Check = Callable[[], None]
@@ -137,6 +141,14 @@ class DataParallelEngine:
         loss_mean = self.context.sum([loss])[0] / num_targets
         return step_result(loss_mean, grad_norm, counts, skipped, self.loss_scale)
 
+    def rehearse(self, micro_batches: Sequence[Batch]) -> None:
+        """Takes the memory of a step on these micro-batches, and updates nothing; every rank calls it."""
+        self.module.train()
+        for index, batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            self.engine.backward(self.engine(batch.to(self.context.device)) * math.nan, scale_wrt_gas=False)
+        self._update(torch.zeros((), dtype=torch.float64, device=self.context.device), 1.0)
+
     def _update(self, loss_sum: Tensor, loss_scale: float) -> tuple[float, float, bool]:
         """The loss, the gradients' norm, and whether they were skipped: all that is read off a device."""
         if self.zero_stage > 0:
@@ -155,23 +167,26 @@ class DataParallelEngine:
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """What the module returns for each of this rank's batches, in evaluation mode; of whole rows."""
         self.module.eval()
-        group, results = self.sequence_group, []
+        results, is_shared = [], False
         for batch in batches:
-            scores = self.module(batch.to(self.context.device))
-            results.append(group.join(scores) if group is not None and batch.num_shards > 1 else scores)
-        return results
+            results.append(self.module(batch.to(self.context.device)))
+            is_shared = batch.num_shards > 1
+        if self.sequence_group is None or not is_shared:
+            return results
+        return self.sequence_group.join(results, self.context)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """The trained parameters by full name, whole, on the CPU; every rank must call it."""
-        import deepspeed
-
-        parameters = list(self.parameters.values())
-        with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
-            return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        """The trained parameters by full name, whole, on rank 0's CPU; every rank must call it."""
+        ranks = range(self.context.world_size if self.zero_stage == 3 else 1)
+        mine = parameter_pieces(self.parameters) if self.context.rank in ranks else []
+        return put_together(chain(*self.context.collect(mine, ranks))).get("", {})
 
     def optimizer_state(self) -> OptimizerState:
-        """The optimiser's moments; every rank must call it."""
-        return gather_optimizer_state(self.engine.optimizer, self.parameters, self.zero_stage)
+        """The optimiser's moments, on rank 0's CPU; every rank must call it."""
+        mine = optimizer_state_pieces(self.engine.optimizer, self.parameters, self.zero_stage)
+        return joined_state(
+            self.context.collect(mine, range(self.context.world_size if self.zero_stage else 1))
+        )
 
     def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with an optimiser's moments, before the first step; every rank must call it."""

@@ -161,6 +161,7 @@ class PeerWatch:
 
     Attributes:
         before_exit: called before the process ends because another rank is lost.
+        last_checkpoint: that rank 0 has noted.
     """
 
     def __init__(self, rank: int, peers: list[Peer], silence_seconds: float, speaks: bool) -> None:
@@ -171,7 +172,7 @@ class PeerWatch:
         self._beats_until_silent = math.ceil(silence_seconds / self._beat_seconds)
         self._ending = self._closing = self._asking = self._leaving = False
         self._last_word: str | None = None
-        self._last_checkpoint: str | None = None
+        self.last_checkpoint: str | None = None
         # The first rank that left with an error, why, and until when this one may still meet the same error.
         self._left: tuple[Peer, str, float] | None = None
         self._asked_until = 0.0
@@ -190,7 +191,7 @@ class PeerWatch:
 
     def note_checkpoint(self, path: str) -> None:
         """Tells all ranks, from rank 0, which checkpoint the message is to name; from any thread."""
-        self._last_checkpoint = path
+        self.last_checkpoint = path
         self._wake()
 
     def about_to_leave(self, error: BaseException | None) -> None:
@@ -247,7 +248,7 @@ class PeerWatch:
             for key, _ in self._selector.select(max(0.0, next_beat - time.monotonic())):
                 if key.data is None:
                     self._woken.recv(MAX_WORD_LENGTH)
-                    self._tell({"checkpoint": self._last_checkpoint})
+                    self._tell({"checkpoint": self.last_checkpoint})
                 else:
                     self._receive(key.data)
             if self._asking:
@@ -288,7 +289,7 @@ class PeerWatch:
             if word["end"] is not None and self._left is None:
                 self._left = (peer, word["end"], time.monotonic() + self._silence_seconds)
         elif peer.rank == 0:
-            self._last_checkpoint = word["checkpoint"]
+            self.last_checkpoint = word["checkpoint"]
 
     def _ask(self) -> None:
         """A collective may have failed, here or on the rank that asks: one that has left may be the cause."""
@@ -297,7 +298,7 @@ class PeerWatch:
             self._tell({"ask": True})
 
     def _beat(self) -> None:
-        self._tell({"checkpoint": self._last_checkpoint})
+        self._tell({"checkpoint": self.last_checkpoint})
         for peer in self._peers:
             # Not seconds: this process may have been stopped itself.
             peer.silent_beats += 1
@@ -348,8 +349,8 @@ class PeerWatch:
         start = "\n" if sys.stderr.isatty() else ""
         on_rank = f" on rank {self._rank}" if self._rank else ""
         checkpoint = "no checkpoint had been written"
-        if self._last_checkpoint is not None:
-            checkpoint = f"the last good checkpoint is {self._last_checkpoint}"
+        if self.last_checkpoint is not None:
+            checkpoint = f"the last good checkpoint is {self.last_checkpoint}"
         return f"{start}error{on_rank}: {problem}. The run has stopped; {checkpoint}"
 
 

@@ -11,10 +11,10 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import p2p
@@ -39,9 +39,12 @@ from ssmlora_dist.distributed.engine import (
 from ssmlora_dist.distributed.loss_scale import LossScale
 from ssmlora_dist.distributed.optimizer_state import (
     OptimizerState,
-    gather_optimizer_state,
+    joined_state,
+    optimizer_state_pieces,
+    parameter_pieces,
     restore_optimizer_state,
 )
+from ssmlora_dist.distributed.pieces import put_together
 
 
 class PipelineParallelEngine:
@@ -93,7 +96,7 @@ class PipelineParallelEngine:
             config_class=DeepSpeedConfig(config, module.mpu()),
             dist_init_required=False,
         )
-        self.engine.prepare(stage, self.parameters, boundary_dtype, max_grad_norm, recompute_ahead)
+        self.engine.prepare(stage, self.parameters, boundary_dtype, max_grad_norm, recompute_ahead, context)
 
     @property
     def module(self) -> nn.Module:
@@ -122,6 +125,11 @@ class PipelineParallelEngine:
         loss_mean = self.context.sum([outcome.loss])[0] / num_targets
         return step_result(loss_mean, outcome.grad_norm, counts, outcome.skipped, self.loss_scale)
 
+    def rehearse(self, micro_batches: Sequence[Batch]) -> None:
+        """See `DataParallelEngine.rehearse`."""
+        self.stage.train()
+        self.engine.run_step([batch.to(self.context.device) for batch in micro_batches], math.nan, 1.0)
+
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """Scores of this replica's batches, on every stage; the stages work on different batches at once."""
         self.stage.eval()
@@ -135,28 +143,28 @@ class PipelineParallelEngine:
                     results.append(type(output)(*(values.cpu() for values in output)))
                 else:
                     p2p.send(output, self.engine.next_stage)
-        shared = [results]
-        pipe_group = self.engine.grid.get_pipe_parallel_group()
-        dist.broadcast_object_list(shared, src=self.engine._loss_stage_global_rank(), group=pipe_group)
-        return shared[0]
+        return list(self.context.gather(results)[self._rank_of_stage(self.num_stages - 1)])
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """The trained parameters of all stages by full name, on the CPU; every rank must call it."""
-        mine = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
-        stages: list[Any] = [None] * self.num_stages
-        dist.all_gather_object(stages, mine, group=self.engine.grid.get_pipe_parallel_group())
-        return dict(sorted(item for stage in stages for item in stage.items()))
+        """The trained parameters of all stages by full name, on rank 0's CPU; every rank must call it."""
+        mine = parameter_pieces(self.parameters)
+        return put_together(chain(*self.context.collect(mine, self._first_replica))).get("", {})
 
     def optimizer_state(self) -> OptimizerState:
-        """The optimiser's moments of all stages; every rank must call it."""
-        mine = gather_optimizer_state(self.engine.optimizer, self.parameters, self.zero_stage)
-        stages: list[Any] = [None] * self.num_stages
-        dist.all_gather_object(stages, mine, group=self.engine.grid.get_pipe_parallel_group())
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for stage in stages:
-            for kind, values in stage.tensors.items():
-                tensors.setdefault(kind, {}).update(values)
-        return OptimizerState(max(stage.num_updates for stage in stages), tensors)
+        """The optimiser's moments of all stages, on rank 0's CPU; every rank must call it."""
+        mine = optimizer_state_pieces(self.engine.optimizer, self.parameters, self.zero_stage)
+        ranks = range(self.context.world_size) if self.zero_stage else self._first_replica
+        return joined_state(self.context.collect(mine, ranks))
+
+    @property
+    def _first_replica(self) -> range:
+        """Its rank of each stage: see `training.topology.ParallelDims`."""
+        return range(0, self.context.world_size, self.context.world_size // self.num_stages)
+
+    def _rank_of_stage(self, stage: int) -> int:
+        """The rank of this replica that has a stage."""
+        num_replicas = self.context.world_size // self.num_stages
+        return stage * num_replicas + self.context.rank % num_replicas
 
     def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with an optimiser's moments, before the first step; every rank must call it."""
@@ -173,9 +181,10 @@ class _StageEngine(PipelineEngine):
         boundary_dtype: torch.dtype,
         max_grad_norm: float | None,
         recompute_ahead: bool,
+        context: DistributedContext,
     ) -> None:
         """Takes over what DeepSpeed's constructor has no argument for."""
-        self.stage_module, self.named = stage, parameters
+        self.stage_module, self.named, self.context = stage, parameters, context
         self.boundary_dtype = boundary_dtype
         self.max_grad_norm = max_grad_norm
         # The last stage's backward pass follows at once: there is nothing to wait for.
@@ -282,10 +291,9 @@ class _StageEngine(PipelineEngine):
 
         The loss comes with them.
         """
-        stages: list[Any] = [None] * self.num_stages
         mine = on_host({"": self.loss_sum, **squared_norms(self.named, self.loss_scale_now)})
         self.loss = mine.pop("")
-        dist.all_gather_object(stages, mine, group=self.grid.get_pipe_parallel_group())
+        stages = self.context.gather(mine)[:: self.dp_world_size]
         by_name = sorted(item for stage in stages for item in stage.items())
         return math.sqrt(sum(square for _, square in by_name))
 

@@ -8,12 +8,14 @@ Shapes: B rows, H heads, L tokens of a row on one rank, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ssmlora_dist.distributed.context import DistributedContext
 
 
 class SequenceGroup:
@@ -74,9 +76,19 @@ class SequenceGroup:
                 module.num_key_value_groups = groups  # type: ignore[assignment]
         return output.unflatten(-1, (heads, size))  # type: ignore[no-any-return]
 
-    def join(self, scores: Any) -> Any:
-        """Scores of whole rows, from each rank's of its tokens: sums, counts, and whether all were exact."""
-        loss_sums, num_targets, exact = scores
-        parts = torch.stack([loss_sums.double(), num_targets.double(), (~exact).double()])
-        dist.all_reduce(parts, group=self._group)
-        return type(scores)(parts[0].to(loss_sums.dtype), parts[1].to(num_targets.dtype), parts[2] == 0)
+    def join(self, results: Sequence[Any], context: DistributedContext) -> list[Any]:
+        """Scores of whole rows, from each rank's of its tokens: sums, counts, and whether all were exact.
+
+        Args:
+            results: of every batch.
+            context: the run's processes, all of which call it.
+        """
+        mine = [torch.stack([part.double().cpu() for part in scores]) for scores in results]
+        gathered = context.gather(mine)
+        first = context.rank // self.size * self.size
+        joined = []
+        for scores, *parts in zip(results, *gathered[first : first + self.size], strict=True):
+            loss_sums, num_targets, _ = torch.stack(parts).sum(0)
+            exact = torch.stack(parts)[:, 2].amin(0) == 1
+            joined.append(type(scores)(loss_sums.to(scores[0].dtype), num_targets.to(scores[1].dtype), exact))
+        return joined

@@ -1,20 +1,26 @@
 """The operators of the adapters, registered with torch as `torch.ops.ssmlora.dropout` and its like.
 
-Each is there in plain torch and, on CUDA with Triton installed, as a Triton kernel. To torch.compile they are
-single nodes. None records gradients: that is for the functions of `fused`, which call them.
+Each is there in plain torch and, on CUDA where Triton is installed and can compile, as a Triton kernel. To
+torch.compile they are single nodes. None records gradients: that is for the functions of `fused`, which call
+them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssmlora_dist.last_words import launch_environment
 from ssmlora_dist.ops.dropout import dropout
+
+LONGEST_REASON = 300
 
 _library = torch.library.Library("ssmlora", "DEF")
 
@@ -49,13 +55,46 @@ def _triton_kernels(module: str) -> Any:
         return None
 
 
+@functools.cache
+def _runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the smallest kernel runs on a device: at its first launch Triton compiles with a C compiler."""
+    from ssmlora_dist.ops import triton_dropout
+
+    try:
+        x = torch.ones(1, 1, 1, device=device, dtype=dtype)
+        with _on(device):
+            triton_dropout.dropout(x, torch.zeros(1, 1, device=device, dtype=torch.int32), 0, 0.5)
+    except torch.OutOfMemoryError:
+        raise
+    # Of the compiler, the linker, the driver or Triton itself.
+    except Exception as error:
+        if launch_environment().local_rank == 0:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(
+                f"Triton cannot run on {device} in {dtype} ({reason[:LONGEST_REASON]}): adapters are "
+                "computed by torch's own operators, to the same results but slower. Triton needs a C "
+                "compiler and Python's headers: install gcc and python3-dev (Debian, Ubuntu) or "
+                "python3-devel (Red Hat)",
+                stacklevel=1,
+            )
+        return False
+    return True
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, wherever its tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _fastest(plain: Callable[..., Any], module: str) -> Callable[..., Any]:
     """`plain`, or the Triton kernel of that name for what it takes."""
 
     def run(tensor: Tensor, *rest: Any) -> Any:
         kernels = _triton_kernels(module)
-        is_taken = kernels is not None and kernels.takes(tensor)
-        return (getattr(kernels, plain.__name__) if is_taken else plain)(tensor, *rest)
+        if kernels is None or not kernels.takes(tensor) or not _runs_kernels(tensor.device, tensor.dtype):
+            return plain(tensor, *rest)
+        with _on(tensor.device):
+            return getattr(kernels, plain.__name__)(tensor, *rest)
 
     return run
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from ssmlora_dist.quantization.linear import bitsandbytes
 
+PAGED_FROM = 100_000
+"""Values from which on bitsandbytes pages the moments of a tensor."""
 _CLASSES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
 
 
@@ -24,7 +26,8 @@ def low_memory_adamw(
 ) -> torch.optim.Optimizer:
     """`adamw_8bit`, `paged_adamw` or `paged_adamw_8bit`; they compute on CUDA only.
 
-    Small tensors (under 4,096 values, bitsandbytes' own threshold) keep 32-bit moments.
+    By bitsandbytes' own thresholds tensors of less than 4,096 values keep 32-bit moments, and those of less
+    than `PAGED_FROM` are not paged.
     """
     optimizer_class = getattr(bitsandbytes().optim, _CLASSES[kind])
     optimizer: torch.optim.Optimizer = optimizer_class(

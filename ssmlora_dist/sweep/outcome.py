@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 
-from ssmlora_dist.errors import EXIT_DONE, EXIT_TRAINING_FAILED
+from ssmlora_dist.errors import EXIT_DONE, EXIT_TRAINING_FAILED, OUT_OF_MEMORY
 from ssmlora_dist.signals import STOPPING
 from ssmlora_dist.sweep.directory import Outcome
 
@@ -14,12 +14,6 @@ LONGEST_REASON = 300
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL, 256 - signal.SIGKILL)
 # Of these, 255 is also what many a program fails with.
 _TOLD_TO_STOP = {code for signum in STOPPING for code in (-signum, 128 + signum, 256 - signum)} - {255}
-# Of PyTorch on CUDA and on the CPU, of cuBLAS and NCCL, of Python and of the C library.
-_OUT_OF_MEMORY = re.compile(
-    r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|"
-    r"Cannot allocate memory|^MemoryError|std::bad_alloc",
-    re.MULTILINE | re.IGNORECASE,
-)
 _OWN_MESSAGE = re.compile(r"^(error(?: on rank \d+)?|stopped): (.*)$")
 _EXCEPTION = re.compile(
     r"^(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b(?::.*)?)$"
@@ -36,7 +30,7 @@ def outcome_of(exit_code: int, log: str, kernel_killed: bool | None = None) -> t
     """
     if exit_code == EXIT_DONE:
         return "finished", None
-    memory = _OUT_OF_MEMORY.search(log)
+    memory = OUT_OF_MEMORY.search(log)
     if memory is not None:
         return "out_of_memory", _line_around(log, memory)
     if exit_code in _KILLED:

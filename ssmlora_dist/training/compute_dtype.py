@@ -8,7 +8,7 @@ from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import topology_problems
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.errors import ConfigError
-from ssmlora_dist.precision import DTypeName, common_dtype, machine_dtype
+from ssmlora_dist.precision import BFLOAT16_CAPABILITY, DTypeName, common_dtype, machine_dtype
 from ssmlora_dist.tracking import Console
 
 _BECAUSE = {
@@ -29,7 +29,7 @@ def settle_compute_dtype(
     """The configuration with a compute dtype by name, the same on every rank; every rank calls it.
 
     Args:
-        config: of the run; a dtype that it names itself stays.
+        config: of the run; a dtype that it names itself stays, with a warning where GPUs are slow in it.
         context: the run's processes.
         console: of rank 0; shows what was chosen, and why.
         kept: what the adapter to go on with has been trained in; None: whatever all ranks do best.
@@ -38,7 +38,16 @@ def settle_compute_dtype(
     Raises:
         ConfigError: other settings do not go with it.
     """
-    if config.model.compute_dtype != "auto":
+    named = config.model.compute_dtype
+    if named == "bfloat16" and context.device.type == "cuda":
+        slow = [rank for rank, best in enumerate(context.gather(machine_dtype("cuda"))) if best != named]
+        if slow:
+            console.warn(
+                f"model.compute_dtype: bfloat16 given; rank {slow[0]}'s GPU does not multiply it natively "
+                f"(its compute capability is below {'.'.join(map(str, BFLOAT16_CAPABILITY))}), so that it is "
+                "slow there; float16 is fast, and what auto takes"
+            )
+    if named != "auto":
         return config
     choices: list[DTypeName] = context.gather(machine_dtype(context.device.type))
     settled, chosen = choose_compute_dtype(

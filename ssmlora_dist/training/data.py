@@ -18,6 +18,7 @@ from ssmlora_dist.data import (
     ExampleStream,
     GlobalBatches,
     StreamedBatches,
+    rows_of_epoch,
 )
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.tokenization import TextEncoder
@@ -146,6 +147,18 @@ class RunData:
         if isinstance(stream := self._train, ExampleStream):
             return alone.micro_batches(self._on_main(lambda: stream.first(number * size)), 0)
         return GlobalBatches(stream, alone, self._seed, self._row_tokens).micro_batches(0)
+
+    def longest_micro_batch(self) -> Batch:
+        """Of as many rows as a micro-batch has, the longest that are known, the same on every rank.
+
+        Of a stream these are rows of its first examples.
+        """
+        rows, lengths = rows_of_epoch(self.sample, self._seed, 0, self._row_tokens), self.sample.lengths
+        totals = np.fromiter((lengths[row].sum() for row in rows), np.int64, len(rows))
+        order = np.argsort(-totals, kind="stable")
+        chosen = [rows[order[k % len(order)]] for k in range(self._shape.micro_batch_size)]
+        seeds = self._shape.dropout_seeds([len(row) for row in chosen], 0)
+        return self._shape.own_part([[self.sample[int(i)] for i in row] for row in chosen], seeds)
 
     def accounts(self) -> list[str]:
         """Lines about what became of the records, of a stream the first ones."""

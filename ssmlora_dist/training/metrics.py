@@ -51,8 +51,25 @@ def memory_gib(context: DistributedContext) -> list[float]:
         return _by_rank(torch.cuda.memory_allocated(context.device), context)
     if not STATM.exists():
         return peak_memory_gib(context)
-    pages = int(STATM.read_text(encoding="ascii").split()[1])
-    return _by_rank(pages * os.sysconf("SC_PAGE_SIZE"), context)
+    return _by_rank(_resident_bytes(), context)
+
+
+def memory_text(device: torch.device) -> str:
+    """What of a rank's memory is in use and what is free, in words; on a CPU of the host's."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        numbers = (torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device), free, total)
+        allocated, reserved, free_gib, total_gib = (f"{number / GIB:.2f}" for number in numbers)
+        return (
+            f"{allocated} GiB allocated, {reserved} GiB reserved by torch, "
+            f"{free_gib} GiB free of {total_gib} GiB"
+        )
+    resident = f"{_resident_bytes() / GIB:.2f} GiB resident" if STATM.exists() else "memory of the host"
+    return f"{resident} in this process"
+
+
+def _resident_bytes() -> int:
+    return int(STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _by_rank(num_bytes: int, context: DistributedContext) -> list[float]:

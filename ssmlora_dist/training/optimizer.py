@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ssmlora_dist.distributed.engine import RATE_RATIO
-from ssmlora_dist.quantization.optimizers import low_memory_adamw
+from ssmlora_dist.quantization.optimizers import PAGED_FROM, low_memory_adamw
 
 
 def build_optimizer(
@@ -49,6 +49,17 @@ def build_optimizer(
         )
     return low_memory_adamw(
         kind, ordered, learning_rate=learning_rate, betas=betas, epsilon=epsilon, weight_decay=weight_decay
+    )
+
+
+def unpaged_text(optimizer: torch.optim.Optimizer) -> str | None:
+    """Says of a paged optimiser that has nothing to page that it has not; None of others."""
+    sizes = [parameter.numel() for group in optimizer.param_groups for parameter in group["params"]]
+    if not getattr(optimizer, "is_paged", False) or max(sizes) >= PAGED_FROM:
+        return None
+    return (
+        f"training.optimizer: bitsandbytes pages the moments of tensors of {PAGED_FROM:,} values and more, "
+        f"and the largest of what is trained has {max(sizes):,}: nothing is paged"
     )
 
 

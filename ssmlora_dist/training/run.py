@@ -15,6 +15,7 @@ from ssmlora_dist.adapters.state_means import record_states, replaced_states
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.build import backbone_settings, build_backbone, build_store, check_model, meta_model
 from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.topology import gradient_accumulation_steps
 from ssmlora_dist.data import BatchShape, Dataset
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.errors import CheckpointError, DataError
@@ -32,9 +33,11 @@ from ssmlora_dist.tracking import (
 from ssmlora_dist.training.compute_dtype import settle_compute_dtype
 from ssmlora_dist.training.contents import first_start, tokenizer_of
 from ssmlora_dist.training.data import RunData
+from ssmlora_dist.training.determinism import determinism
 from ssmlora_dist.training.evaluation import evaluate
 from ssmlora_dist.training.header import adapter_lines, run_header
 from ssmlora_dist.training.interrupts import Interrupts, StoppedError
+from ssmlora_dist.training.lack_of_memory import REHEARSING_DEVICES, Work, named_lack_of_memory, rehearse
 from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import memory_gib, peak_memory_gib, usable_memory_bytes
 from ssmlora_dist.training.probe import probe_places
@@ -58,7 +61,7 @@ from ssmlora_dist.training.resume_point import (
     find_resume_point,
     settle_places,
 )
-from ssmlora_dist.training.saving import Saver
+from ssmlora_dist.training.saving import Saver, checkpoint_text
 from ssmlora_dist.training.schedule import learning_rate
 from ssmlora_dist.training.task_evaluation import TasksInTraining
 from ssmlora_dist.training.topology import ParallelDims, build_engine, parallel_dims_of, plan_stages
@@ -91,7 +94,8 @@ def run_training(
     """
     directory = RunDirectory(config.run.output_dir / config.run.name)
     try:
-        _train(config, context, console, resume, directory)
+        with determinism(config, context.device):
+            _train(config, context, console, resume, directory)
     finally:
         directory.release()
 
@@ -130,7 +134,9 @@ def _train(
             resume_point=resume_point,
         )
         console.message(header)
-    run.build()
+    named = partial(named_lack_of_memory, config, context, run.work)
+    with named(lambda: checkpoint_text(resume_point.path)):
+        run.build()
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.
     if not resume_point.in_place:
         context.on_main(directory.claim)
@@ -139,7 +145,8 @@ def _train(
         status: RunStatus = "FAILED"
         try:
             run.begin()
-            run.execute(interrupts)
+            with named(run.saver.last_good_here):
+                run.execute(interrupts)
             status = "FINISHED"
         except StoppedError:
             status = "KILLED"
@@ -180,6 +187,7 @@ class _Run:
         self.before = scores_from_plain(saved["before"]) if self.data.compares else None
         self.seconds_before: float = saved["wall_seconds"]
         self.warned_of_metrics = False
+        self.work = Work()
 
     def begin(self) -> None:
         """Writes down what is going to be run, and whence."""
@@ -216,6 +224,11 @@ class _Run:
             raise DataError(f"{error}; {self.saver.finish()}; {again}") from None
 
     def _execute(self) -> None:
+        if self.context.device.type in REHEARSING_DEVICES:
+            num_micro_batches = gradient_accumulation_steps(self.config, self.context.world_size)
+            # Of a pipeline as many as are under way at once.
+            batches = [self.data.longest_micro_batch()] * min(self.dims.num_stages, num_micro_batches)
+            rehearse(self.engine.rehearse, batches, self.context.device, self.work)
         if self.before is None and self.resume_point.step == 0:
             self.before = self._evaluate(step=0)
         if self.resume_point.step == 0:
@@ -224,7 +237,7 @@ class _Run:
         with progress("training", self.num_steps, initial=self.resume_point.step, quiet_seconds=0) as shown:
             train(
                 self.engine,
-                self.data.micro_batches,
+                self._micro_batches,
                 self._learning_rate,
                 num_steps=self.num_steps,
                 max_nonfinite_steps=self.config.training.max_nonfinite_steps,
@@ -268,6 +281,11 @@ class _Run:
         if self.context.is_main:
             self.tracker.log_metrics(self.data.metrics(), self.num_steps)
             self.results.finish(summary, before, after, without_states)
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        batches = self.data.micro_batches(step)
+        self.work.begin(f"training, step {step + 1}", batches)
+        return batches
 
     def build(self) -> None:
         """Loads the backbone, adapts it and hands it to the engine."""
@@ -345,7 +363,7 @@ class _Run:
         rows = self.config.evaluation.micro_batch_size
         shape = dims.batch_shape(rows * dims.data_parallel_size, rows, self.tokenizer.pad_token_id)
         return evaluate(
-            lambda batches: self.engine.score(self._checked(batches)),
+            lambda batches: self.engine.score(self._checked(batches, description)),
             dataset,
             shape=shape if is_shared else BatchShape(1, 1, 0, 1, self.tokenizer.pad_token_id),
             # Every stage has the scores of its replica, and every rank that shares rows.
@@ -355,12 +373,14 @@ class _Run:
 
     def _answer_tasks(self, step: int) -> None:
         if self.tasks.is_due(step, self.num_steps):
+            self.work.begin(f"answering tasks after step {step}")
             metrics = self.tasks.answer(self.engine.module.model)
             if self.context.is_main:
                 self._log(metrics, step)
 
-    def _checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _checked(self, batches: Iterable[Batch], description: str) -> Iterator[Batch]:
         for batch in batches:
+            self.work.begin(description, [batch])
             # Between stages it would hold up the pipeline.
             if self.dims.num_stages == 1:
                 self.interrupts.check()

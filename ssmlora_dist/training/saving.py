@@ -132,6 +132,15 @@ class Saver:
         """Says, on rank 0, where the last good checkpoint is, once what is being written has been."""
         with progress("waiting for the checkpoint"):
             self._writer.wait()
-        if self._writer.last_good is None:
-            return "no checkpoint has been saved"
-        return f"the last good checkpoint is {self._writer.last_good}"
+        return checkpoint_text(self._writer.last_good)
+
+    def last_good_here(self) -> str:
+        """What `last_good` says, on any rank by itself: others than rank 0 know what that has told them."""
+        if self._context.is_main:
+            return self.last_good()
+        return checkpoint_text(self._context.noted_checkpoint)
+
+
+def checkpoint_text(path: Path | str | None) -> str:
+    """Says where the last good checkpoint is, if any."""
+    return "no checkpoint has been saved" if path is None else f"the last good checkpoint is {path}"

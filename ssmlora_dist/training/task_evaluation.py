@@ -49,6 +49,7 @@ from ssmlora_dist.tracking import (
 )
 from ssmlora_dist.training.compute_dtype import choose_compute_dtype, settle_compute_dtype
 from ssmlora_dist.training.header import evaluation_header
+from ssmlora_dist.training.lack_of_memory import Work, named_lack_of_memory
 from ssmlora_dist.training.report import environment_tags
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def run_evaluation(
                 directory=directory,
             )
         )
-    model = build_backbone(config, context.device)
+    # What an item takes beside it is that item's failure.
+    with named_lack_of_memory(config, context, Work(), lambda: "started again, it does what is missing"):
+        model = build_backbone(config, context.device)
     rows: dict[str, Sequence[Row]] = {}
 
     def answer(name: str, adapted: str) -> None:

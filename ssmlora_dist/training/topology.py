@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -53,7 +53,7 @@ from ssmlora_dist.sizes import DecoderShape
 from ssmlora_dist.training.checkpoints import Checkpoint
 from ssmlora_dist.training.loop import Engine
 from ssmlora_dist.training.memory import spare_memory
-from ssmlora_dist.training.optimizer import build_optimizer
+from ssmlora_dist.training.optimizer import build_optimizer, unpaged_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +66,9 @@ class TopologyEngine(Engine, Protocol):
     def module(self) -> nn.Module:
         """The part of the model that this rank holds."""
 
+    def rehearse(self, micro_batches: Sequence[Batch]) -> None:
+        """Takes the memory of a step on these micro-batches, and updates nothing."""
+
     def score(self, batches: Iterable[Batch]) -> list[Any]:
         """`models.loss.Scores` of each of this replica's batches, on every rank that works on them."""
 
@@ -74,10 +77,10 @@ class TopologyEngine(Engine, Protocol):
         """What the loss is multiplied with in float16; None in other dtypes."""
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """The trained parameters by full name, whole, on the CPU."""
+        """The trained parameters by full name, whole, on rank 0's CPU; elsewhere none."""
 
     def optimizer_state(self) -> OptimizerState:
-        """What the optimiser has learnt of them."""
+        """What the optimiser has learnt of them, on rank 0."""
 
     def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with it, before the first step."""
@@ -275,7 +278,8 @@ def build_engine(
     """Loads this rank's part of the backbone, adapts it and hands it to the topology's engine.
 
     With a checkpoint, parameters and optimiser are as they were in it. `warn` is told of logits that
-    cannot be made in chunks. A whole `backbone` that is loaded already is taken as it is.
+    cannot be made in chunks, and of moments that are not paged. A whole `backbone` that is loaded already is
+    taken as it is.
 
     Raises:
         CheckpointError: its tensors do not fit.
@@ -286,6 +290,7 @@ def build_engine(
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps(config, context.world_size),
         max_grad_norm=training.max_grad_norm,
+        num_trained=sum(p.numel() for p in adapter_parameters(meta_model(config)).values()),
         offload_optimizer=parallel.offload_optimizer,
         offload_parameters=parallel.offload_parameters,
         native=config.deepspeed,
@@ -360,6 +365,8 @@ def build_engine(
                 recompute_ahead=num_ahead > 0,
                 loss_scale=loss_scale,
             )
+    if (unpaged := unpaged_text(optimizer)) is not None:
+        warn(unpaged)
     if checkpoint is not None:
         engine.restore(OptimizerState(checkpoint.progress["num_updates"], checkpoint.moments))
     if context.max([float(uses_own_logits)])[0]:

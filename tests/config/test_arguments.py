@@ -9,6 +9,7 @@ import pytest
 
 from ssmlora_dist.config.arguments import EXIT_INTERRUPTED, build_parser, run_command
 from ssmlora_dist.errors import EXIT_BAD_INPUT, EXIT_TRAINING_FAILED, ConfigError, TrainingError
+from ssmlora_dist.last_words import show_error
 from ssmlora_dist.ranks import VARIABLES, read_launch_environment
 
 
@@ -47,7 +48,7 @@ def test_other_ranks_let_rank_0_speak_first(
 ) -> None:
     """The launcher ends them in that time, unless the error is theirs alone."""
     waited: list[float] = []
-    monkeypatch.setattr("ssmlora_dist.config.arguments.time.sleep", waited.append)
+    monkeypatch.setattr("time.sleep", waited.append)
 
     def fail() -> NoReturn:
         raise ConfigError(["run.name: missing"])
@@ -64,6 +65,25 @@ def test_other_ranks_let_rank_0_speak_first(
         assert caught.value.code == EXIT_BAD_INPUT
         assert usage in capsys.readouterr().err
         assert waited == waits * 2
+
+
+def test_an_error_is_shown_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever may never come back from what follows shows it before."""
+    set_rank(monkeypatch, "0")
+
+    def fail(error: Exception) -> NoReturn:
+        try:
+            raise error
+        except Exception:
+            show_error(error)
+            raise
+
+    assert run_command(lambda: fail(TrainingError("diverged"))) == EXIT_TRAINING_FAILED
+    assert capsys.readouterr().err == "error: diverged\n"
+    assert run_command(lambda: fail(ValueError("odd"))) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.count("ValueError: odd") == 1
 
 
 def set_rank(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:

@@ -194,7 +194,7 @@ JOBS: dict[str, Overrides] = {
 
 
 STAGES = (0, 1, 2, 3)
-POISONS = ("no poison", "gradients", "loss", "overflow")
+POISONS = ("no poison", "gradients", "loss", "overflow", "rehearsed")
 """What makes the second of three steps of a tiny model not finite; `overflow`: the loss scale."""
 
 

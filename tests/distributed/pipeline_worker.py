@@ -5,6 +5,7 @@ from __future__ import annotations
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.distributed.context import start_process_group, stop_process_group
 from ssmlora_dist.tracking import Console, quiet_libraries
+from ssmlora_dist.training.lack_of_memory import REHEARSING_DEVICES
 from ssmlora_dist.training.run import run_training
 
 from ..launch.preloaded import hide_plots
@@ -18,6 +19,9 @@ def main() -> None:
     quiet_libraries()
     hide_plots()
     context = start_process_group(TIMEOUT_SECONDS)
+    if context.world_size > 1:
+        # Which must change no bit either.
+        REHEARSING_DEVICES.add("cpu")
     try:
         for job, (num_ranks, overrides) in JOBS.items():
             if num_ranks == context.world_size:

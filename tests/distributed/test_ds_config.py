@@ -13,6 +13,7 @@ BASE: dict[str, Any] = {
     "micro_batch_size": 2,
     "gradient_accumulation_steps": 4,
     "max_grad_norm": 1.0,
+    "num_trained": 15_798_272,
 }
 
 # Settings beside `BASE`, a dotted path in the result, and what is there; None: the key is not there.
@@ -37,6 +38,15 @@ TABLE: list[tuple[dict[str, Any], str, Any]] = [
     ({"zero_stage": 3}, "optimizer", None),
     ({"zero_stage": 1, "offload_optimizer": True}, "zero_force_ds_cpu_optimizer", False),
     ({"zero_stage": 1}, "zero_allow_untested_optimizer", True),
+    # 60 MiB and not 2 GB of the device, of whatever is trained.
+    ({"zero_stage": 1}, "zero_optimization.reduce_bucket_size", 15_798_272),
+    ({"zero_stage": 3}, "zero_optimization.reduce_bucket_size", 15_798_272),
+    ({"zero_stage": 2, "num_trained": 8 * 10**9}, "zero_optimization.reduce_bucket_size", 5 * 10**8),
+    (
+        {"zero_stage": 2, "native": {"zero_optimization": {"reduce_bucket_size": 7}}},
+        "zero_optimization.reduce_bucket_size",
+        7,
+    ),
     ({"native": {"wall_clock_breakdown": True}}, "wall_clock_breakdown", True),
     ({"native": {"steps_per_print": 5}}, "steps_per_print", 5),
     ({"native": {"zero_optimization": {"overlap_comm": True}}}, "zero_optimization.overlap_comm", True),

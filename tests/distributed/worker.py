@@ -28,6 +28,7 @@ from ssmlora_dist.errors import CheckpointError, SSMLoRAError
 from ssmlora_dist.models import loading
 from ssmlora_dist.tracking import Console, quiet_libraries
 from ssmlora_dist.training import resume_point, run
+from ssmlora_dist.training.lack_of_memory import REHEARSING_DEVICES
 
 from ..launch.preloaded import hide_plots
 from ..launch.processes import DEBUG_TINY
@@ -60,6 +61,9 @@ def train_all(context: DistributedContext) -> dict[str, Any]:
     """Runs all jobs that fit, and one of them again: what this raises, and what was seen of their loading."""
     message = ""
     whole_parts = {}
+    if context.world_size > 1:
+        # As on GPUs; nothing changes by it.
+        REHEARSING_DEVICES.add("cpu")
     names = [name for name in JOBS if fits(name, context.world_size)]
     counted = mock.Mock(wraps=resume_point.build_fingerprint)
     with mock.patch.object(resume_point, "build_fingerprint", counted):
@@ -141,6 +145,8 @@ def collectives(context: DistributedContext) -> dict[str, Any]:
         "of node": context.on_each_node(lambda: context.rank),
         "of own node": apart.on_each_node(lambda: context.rank),
         "refused by last": refused_by_last,
+        "collected": context.collect(10 * context.rank, range(context.world_size)),
+        "collected of last": context.collect(10 * context.rank, [context.world_size - 1]),
         "sum": context.sum([1.0, 0.25 * context.rank]),
         "max": context.max([1.0, 0.25 * context.rank]),
         "refused": refused,
@@ -170,7 +176,8 @@ def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str)
         zero_stage: 0 to 3.
         poison: `no poison` leaves the second step out; `gradients` makes them and the loss not-a-number,
             `loss` adds infinity to the loss alone; `overflow`, in which the loss is scaled, makes them
-            infinite for that scale alone.
+            infinite for that scale alone; `rehearsed` rehearses it and a step before
+            the first one, and makes neither.
     """
     model = SquaredOutputs()
     parameters = dict(model.named_parameters())
@@ -179,7 +186,11 @@ def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str)
         parameters,
         torch.optim.AdamW(parameters.values(), lr=0.1),
         deepspeed_config(
-            zero_stage=zero_stage, micro_batch_size=1, gradient_accumulation_steps=2, max_grad_norm=1.0
+            zero_stage=zero_stage,
+            micro_batch_size=1,
+            gradient_accumulation_steps=2,
+            max_grad_norm=1.0,
+            num_trained=6,
         ),
         context,
         max_grad_norm=1.0,
@@ -188,6 +199,10 @@ def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str)
     found: dict[str, Any] = {"skipped": [], "grad_norm": [], "weight": [], "loss_scale": [], "halved": []}
     for poisoned in (False, False) if poison == "no poison" else (False, True, False):
         batches = [_micro_batch(context.rank, index) for index in range(2)]
+        if poison == "rehearsed":
+            engine.rehearse(batches[:1])
+            if poisoned:
+                continue
         if poisoned and context.rank == context.world_size - 1:
             key, value = {
                 "gradients": ("inputs", torch.nan),
@@ -200,7 +215,8 @@ def steps_with_poison(context: DistributedContext, zero_stage: int, poison: str)
         found["grad_norm"].append(result.grad_norm)
         found["loss_scale"].append(result.loss_scale)
         found["halved"].append(result.scale_halved)
-        found["weight"].append(engine.adapter_tensors()["linear.weight"].flatten().tolist())
+        weight = context.share(engine.adapter_tensors())["linear.weight"]
+        found["weight"].append(weight.flatten().tolist())
     return found
 
 

@@ -94,3 +94,31 @@ def test_what_does_not_go_with_it_is_refused_as_if_it_had_been_named() -> None:
         settle_compute_dtype(stages, context, Console(enabled=False), kept="float32")
     assert 'adapter.state_dtype: "bfloat16" given with compute_dtype "float32"' in str(refused.value)
     assert "what the adapter was trained in" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "named", "choices", "warned"),
+    [
+        ("cuda", "bfloat16", ["bfloat16", "float16"], "rank 1's GPU does not multiply it natively"),
+        ("cuda", "bfloat16", ["bfloat16", "bfloat16"], ""),
+        ("cuda", "float16", ["float16", "float16"], ""),
+        # CPUs of the tests.
+        ("cpu", "bfloat16", ["float32", "float32"], ""),
+    ],
+)
+def test_bfloat16_on_gpus_without_it_is_said(
+    device: str,
+    named: str,
+    choices: list[str],
+    warned: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(compute_dtype, "machine_dtype", lambda device_type: choices[0])
+    context = ranks(*choices)
+    object.__setattr__(context, "device", torch.device(device))
+    given = config({"compute_dtype": named})
+    assert settle_compute_dtype(given, context, Console()) is given
+    shown = capsys.readouterr().err
+    assert warned in shown
+    assert bool(warned) == bool(shown)

@@ -88,6 +88,26 @@ def test_a_probe_has_the_first_micro_batches_of_training(
         assert all(torch.equal(found.inputs[name], tensor) for name, tensor in expected.inputs.items())
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_longest_rows_are_found_and_the_order_stays(tmp_path: Path, is_packed: bool) -> None:
+    lengths = [3, 20, 9, 31, 14, 5]
+    records = [{"instruction": "x" * length, "output": "y"} for length in lengths]
+    overrides = ["training.micro_batch_size=2", "adapter.dropout=0.1", *UNVALIDATED]
+    data, _ = run_data(tmp_path, records, f"data.packing={str(is_packed).lower()}", *overrides)
+    first = data.micro_batches(0)
+    longest = data.longest_micro_batch()
+    known = data.sample.lengths
+    rows, tokens = longest.shape
+    assert rows == 2
+    # Of one example, or of several that fill a row.
+    assert tokens == max(known) if not is_packed else max(known) < tokens <= 64
+    if not is_packed:
+        assert longest.num_tokens - longest.num_padding == sum(sorted(known)[-2:])
+    assert longest.inputs.keys() == first[0].inputs.keys()
+    for before, after in zip(first, data.micro_batches(0), strict=True):
+        assert all(torch.equal(before.inputs[name], after.inputs[name]) for name in before.inputs)
+
+
 @pytest.mark.parametrize("first_bad", [0, 8])
 def test_a_stream_warns_once_as_soon_as_it_shows(tmp_path: Path, first_bad: int) -> None:
     records = [SHORT] * first_bad + [SHORT, LONG] * 8

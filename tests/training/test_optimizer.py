@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, ClassVar
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
 
 from ssmlora_dist.distributed.engine import set_learning_rate
-from ssmlora_dist.training.optimizer import build_optimizer
+from ssmlora_dist.distributed.optimizer_state import OptimizerState, restore_optimizer_state
+from ssmlora_dist.quantization.optimizers import PAGED_FROM
+from ssmlora_dist.training.optimizer import build_optimizer, unpaged_text
 
 SETTINGS = {"learning_rate": 0.1, "betas": (0.8, 0.95), "epsilon": 1e-6, "weight_decay": 0.01}
 
@@ -114,3 +118,51 @@ def test_low_memory_variants_step_on_a_gpu(kind: str) -> None:
     decayed = 1.0 - 0.1 * 0.01
     # 8-bit moments have 1% steps.
     assert given["a"].tolist() == pytest.approx([decayed - 0.1] * 8192, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "says"),
+    [
+        ("paged_adamw", 32_768, "the largest of what is trained has 32,768: nothing is paged"),
+        ("paged_adamw_8bit", 99_999, "nothing is paged"),
+        ("paged_adamw", 100_000, None),
+        ("adamw_8bit", 32_768, None),
+        ("adamw", 32_768, None),
+    ],
+)
+def test_a_paged_optimizer_says_that_it_has_nothing_to_page(kind: str, size: int, says: str | None) -> None:
+    """By bitsandbytes' own threshold, which is above an adapter's matrices."""
+    given = {"a": nn.Parameter(torch.zeros(size)), "b": nn.Parameter(torch.zeros(2))}
+    found = unpaged_text(build_optimizer(kind, given, **SETTINGS))  # type: ignore[arg-type]
+    assert found is None if says is None else says in (found or "")
+
+
+def test_the_threshold_is_bitsandbytes_own() -> None:
+    """Its buffers below it are ordinary tensors."""
+    source = inspect.getsource(bitsandbytes.optim.PagedAdamW.get_state_buffer)
+    assert "numel() < 1e5" in source
+    assert PAGED_FROM == 1e5
+
+
+class Paging(torch.optim.SGD):
+    """Makes its moments as bitsandbytes' paged optimisers do: not as ordinary tensors."""
+
+    made: ClassVar[list[torch.Tensor]] = []
+
+    def get_state_buffer(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        self.made.append(torch.zeros_like(parameter, dtype=dtype))
+        return self.made[-1]
+
+
+def test_moments_are_paged_again_when_a_run_goes_on() -> None:
+    weight = nn.Parameter(torch.zeros(2, 3))
+    optimizer = Paging([weight])
+    moments = {"state1": torch.arange(6, dtype=torch.uint8).view(2, 3), "absmax1": torch.ones(1)}
+    saved = OptimizerState(4, {kind: {"w": value} for kind, value in moments.items()})
+    restore_optimizer_state(optimizer, {"w": weight}, 0, saved)
+    state = optimizer.state[weight]
+    assert state["state1"] is optimizer.made[0]
+    assert torch.equal(state["state1"], moments["state1"])
+    assert torch.equal(state["absmax1"], moments["absmax1"])
+    assert len(optimizer.made) == 1
+    assert state["step"] == 4

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.config.build import meta_model
 from ssmlora_dist.config.loading import load_config
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.data import Dataset, DatasetReport, Example
 from ssmlora_dist.distributed.context import DistributedContext
+from ssmlora_dist.distributed.ds_config import deepspeed_config
 from ssmlora_dist.distributed.loading import swap_rows
 from ssmlora_dist.errors import ConfigError
 from ssmlora_dist.training import topology
@@ -62,6 +65,24 @@ def test_only_zero_3_takes_part_after_part(zero_stage: int, monkeypatch: pytest.
     config = config_with(f"parallel.zero_stage={zero_stage}", ranks=2)
     on_part = handed_to_the_loader(config, 0, 2, monkeypatch)["on_part"]
     assert (on_part is not None) == (zero_stage == 3)
+
+
+@pytest.mark.parametrize("saved", [(), ('adapter.modules_to_save=["norm"]',)])
+def test_zero_s_buckets_are_as_large_as_what_is_trained(
+    saved: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    def watched(**settings: Any) -> dict[str, Any]:
+        made.append(deepspeed_config(**settings))
+        return made[-1]
+
+    monkeypatch.setattr(topology, "deepspeed_config", watched)
+    config = config_with("parallel.zero_stage=2", *saved, ranks=2)
+    handed_to_the_loader(config, 0, 2, monkeypatch)
+    trained = sum(parameter.numel() for parameter in adapter_parameters(meta_model(config)).values())
+    assert 0 < trained < 10**5
+    assert made[0]["zero_optimization"]["reduce_bucket_size"] == trained
 
 
 class Stopped(Exception):
