@@ -124,7 +124,7 @@ def test_what_is_drawn_later_stays_as_it_was() -> None:
 
 def test_a_rank_names_the_checkpoint_that_rank_0_has_told_it_of() -> None:
     saver: Any = object.__new__(Saver)
-    for noted, said in ((None, "no checkpoint has been saved"), ("c/7", "the last good checkpoint is c/7")):
+    for noted, said in ((None, "no checkpoint has been saved"), ("c/7", "a good checkpoint is c/7")):
         watch: Any = SimpleNamespace(last_checkpoint=noted)
         saver._context = DistributedContext(1, 2, 1, torch.device("cpu"), watch)
         assert saver.last_good_here() == said
