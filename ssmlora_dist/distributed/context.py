@@ -250,10 +250,11 @@ def _deepspeed(verbose: bool) -> Any:
 
     The standard output is for results: what it logs goes to the standard error stream.
     """
-    with contextlib.redirect_stdout(sys.stderr if verbose else io.StringIO()):
+    printed = sys.stderr if verbose else io.StringIO()
+    with contextlib.redirect_stdout(printed):
         import deepspeed
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (printed, sys.stdout):
             handler.setStream(sys.stderr)
     return deepspeed
 
