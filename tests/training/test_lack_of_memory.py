@@ -17,6 +17,7 @@ from ssmlora_dist.distributed.context import DistributedContext, start_process_g
 from ssmlora_dist.distributed.engine import DataParallelEngine
 from ssmlora_dist.errors import EXIT_TRAINING_FAILED, TrainingError
 from ssmlora_dist.models.loss import CausalLMLoss
+from ssmlora_dist.ranks import VARIABLES
 from ssmlora_dist.sweep.outcome import outcome_of
 from ssmlora_dist.tracking import Console
 from ssmlora_dist.training import run
@@ -146,8 +147,12 @@ RUN = (
 
 @pytest.fixture(scope="module")
 def context() -> Iterator[DistributedContext]:
-    yield start_process_group(60)
-    stop_process_group()
+    with pytest.MonkeyPatch.context() as environment:
+        for name in VARIABLES:
+            # So that what is set is taken back.
+            environment.setenv(name, "")
+        yield start_process_group(60)
+        stop_process_group()
 
 
 def losses(context: DistributedContext, directory: Path) -> list[float]:
