@@ -178,15 +178,14 @@ class DataParallelEngine:
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on rank 0's CPU; every rank must call it."""
         ranks = range(self.context.world_size if self.zero_stage == 3 else 1)
-        mine = parameter_pieces(self.parameters) if self.context.rank in ranks else []
-        return put_together(chain(*self.context.collect(mine, ranks))).get("", {})
+        pieces = self.context.collect(lambda: parameter_pieces(self.parameters), ranks)
+        return put_together(chain(*pieces)).get("", {})
 
     def optimizer_state(self) -> OptimizerState:
         """The optimiser's moments, on rank 0's CPU; every rank must call it."""
-        mine = optimizer_state_pieces(self.engine.optimizer, self.parameters, self.zero_stage)
-        return joined_state(
-            self.context.collect(mine, range(self.context.world_size if self.zero_stage else 1))
-        )
+        ranks = range(self.context.world_size if self.zero_stage else 1)
+        parts = (self.engine.optimizer, self.parameters, self.zero_stage)
+        return joined_state(self.context.collect(lambda: optimizer_state_pieces(*parts), ranks))
 
     def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with an optimiser's moments, before the first step; every rank must call it."""

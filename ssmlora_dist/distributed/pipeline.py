@@ -147,14 +147,14 @@ class PipelineParallelEngine:
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters of all stages by full name, on rank 0's CPU; every rank must call it."""
-        mine = parameter_pieces(self.parameters)
-        return put_together(chain(*self.context.collect(mine, self._first_replica))).get("", {})
+        pieces = self.context.collect(lambda: parameter_pieces(self.parameters), self._first_replica)
+        return put_together(chain(*pieces)).get("", {})
 
     def optimizer_state(self) -> OptimizerState:
         """The optimiser's moments of all stages, on rank 0's CPU; every rank must call it."""
-        mine = optimizer_state_pieces(self.engine.optimizer, self.parameters, self.zero_stage)
         ranks = range(self.context.world_size) if self.zero_stage else self._first_replica
-        return joined_state(self.context.collect(mine, ranks))
+        parts = (self.engine.optimizer, self.parameters, self.zero_stage)
+        return joined_state(self.context.collect(lambda: optimizer_state_pieces(*parts), ranks))
 
     @property
     def _first_replica(self) -> range:
