@@ -37,6 +37,8 @@ TABLE: list[tuple[dict[str, Any], str, Any]] = [
     ({"zero_stage": 3}, "optimizer", None),
     ({"zero_stage": 1, "offload_optimizer": True}, "zero_force_ds_cpu_optimizer", False),
     ({"zero_stage": 1}, "zero_allow_untested_optimizer", True),
+    # It has the host wait for the device around every micro-batch.
+    ({}, "timers.throughput.enabled", False),
     ({"native": {"wall_clock_breakdown": True}}, "wall_clock_breakdown", True),
     ({"native": {"steps_per_print": 5}}, "steps_per_print", 5),
     ({"native": {"zero_optimization": {"overlap_comm": True}}}, "zero_optimization.overlap_comm", True),
