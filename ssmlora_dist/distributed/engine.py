@@ -154,8 +154,8 @@ class DataParallelEngine:
         if self.zero_stage > 0:
             with unscaled_by(self.engine.optimizer, loss_scale):
                 self.engine.step()
-            grad_norm = float(self.engine.get_global_grad_norm())
-            return float(loss_sum), grad_norm, bool(self.engine.optimizer.overflow)
+            loss, grad_norm = read_together(loss_sum, self.engine.get_global_grad_norm())
+            return loss, grad_norm, bool(self.engine.optimizer.overflow)
         loss, grad_norm = read_loss_and_norm(loss_sum, self.parameters, loss_scale)
         if not math.isfinite(grad_norm):
             self.engine.zero_grad()
@@ -254,6 +254,13 @@ def on_host(numbers: Mapping[str, Tensor]) -> dict[str, float]:
     if not numbers:
         return {}
     return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
+
+
+def read_together(loss_sum: Tensor, grad_norm: Tensor | float) -> tuple[float, float]:
+    """The loss [] float64 and what DeepSpeed has for the norm, in one copy."""
+    norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=loss_sum.device)
+    loss, norm_value = torch.stack([loss_sum, norm]).tolist()
+    return loss, norm_value
 
 
 def read_loss_and_norm(

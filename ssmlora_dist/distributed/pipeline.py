@@ -30,6 +30,7 @@ from ssmlora_dist.distributed.engine import (
     clip_coefficient,
     no_check,
     on_host,
+    read_together,
     scale_gradients,
     set_learning_rate,
     squared_norms,
@@ -274,9 +275,8 @@ class _StageEngine(PipelineEngine):
             with unscaled_by(self.optimizer, self.loss_scale_now):
                 self._take_model_step(lr_kwargs)
             self._force_grad_boundary = False
-            self.grad_norm = float(self.optimizer._global_grad_norm)
+            self.loss, self.grad_norm = read_together(self.loss_sum, self.optimizer._global_grad_norm)
             self.skipped = bool(self.optimizer.overflow)
-            self.loss = float(self.loss_sum)
             return
         self.grad_norm = self._read_global_norm()
         self.skipped = not math.isfinite(self.grad_norm)
