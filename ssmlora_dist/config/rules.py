@@ -119,8 +119,14 @@ def _checkpointing(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
 
 def _compiling(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
     training = config.training
-    fields = ("training.compile", "training.mlp_tile_size")
-    if training.compile and training.mlp_tile_size is not None and doubtful.clear_of(*fields):
+    if not training.compile or not doubtful.clear_of("training.compile"):
+        return
+    if config.data.packing and doubtful.clear_of("data.packing"):
+        yield (
+            "training.compile: true given with data.packing true; allowed: false, as it would compile "
+            "anew for all lengths that are packed together; set one of them to false"
+        )
+    if training.mlp_tile_size is not None and doubtful.clear_of("training.mlp_tile_size"):
         yield (
             f"training.compile: true given with training.mlp_tile_size {training.mlp_tile_size}; allowed: "
             "false, as tiles are recomputed one by one within a decoder layer, which is compiled whole; "
