@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from ssmlora_dist.fake_cuda.step import trace_step
 from ssmlora_dist.fake_cuda.watch import CHECKPOINTS, DEQUANTISED, KINDS, MLP
-from tests.decoders import TESTED
-from tests.fake_cuda.cases import MODES, PADDING, ROWS, SHIPPED, TOKENS, needs_compiler, traced
+from ssmlora_dist.ops.fused import PIECE_ELEMENTS
+from tests.decoders import TESTED, bare_config
+from tests.fake_cuda.cases import MODES, PADDING, ROWS, SHIPPED, TOKENS, config_of, needs_compiler, traced
 
 WAYS = [
     {
@@ -121,10 +123,24 @@ def test_what_spares_memory_is_seen_to() -> None:
 
 
 @needs_compiler
-def test_only_supervised_tokens_have_logits() -> None:
-    from ssmlora_dist.fake_cuda.step import trace_step
-    from tests.fake_cuda.cases import config_of
+def test_dropout_makes_no_copy_of_what_adapters_read() -> None:
+    shape = bare_config("llama") | {"intermediate_size": 14336}
+    tokens = 2**15
+    dropped, plain = (
+        trace_step(
+            config_of(shapes=shape, adapter__every_layer=SHIPPED, adapter__dropout=dropout),
+            num_layers=2,
+            tokens=tokens,
+        )
+        for dropout in (0.05, 0)
+    )
+    seed_bytes, piece_bytes = 4 * tokens, 2 * PIECE_ELEMENTS
+    added = dropped.peak_bytes - plain.peak_bytes
+    assert added <= 2 * piece_bytes + seed_bytes, f"{added / tokens:,.0f} bytes a token"
 
+
+@needs_compiler
+def test_only_supervised_tokens_have_logits() -> None:
     config = config_of(training__loss_chunk_size=1024)
     few, all_of_them = (
         trace_step(config, num_layers=2, tokens=TOKENS, rows=ROWS, supervised=number) for number in (5, None)
