@@ -242,8 +242,12 @@ def squared_norms(parameters: Mapping[str, nn.Parameter], loss_scale: float = 1.
     grads = {name: p.grad for name, p in sorted(parameters.items()) if p.grad is not None}
     if not any(grad.is_cuda for grad in grads.values()):
         return {name: (grad.double() / loss_scale).square().sum() for name, grad in grads.items()}
-    norms = torch.stack(torch._foreach_norm(list(grads.values()), dtype=torch.float64))
-    return dict(zip(grads, (norms / loss_scale).square().unbind(), strict=True))
+    return dict(zip(grads, squares_at_once(list(grads.values()), loss_scale).unbind(), strict=True))
+
+
+def squares_at_once(grads: Sequence[Tensor], loss_scale: float = 1.0) -> Tensor:
+    """`squared_norms` [n] but for rounding, in a few launches however many there are."""
+    return (torch.stack(torch._foreach_norm(grads, dtype=torch.float64)) / loss_scale).square()
 
 
 def on_host(numbers: Mapping[str, Tensor]) -> dict[str, float]:

@@ -55,8 +55,6 @@ from ssmlora_dist.training.topology import ParallelDims, build_engine
 
 # Samples that share a packed row.
 SAMPLES_A_ROW = 4
-# Of the step before the one that is counted: it makes the optimiser's moments.
-_FIRST_TOKENS = 64
 _LEARNING_RATE = 1e-4
 # Of a configuration, what a bare one does not take.
 _NOT_SHAPES = ("transformers_version", "architectures", "_name_or_path", "quantization_config")
@@ -107,8 +105,8 @@ def trace_step(
 
     Args:
         config: of the run; of a hub model `config.json` is read.
-        num_layers: decoder layers; None: as many as the model has. Beyond four every two (or every period of
-            kinds of layers) add the same.
+        num_layers: decoder layers; None: as many as the model has. From four on every two (or every period
+            of kinds of layers) add the same; from two on where activations weigh more than adapters do.
         tokens: of a row; packed rows hold `SAMPLES_A_ROW` samples.
         rows: of a micro-batch.
         supervised: tokens of a micro-batch with a loss, at most; None: all that can have one.
@@ -126,7 +124,7 @@ def trace_step(
     job = (rows, tokens, supervised, padding)
     with traced.running():
         model_bytes = traced.build()
-        traced.step([traced.batch(rows, min(tokens, _FIRST_TOKENS), None, 0)])
+        traced.make_moments()
         traced.watch.reset()
         traced.step([traced.batch(*job) for _ in range(micro_batches)])
         watch = traced.watch
@@ -182,6 +180,13 @@ class _TracedRun:
             self.watch.label(parameter, ADAPTERS)
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
         return self.watch.live_bytes
+
+    def make_moments(self) -> None:
+        """Gives the optimiser what it makes in its first step."""
+        with self.mode, self.watch, self.watch.during(OPTIMIZER):
+            for parameter in self.engine.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+            self.engine.engine.step()
 
     def batch(self, rows: int, tokens: int, supervised: int | None, padding: int) -> Batch:
         """A micro-batch as the loader makes it, on the CPU."""

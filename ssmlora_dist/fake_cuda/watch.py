@@ -38,7 +38,7 @@ _PINNED = "_pretended_pinned"
 # They launch nothing.
 _FREE = frozenset(
     "detach alias _unsafe_view empty empty_like empty_strided new_empty new_empty_strided lift_fresh "
-    "lift_fresh_copy _local_scalar_dense sym_size is_same_size is_pinned _pin_memory device".split()
+    "lift_fresh_copy _local_scalar_dense sym_size is_same_size is_pinned _pin_memory".split()
 )
 # What one call launches, where that is more than one kernel; of Triton's backward the sum over its programs.
 _LAUNCHES = {
@@ -163,6 +163,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # Asked as often as everything else together.
+        if func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)
         name = func.name().partition("::")[2].partition(".")[0]
         results = self._answer(name, args, kwargs)
         if results is None:

@@ -11,9 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from ssmlora_dist.batches import Batch
+from ssmlora_dist.batches import Batch, upload
 from ssmlora_dist.distributed.context import DistributedContext
-from ssmlora_dist.distributed.engine import DataParallelEngine, clip_gradients
+from ssmlora_dist.distributed.engine import (
+    DataParallelEngine,
+    clip_gradients,
+    read_loss_and_norm,
+    squared_norms,
+    squares_at_once,
+)
 from ssmlora_dist.distributed.loss_scale import INITIAL
 
 from .conftest import WORLD_SIZES, Results
@@ -21,6 +27,8 @@ from .jobs import STAGES
 
 # One rounding of a float32 gradient on the way to its scaled value.
 FLOAT32_ROUNDING = 2.0**-23
+# Sums of some thousand squares in float64, in another order.
+FLOAT64_ROUNDING = 1e-12
 
 
 def with_gradient(values: list[float]) -> nn.Parameter:
@@ -140,6 +148,48 @@ def test_gradients_are_unscaled_before_they_are_clipped() -> None:
         assert clip_gradients(parameters, max_norm, loss_scale=1024.0) == 5.0
         clip_gradients(expected, max_norm)
         assert gradients(parameters) == gradients(expected)
+
+
+def test_loss_and_norm_are_read_together() -> None:
+    parameters = {"a": with_gradient([3.0 * 64, 0.0]), "b": with_gradient([4.0 * 64]), "c": nn.Parameter()}
+    loss = torch.tensor(2.5, dtype=torch.float64)
+    assert read_loss_and_norm(loss, parameters, loss_scale=64.0) == (2.5, 5.0)
+    assert read_loss_and_norm(loss, {}) == (2.5, 0.0)
+    assert gradients(parameters) == {"a": [192.0, 0.0], "b": [256.0]}
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            ],
+        ),
+    ],
+)
+def test_norms_at_once_are_those_one_by_one(device: str) -> None:
+    torch.manual_seed(3)
+    print("seed 3")
+    # Beyond what float32 can square, and below.
+    grads = [torch.randn(size) * scale for size, scale in (((64, 16), 1.0), ((5,), 1e30), ((70,), 1e-30))]
+    parameters = {str(index): nn.Parameter(torch.zeros_like(grad)) for index, grad in enumerate(grads)}
+    for parameter, grad in zip(parameters.values(), grads, strict=True):
+        parameter.grad = grad
+    expected = [float(square) for square in squared_norms(parameters, 64.0).values()]
+    found = squares_at_once([grad.to(device) for grad in grads], 64.0)
+    assert found.device.type == device
+    assert found.tolist() == pytest.approx(expected, rel=FLOAT64_ROUNDING)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_uploaded_arrives() -> None:
+    given = torch.arange(1 << 16)
+    assert torch.equal(upload(given, torch.device("cuda")).cpu(), given)
 
 
 class Device(torch.Tensor):

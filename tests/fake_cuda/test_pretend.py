@@ -40,7 +40,7 @@ def test_nothing_of_it_stays() -> None:
 
 
 def test_a_mix_of_devices_raises() -> None:
-    with pretended_cuda(), FakeTensorMode(), pytest.raises(Exception, match=r"different devices|cuda:0, cpu"):
+    with pretended_cuda(), FakeTensorMode(), pytest.raises(Exception, match="two devices, cuda:0 and cpu"):
         torch.ones(3, device="cuda") + torch.ones(3)
 
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from ssmlora_dist.fake_cuda.step import trace_step
-from ssmlora_dist.fake_cuda.watch import CHECKPOINTS, DEQUANTISED, KINDS, MLP
-from ssmlora_dist.ops.fused import PIECE_ELEMENTS
-from tests.decoders import TESTED, bare_config
-from tests.fake_cuda.cases import MODES, PADDING, ROWS, SHIPPED, TOKENS, config_of, needs_compiler, traced
+from ssmlora_dist.fake_cuda.watch import CHECKPOINTS, DEQUANTISED, KINDS, LOGITS, MLP
+from tests.decoders import TESTED
+from tests.fake_cuda.cases import MODES, PADDING, ROWS, SHIPPED, needs_compiler, traced
 
 WAYS = [
     {
@@ -27,7 +25,6 @@ OTHER_FAMILIES = [(name, way) for name, way in FAMILIES if name != "llama"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "shipped placement": {"adapter__every_layer": SHIPPED},
     "without dropout": {"adapter__every_layer": SHIPPED, "adapter__dropout": 0},
-    "fp4": {"quantization__mode": "fp4"},
     "int8": {"quantization__mode": "int8"},
     "dense": {"quantization__mode": "none"},
     "kept activations": {"training__gradient_checkpointing": False},
@@ -59,7 +56,9 @@ def check(model_type: str, way: dict[str, Any]) -> None:
     assert sum(step.bytes_by_kind.values()) == step.peak_bytes > step.model_bytes > 0
     assert all(size >= 0 for size in step.bytes_by_kind.values())
     assert (step.bytes_by_kind[CHECKPOINTS] > 0) == way["training__gradient_checkpointing"]
-    assert (step.launches["recompute"] > 20) == way["training__gradient_checkpointing"]
+    # What is recomputed in any case is the head's.
+    layers_again = step.launches["recompute"] > step.launches["forward"] / 2
+    assert layers_again == way["training__gradient_checkpointing"]
     per_batch = [sync for sync in step.syncs if sync.phase != "step"]
     assert not per_batch, "within a micro-batch nobody waits"
     assert sum(sync.times for sync in step.syncs) == 1, step.syncs
@@ -79,23 +78,30 @@ def test_no_device_mix_in_any_family(name: str, way: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_bytes_are_those_of_a_real_step(name: str) -> None:
-    real, fake = (traced(num_layers=3, device="cpu", fake=fake, **SETTINGS[name]) for fake in (False, True))
+    real, fake = (traced(device="cpu", fake=fake, **SETTINGS[name]) for fake in (False, True))
     assert fake.bytes_by_kind == real.bytes_by_kind
     assert fake.peak_bytes == real.peak_bytes
-    assert fake.operators == real.operators
+    # Whether gradients are clipped depends on what they are.
+    assert {key for key in fake.operators.items() if key[0][0] != "step"} == {
+        key for key in real.operators.items() if key[0][0] != "step"
+    }
 
 
 @pytest.mark.parametrize("name", MIXED_FAMILIES)
 def test_bytes_of_other_families_are_those_of_a_real_step(name: str) -> None:
     real, fake = (traced(name, device="cpu", fake=fake) for fake in (False, True))
     assert fake.bytes_by_kind == real.bytes_by_kind
-    assert fake.launches == real.launches
+    assert {**fake.launches, "step": 0} == {**real.launches, "step": 0}
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["shipped placement", "kept activations", "checkpoints in host memory"])
-def test_two_and_four_layers_tell_of_more(name: str) -> None:
-    few, more, most = (traced(num_layers=number, **SETTINGS[name]) for number in (2, 4, 6))
+@pytest.mark.parametrize(
+    ("name", "depths"), [("shipped placement", (2, 4, 6)), ("checkpoints in host memory", (4, 6, 8))]
+)
+def test_two_depths_tell_of_more(name: str, depths: tuple[int, ...]) -> None:
+    # Enough tokens for a layer's activations to weigh more than its adapters, as they do in any real run.
+    size = {"tokens": 512, "padding": 0, "training__loss_chunk_size": 256}
+    few, more, most = (traced(num_layers=number, **size, **SETTINGS[name]) for number in depths)
     for measure in ("peak_bytes", "model_bytes", "host_bytes"):
         first, second, third = (getattr(step, measure) for step in (few, more, most))
         assert third - second == second - first, measure
@@ -108,41 +114,20 @@ def test_two_and_four_layers_tell_of_more(name: str) -> None:
 
 @needs_compiler
 def test_what_spares_memory_is_seen_to() -> None:
-    wide = {"tokens": 64, "padding": 0, "num_layers": 4, "training__loss_chunk_size": 8}
-    plain = traced(**wide, adapter__every_layer=SHIPPED)
-    offloaded = traced(**wide, adapter__every_layer=SHIPPED, training__offload_checkpoints=True)
-    tiled = traced(**wide, adapter__every_layer=SHIPPED, training__mlp_tile_size=8)
-    shared = traced(**wide, adapter__every_layer=SHIPPED, training__layers_per_checkpoint=4)
+    wide = {"tokens": 64, "padding": 0, "training__loss_chunk_size": 32, "adapter__every_layer": SHIPPED}
+    plain = traced(**wide)
+    offloaded = traced(**wide, training__offload_checkpoints=True)
+    tiled = traced(**wide, training__mlp_tile_size=32)
+    shared = traced(**wide, training__layers_per_checkpoint=2)
     assert plain.host_bytes == 0
     # Hidden states and, but for the first layer, states of two axes at rank 8, in bfloat16.
-    assert offloaded.host_bytes == ROWS * 64 * 2 * (4 * 16 + 3 * 16)
-    assert offloaded.bytes_by_kind[CHECKPOINTS] < plain.bytes_by_kind[CHECKPOINTS]
+    assert offloaded.host_bytes == ROWS * 64 * 2 * (2 * 16 + 16)
     assert tiled.bytes_by_kind[MLP] < plain.bytes_by_kind[MLP]
     assert shared.bytes_by_kind[CHECKPOINTS] < plain.bytes_by_kind[CHECKPOINTS]
     assert plain.bytes_by_kind[DEQUANTISED] > 0
 
 
 @needs_compiler
-def test_dropout_makes_no_copy_of_what_adapters_read() -> None:
-    shape = bare_config("llama") | {"intermediate_size": 14336}
-    tokens = 2**15
-    dropped, plain = (
-        trace_step(
-            config_of(shapes=shape, adapter__every_layer=SHIPPED, adapter__dropout=dropout),
-            num_layers=2,
-            tokens=tokens,
-        )
-        for dropout in (0.05, 0)
-    )
-    seed_bytes, piece_bytes = 4 * tokens, 2 * PIECE_ELEMENTS
-    added = dropped.peak_bytes - plain.peak_bytes
-    assert added <= 2 * piece_bytes + seed_bytes, f"{added / tokens:,.0f} bytes a token"
-
-
-@needs_compiler
 def test_only_supervised_tokens_have_logits() -> None:
-    config = config_of(training__loss_chunk_size=1024)
-    few, all_of_them = (
-        trace_step(config, num_layers=2, tokens=TOKENS, rows=ROWS, supervised=number) for number in (5, None)
-    )
-    assert all_of_them.bytes_by_kind["logits"] > few.bytes_by_kind["logits"]
+    few, all_of_them = (traced(supervised=number, padding=0) for number in (5, None))
+    assert all_of_them.bytes_by_kind[LOGITS] > few.bytes_by_kind[LOGITS] > 0
