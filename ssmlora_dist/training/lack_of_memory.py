@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,9 +36,7 @@ class Work:
     def begin(self, description: str, batches: Sequence[Batch] = ()) -> None:
         """Says what is done from now on."""
         self.description = description
-        self.shape = max(
-            (batch.shape for batch in batches), key=lambda shape: shape[0] * shape[1], default=None
-        )
+        self.shape = max((batch.shape for batch in batches), key=math.prod, default=None)
 
     def __str__(self) -> str:
         if self.shape is None:
@@ -106,12 +105,12 @@ def remedies(config: RunConfig, world_size: int, work: Work) -> list[str]:
     lower, settings = [], []
     if work.shape is not None:
         lower = [
-            ("training.micro_batch_size", training.micro_batch_size, 1),
-            ("evaluation.micro_batch_size", config.evaluation.micro_batch_size, 1),
-            ("data.max_length", config.data.max_length, 1),
-            ("training.mlp_tile_size", training.mlp_tile_size or 1, 1),
-            ("training.loss_chunk_size", training.loss_chunk_size, 1),
-            ("training.layers_per_checkpoint", training.layers_per_checkpoint, 1),
+            ("training.micro_batch_size", training.micro_batch_size),
+            ("evaluation.micro_batch_size", config.evaluation.micro_batch_size),
+            ("data.max_length", config.data.max_length),
+            ("training.mlp_tile_size", training.mlp_tile_size or 1),
+            ("training.loss_chunk_size", training.loss_chunk_size),
+            ("training.layers_per_checkpoint", training.layers_per_checkpoint),
         ]
         settings = [
             ("training.gradient_checkpointing=true", not training.gradient_checkpointing),
@@ -120,13 +119,10 @@ def remedies(config: RunConfig, world_size: int, work: Work) -> list[str]:
         ]
     settings += [
         ("quantization.mode=nf4", config.quantization.mode in ("none", "int8")),
-        (
-            "parallel.zero_stage=3",
-            world_size > 1 and parallel.zero_stage < 3 and parallel.pipeline_stages == 1,
-        ),
+        ("parallel.zero_stage=3", is_splittable and parallel.zero_stage < 3),
         ("parallel.pipeline_stages=2", is_splittable),
     ]
-    listed = ", ".join(f"{key} ({value})" for key, value, least in lower if value > least)
+    listed = ", ".join(f"{key} ({value})" for key, value in lower if value > 1)
     wanted = ", ".join(setting for setting, helps in settings if helps)
     found = [f"lower {listed}"] if listed else []
     return [*found, *([f"set {wanted}"] if wanted else []), "use a device with more memory"]
