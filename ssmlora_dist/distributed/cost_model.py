@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ssmlora_dist.distributed.schedule import Recompute
 from ssmlora_dist.sizes import DecoderShape, LayerSizes
 
 FLOAT32_BYTES = 4
 ADAPTER_BYTES_PER_PARAMETER = 4 * FLOAT32_BYTES  # parameter, gradient and AdamW's two moments
+
+
+class KeptInputs(NamedTuple):
+    """Widths of the inputs that the adapters of a decoder layer keep.
+
+    Attributes:
+        attention: of the projections in front of attention; what comes behind it is kept anyway.
+        mlp: of those in front of the MLP's activation function.
+        inner: of the one behind it.
+    """
+
+    attention: int
+    mlp: int
+    inner: int
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,7 @@ class AdapterShape:
         num_axes: A of the state [B,S,A,R]; 0 for plain LoRA.
         rank: R.
         state_dtype_bytes: bytes of one number of the state between layers.
+        inputs_by_layer: of each decoder layer, what adapters keep for their gradients; none given: nothing.
         parameters_before: trained parameters in front of the layers, of an embedding that is trained whole.
         parameters_after: those behind them, of the final norm and the head.
     """
@@ -33,6 +48,7 @@ class AdapterShape:
     num_axes: int
     rank: int
     state_dtype_bytes: int
+    inputs_by_layer: tuple[KeptInputs, ...] = ()
     parameters_before: int = 0
     parameters_after: int = 0
 
@@ -79,6 +95,7 @@ class PartCost:
         adapter_bytes: adapters with their gradients and moments.
         input_bytes: of the part's input, which is kept where the rest is recomputed.
         saved_bytes: what the backward pass needs.
+        working_bytes: what it holds beside that, at most.
         dequantized_bytes: of quantised weights, dequantised, where the recompute comes right before the
             backward pass: they live between the two, part by part.
     """
@@ -90,6 +107,7 @@ class PartCost:
     adapter_bytes: int
     input_bytes: int
     saved_bytes: int
+    working_bytes: int = 0
     dequantized_bytes: int = 0
 
 
@@ -180,11 +198,17 @@ def model_costs(
                 shape.hidden_size,
                 adapters,
                 parameters,
+                kept,
                 workload,
                 bytes_per_linear_weight,
                 compute_dtype_bytes,
             )
-            for layer, parameters in zip(shape.layers, adapters.parameters_by_layer, strict=True)
+            for layer, parameters, kept in zip(
+                shape.layers,
+                adapters.parameters_by_layer,
+                adapters.inputs_by_layer or (KeptInputs(0, 0, 0),) * shape.num_layers,
+                strict=True,
+            )
         ),
         head=_head_cost(shape, adapters.parameters_after, workload, compute_dtype_bytes),
         shared_bytes=table_bytes if shape.tied_embeddings else 0,
@@ -201,6 +225,7 @@ def _layer_cost(
     hidden: int,
     adapters: AdapterShape,
     parameters: int,
+    inputs: KeptInputs,
     workload: Workload,
     bytes_per_linear_weight: float,
     compute_dtype_bytes: int,
@@ -210,19 +235,32 @@ def _layer_cost(
     linear = 2 * tokens * layer.multiplied_weights
     attention = 2 * tokens * workload.sequence_length * layer.attention_size
     forward = linear + attention + 2 * tokens * parameters
-    kept, tile_flops, norm_bytes = tokens * layer.activation_size, 0, FLOAT32_BYTES
-    if workload.mlp_tile_size is not None and layer.mlp_weights:
-        # Of the MLP one tile, and what all of them are cut from.
-        kept -= max(0, tokens - workload.mlp_tile_size) * layer.mlp_activation_size - tokens * hidden
-        tile_flops, norm_bytes = 2 * tokens * layer.mlp_weights, compute_dtype_bytes
+    # A frozen product keeps nothing; what stands between two is kept for the operations there.
+    mlp = layer.mlp_activation_size
+    attention_kept = layer.activation_size - hidden - mlp
+    is_quantized = bytes_per_linear_weight < compute_dtype_bytes
+    tile_flops = 0
+    if workload.mlp_tile_size is None or not layer.mlp_weights:
+        # The two norms' inputs are in float32. Of the MLP every tensor has its gradient, but for the input of
+        # the product behind the activation function, which is gone by then.
+        saved = inputs.attention + attention_kept + inputs.mlp + inputs.inner + mlp
+        norm_bytes = 2 * FLOAT32_BYTES
+        working = tokens * (hidden + mlp - inputs.inner)
+    else:
+        # Of the second norm and of the MLP their inputs are kept, from which tiles are cut, and have their
+        # gradients; then, the MLP's weights gone, attention's tensors have theirs.
+        saved = inputs.attention + attention_kept + 2 * hidden
+        norm_bytes = 0
+        working = max(
+            2 * tokens * hidden + 2 * min(tokens, workload.mlp_tile_size) * mlp,
+            tokens * (attention_kept - hidden) - is_quantized * layer.mlp_weights,
+        )
+        tile_flops = 2 * tokens * layer.mlp_weights
     # Tiles are recomputed in the backward pass, and before it only for a layer that follows.
     recompute = forward - tile_flops // workload.layers_per_checkpoint
-    # A frozen product keeps nothing; what stands between two is kept for the operations there. The two norms'
-    # inputs are in float32, but in tiles.
     stored = layer.linear_weights + layer.expert_weights
-    # Experts' weights do not stay; the largest of their tensors is dequantised whole.
-    dequantized = layer.linear_weights + layer.largest_expert_weights
-    is_quantized = bytes_per_linear_weight < compute_dtype_bytes
+    # The last product's weight is gone by then; experts' do not stay, the largest tensor's is there.
+    dequantized = layer.linear_weights - layer.last_weights + layer.largest_expert_weights
     return PartCost(
         forward_flops=forward,
         recompute_flops=recompute if workload.recompute != "none" else 0,
@@ -230,7 +268,8 @@ def _layer_cost(
         frozen_bytes=math.ceil(stored * bytes_per_linear_weight) + layer.other_weights * compute_dtype_bytes,
         adapter_bytes=parameters * ADAPTER_BYTES_PER_PARAMETER,
         input_bytes=tokens * (hidden * compute_dtype_bytes + state * adapters.state_dtype_bytes),
-        saved_bytes=kept * compute_dtype_bytes + 2 * tokens * hidden * norm_bytes,
+        saved_bytes=tokens * (saved * compute_dtype_bytes + hidden * norm_bytes),
+        working_bytes=working * compute_dtype_bytes,
         dequantized_bytes=dequantized * compute_dtype_bytes if is_quantized else 0,
     )
 
@@ -242,10 +281,12 @@ def _head_cost(
     tokens = workload.micro_batch_size * workload.sequence_length
     supervised = workload.micro_batch_size * workload.supervised_tokens
     product = 2 * supervised * hidden * vocabulary
-    # Of one chunk: logits, their logarithms of probability in float32 and the gradient in float32.
-    logits = (
-        min(supervised, workload.loss_chunk_size) * vocabulary * (compute_dtype_bytes + 2 * FLOAT32_BYTES)
-    )
+    # Of one chunk, in float32: logarithms of probability, their gradients and those of the logits.
+    chunk = min(supervised, workload.loss_chunk_size)
+    logits = 3 * chunk * vocabulary * FLOAT32_BYTES
+    norm_bytes = FLOAT32_BYTES if workload.mlp_tile_size is None else compute_dtype_bytes
+    # What is supervised, in front of the head, and gradients of the chunks before.
+    before_head = (2 * supervised - chunk) * hidden * compute_dtype_bytes
     return PartCost(
         forward_flops=product,
         recompute_flops=0,
@@ -254,5 +295,5 @@ def _head_cost(
         frozen_bytes=(vocabulary + 1) * hidden * compute_dtype_bytes,
         adapter_bytes=parameters * ADAPTER_BYTES_PER_PARAMETER,
         input_bytes=tokens * hidden * compute_dtype_bytes,
-        saved_bytes=tokens * hidden * FLOAT32_BYTES + supervised * hidden * compute_dtype_bytes + logits,
+        saved_bytes=tokens * hidden * norm_bytes + before_head + logits,
     )

@@ -245,7 +245,7 @@ def squared_norms(parameters: Mapping[str, nn.Parameter], loss_scale: float = 1.
     return dict(zip(grads, squares_at_once(list(grads.values()), loss_scale).unbind(), strict=True))
 
 
-def squares_at_once(grads: Sequence[Tensor], loss_scale: float = 1.0) -> Tensor:
+def squares_at_once(grads: list[Tensor], loss_scale: float = 1.0) -> Tensor:
     """`squared_norms` [n] but for rounding, in a few launches however many there are."""
     return (torch.stack(torch._foreach_norm(grads, dtype=torch.float64)) / loss_scale).square()
 

@@ -243,7 +243,7 @@ class _Loads:
         """What a stage keeps of one micro-batch until its backward pass."""
         costs = self.costs
         if costs.recompute == "none":
-            return self._sum("saved_bytes", layers) + sum(part.saved_bytes for part in ends)
+            return self._sum("saved_bytes", layers)
         # Of the layers ahead the first one's input alone.
         kept = [costs.layers[layer] for layer in costs.ahead(layers)[:1]] or ends
         if not costs.offload_checkpoints:
@@ -251,13 +251,14 @@ class _Loads:
         return sum(part.input_bytes for part in kept)
 
     def _rebuilt_bytes(self, layers: range, ends: Sequence[PartCost]) -> int:
-        """What it rebuilds of one, at most: the layers ahead together, then those of each checkpoint."""
+        """What it works with for one, at most: its head, the layers ahead, then those of each checkpoint."""
         costs = self.costs
         if costs.recompute == "none":
-            return 0
+            return max([self._working(layers), *(part.saved_bytes for part in ends)])
         ahead, of_ends = costs.ahead(layers), [part.saved_bytes for part in ends]
         alone = [
             self._sum("saved_bytes", own)
+            + self._working(own)
             + self._sum("dequantized_bytes", own)
             # What has come back from host memory, and what comes back meanwhile.
             + (2 * costs.layers[own.start].input_bytes if costs.offload_checkpoints else 0)
@@ -265,7 +266,10 @@ class _Loads:
         ]
         if not ahead:
             return max([*alone, *of_ends])
-        return max([self._sum("saved_bytes", ahead) + sum(of_ends), *alone])
+        return max([self._sum("saved_bytes", ahead) + max(self._working(ahead), *of_ends, 0), *alone])
+
+    def _working(self, layers: range) -> int:
+        return max((self.costs.layers[layer].working_bytes for layer in layers), default=0)
 
     def _sum(self, name: str, layers: range) -> int:
         return self.sums[name][layers.stop] - self.sums[name][layers.start]

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from ssmlora_dist.adapters.config import AdapterConfig
 from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.adapters.layers import LoRALinear
 from ssmlora_dist.adapters.placement import time_axes
+from ssmlora_dist.adapters.projections import linear_layers
+from ssmlora_dist.adapters.tiling import find_mlp
 from ssmlora_dist.api import add_adapters
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.build import build_model, meta_model
@@ -25,6 +28,7 @@ from ssmlora_dist.data import BatchShape, Dataset
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.cost_model import (
     AdapterShape,
+    KeptInputs,
     ModelCosts,
     Workload,
     bytes_per_weight,
@@ -184,8 +188,10 @@ def plan_stages(
     """
     lengths = sample.lengths
     num_targets = sample.num_targets // len(lengths)
-    costs_of = partial(_costs, config, dims, max(1, num_targets))
-    costs = costs_of(int(lengths.sum(dtype=np.int64)) // len(lengths))
+    sizes, replicas = ModelSizes.of(config), dims.data_parallel_size
+    costs = sizes.costs(
+        config, replicas, int(lengths.sum(dtype=np.int64)) // len(lengths), max(1, num_targets)
+    )
     num_layers, num_stages = len(costs.layers), dims.num_stages
     given = config.parallel.stage_boundaries
     if given is not None:
@@ -202,7 +208,8 @@ def plan_stages(
                     "or adapt more layers"
                 ]
             )
-    longest = costs_of(config.data.max_length if config.data.train.streaming else int(lengths.max()))
+    most_tokens = config.data.max_length if config.data.train.streaming else int(lengths.max())
+    longest = sizes.costs(config, replicas, most_tokens, max(1, num_targets))
     ahead = costs.layers_ahead
     if not config.training.gradient_checkpointing:
         ahead = 0
@@ -212,42 +219,87 @@ def plan_stages(
     return StagePlan(stage_layers(boundaries, num_layers), ahead, table)
 
 
-def _costs(config: RunConfig, dims: ParallelDims, num_targets: int, num_tokens: int) -> ModelCosts:
-    model = meta_model(config)
-    shape = structure_of(model).shape
-    trained = [0] * shape.num_layers
-    for index, layer in decoder_layers(model).items():
-        trained[index] = sum(parameter.numel() for parameter in adapter_parameters(layer).values())
-    structure = structure_of(model)
-    before, after = (
-        sum(p.numel() for part in parts for p in adapter_parameters(model.get_submodule(part)).values())
-        for parts in ((structure.embedding, *structure.before), (*structure.after, structure.output_head))
-    )
-    adapter, training, ahead = model.ssmlora_config, config.training, config.parallel.recompute_ahead
-    dtype_bytes = getattr(torch, config.model.compute_dtype).itemsize
-    return model_costs(
-        shape,
-        AdapterShape(tuple(trained), len(time_axes(adapter)), adapter.rank, dtype_bytes, before, after),
-        Workload(
-            sequence_length=num_tokens,
-            micro_batch_size=training.micro_batch_size,
-            num_micro_batches=training.global_batch_size
-            // (training.micro_batch_size * dims.data_parallel_size),
-            supervised_tokens=num_targets,
-            loss_chunk_size=training.loss_chunk_size,
-            recompute="while_waiting" if training.gradient_checkpointing else "none",
-            layers_ahead=None if ahead == "auto" else ahead,
-            layers_per_checkpoint=training.layers_per_checkpoint,
-            offload_checkpoints=training.offload_checkpoints,
-            mlp_tile_size=training.mlp_tile_size,
-        ),
-        bytes_per_linear_weight=bytes_per_weight(
-            config.quantization.mode,
-            double_quantization=config.quantization.double_quantization,
-            compute_dtype_bytes=dtype_bytes,
-        ),
-        compute_dtype_bytes=dtype_bytes,
-    )
+@dataclass(frozen=True)
+class ModelSizes:
+    """An adapted model in numbers, counted once.
+
+    Attributes:
+        shape: of the decoder.
+        adapters: of what is trained.
+        compute_dtype_bytes: of one activation.
+        bytes_per_linear_weight: as they are stored.
+    """
+
+    shape: DecoderShape
+    adapters: AdapterShape
+    compute_dtype_bytes: int
+    bytes_per_linear_weight: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> ModelSizes:
+        """Those of a run's model, from its configuration alone."""
+        model = meta_model(config)
+        structure = structure_of(model)
+        trained, kept = [0] * structure.shape.num_layers, [KeptInputs(0, 0, 0)] * structure.shape.num_layers
+        for index, layer in decoder_layers(model).items():
+            trained[index] = sum(parameter.numel() for parameter in adapter_parameters(layer).values())
+            kept[index] = _kept_inputs(layer)
+        before, after = (
+            sum(p.numel() for part in parts for p in adapter_parameters(model.get_submodule(part)).values())
+            for parts in ((structure.embedding, *structure.before), (*structure.after, structure.output_head))
+        )
+        adapter = model.ssmlora_config
+        dtype_bytes = getattr(torch, config.model.compute_dtype).itemsize
+        state_bytes = getattr(torch, adapter.state_dtype or config.model.compute_dtype).itemsize
+        axes = len(time_axes(adapter))
+        return cls(
+            structure.shape,
+            AdapterShape(tuple(trained), axes, adapter.rank, state_bytes, tuple(kept), before, after),
+            dtype_bytes,
+            bytes_per_weight(
+                config.quantization.mode,
+                double_quantization=config.quantization.double_quantization,
+                compute_dtype_bytes=dtype_bytes,
+            ),
+        )
+
+    def costs(
+        self, config: RunConfig, data_parallel_size: int, num_tokens: int, num_targets: int
+    ) -> ModelCosts:
+        """What a run's parts cost, for rows of so many tokens, of which so many are supervised."""
+        training, ahead = config.training, config.parallel.recompute_ahead
+        return model_costs(
+            self.shape,
+            self.adapters,
+            Workload(
+                sequence_length=num_tokens,
+                micro_batch_size=training.micro_batch_size,
+                num_micro_batches=training.global_batch_size
+                // (training.micro_batch_size * data_parallel_size),
+                supervised_tokens=num_targets,
+                loss_chunk_size=training.loss_chunk_size,
+                recompute="while_waiting" if training.gradient_checkpointing else "none",
+                layers_ahead=None if ahead == "auto" else ahead,
+                layers_per_checkpoint=training.layers_per_checkpoint,
+                offload_checkpoints=training.offload_checkpoints,
+                mlp_tile_size=training.mlp_tile_size,
+            ),
+            bytes_per_linear_weight=self.bytes_per_linear_weight,
+            compute_dtype_bytes=self.compute_dtype_bytes,
+        )
+
+
+def _kept_inputs(layer: nn.Module) -> KeptInputs:
+    """What the adapters of a decoder layer keep of their inputs, beside what the layer keeps anyway."""
+    mlp = find_mlp(layer)
+    in_mlp = {path: mlp is not None and path.startswith(f"{mlp}.") for path in linear_layers(layer)}
+    attention = [layer.get_submodule(path) for path, inside in in_mlp.items() if not inside]
+    of_mlp = [layer.get_submodule(path) for path, inside in in_mlp.items() if inside]
+
+    def widest(modules: Sequence[nn.Module]) -> int:
+        return max((module.in_features for module in modules if isinstance(module, LoRALinear)), default=0)
+
+    return KeptInputs(widest(attention[:-1]), widest(of_mlp[:-1]), widest(of_mlp[-1:]))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.quantization import expert_weights, quantize_experts, quantize_linear
 from ssmlora_dist.sizes import DecoderShape
 
-from ..tiny import QV_AND_MLP, layers_of, tiny_model
+from ..tiny import QV_AND_MLP, tiny_model
 
 BATCH, TOKENS, SUPERVISED, CHUNK = 2, 32, 5, 4
 # Non-reentrant checkpointing ends a layer's recompute once its last saved tensor is there, one product early.
@@ -134,45 +134,6 @@ def test_bytes_of_weights_are_those_of_a_real_model(tied: bool) -> None:
     assert (costs.shared_bytes > 0) == tied
 
 
-def saved_bytes(model: Any, layer: Any, **inputs: Tensor) -> int:
-    """What autograd keeps of a layer's forward pass, without parameters."""
-    saved: dict[int, int] = {}
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
-    original = layer.forward
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            return original(*args, **kwargs)
-
-    layer.forward = watched
-    model.model(**inputs, use_cache=False)
-    return sum(saved.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_bytes_are_near_those_of_a_real_layer(dtype: torch.dtype) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4}
-    config = AdapterConfig(rank=4)
-    # Activations of a tile are there while it is computed, and not kept.
-    for tile_size, num_not_kept in ((None, 0), (16, 16 * 3 * 352)):
-        model = adapted(4, config, dtype=dtype, num_key_value_heads=2, **sizes)
-        if tile_size is not None:
-            tile_layers(decoder_layers(model), tile_size)
-        tokens = torch.ones(BATCH, TOKENS, dtype=torch.long)
-        found = saved_bytes(model, layers_of(model)[2], input_ids=tokens)
-        estimate = costs_of(model, "none", dtype, mlp_tile_size=tile_size).layers[2].saved_bytes
-        assert found == pytest.approx(estimate - num_not_kept * BYTES[dtype], rel=SAVED_TOLERANCE)
-
-
 @pytest.mark.parametrize("layers_per_checkpoint", [1, 2])
 def test_flops_of_tiles_are_those_of_a_real_model(layers_per_checkpoint: int) -> None:
     """Four layers less two; of two layers that share a checkpoint, one MLP is computed once more."""
@@ -190,7 +151,8 @@ def test_flops_of_tiles_are_those_of_a_real_model(layers_per_checkpoint: int) ->
 
 
 def test_dequantised_weights_are_in_the_compute_dtype() -> None:
-    weights = 16 * (2 * 16 + 2 * 8 + 3 * 24)
+    # The last one's weight is not there by then.
+    weights = 16 * (2 * 16 + 2 * 8 + 2 * 24)
     for bytes_per_linear_weight, expected in ((0.5, 4 * weights), (1.0, 4 * weights), (4.0, 0)):
         costs = costs_of(adapted(3), "on_gradient", bytes_per_linear_weight=bytes_per_linear_weight)
         assert {layer.dequantized_bytes for layer in costs.layers} == {expected}
@@ -319,6 +281,30 @@ def test_a_mixture_s_flops_and_bytes_are_those_of_a_real_model() -> None:
     assert forward == sum(layer.forward_flops for layer in costs.layers) + hidden_by_mask
     backward = sum(layer.backward_flops for layer in costs.layers) + 2 * hidden_by_mask
     assert counter.get_total_flops() - forward == backward
+
+
+def saved_bytes(model: Any, layer: Any, **inputs: Tensor) -> int:
+    """What autograd keeps of a layer's forward pass, without parameters."""
+    saved: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    original = layer.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            return original(*args, **kwargs)
+
+    layer.forward = watched
+    model.model(**inputs, use_cache=False)
+    return sum(saved.values())
 
 
 def test_saved_bytes_of_a_mixture_are_near_those_of_a_real_layer() -> None:

@@ -75,23 +75,27 @@ def slowest_and_fullest(costs: ModelCosts, boundaries: tuple[int, ...]) -> tuple
         ahead = layers if costs.layers_ahead is None else min(costs.layers_ahead, layers)
         ahead = ahead if costs.recompute == "while_waiting" else 0
         is_last = stage == num_stages - 1
-        time, inputs, saved, rebuilt, together = 0, 0, [], [], 0
+        time, inputs, saved, rebuilt, together, beside = 0, 0, 0, [], 0, [0]
         for index, part in enumerate(parts):
             is_ahead = index in range(layers - ahead, layers)
             time += part.forward_flops + part.backward_flops
             time += 0 if is_ahead and is_last else part.recompute_flops
             if not ahead or index <= layers - ahead:
                 inputs += part.input_bytes
-            if is_ahead or (ahead and index >= layers):
+            is_end = index >= layers
+            saved += 0 if is_end else part.saved_bytes
+            if is_ahead:
                 together += part.saved_bytes
-            else:
-                saved.append(part.saved_bytes)
-                rebuilt.append(part.saved_bytes + (part.dequantized_bytes if index < layers else 0))
+            if is_ahead or is_end or costs.recompute == "none":
+                beside.append(part.saved_bytes if is_end else part.working_bytes)
+            if not is_ahead:
+                extra = 0 if is_end else part.working_bytes + part.dequantized_bytes
+                rebuilt.append(part.saved_bytes + extra)
         if costs.recompute == "none":
-            activations = in_flight * (sum(saved) + together)
+            activations = in_flight * saved + max(beside)
             time -= sum(part.recompute_flops for part in parts)
         else:
-            activations = in_flight * inputs + max([together, *rebuilt])
+            activations = in_flight * inputs + max([together + max(beside), *rebuilt])
         held = sum(part.frozen_bytes + part.adapter_bytes for part in parts) + activations
         if stage == 0 and stage == num_stages - 1:
             held -= costs.shared_bytes
