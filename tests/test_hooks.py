@@ -18,16 +18,18 @@ from ssmlora_dist.batches import Batch
 from ssmlora_dist.models.loss import CausalLMLoss, checkpoint_layers
 from ssmlora_dist.ops.lora import LoRA
 from ssmlora_dist.quantization import quantize_linear
-from tests.tiny import adapted_model, layers_of, randomize_adapters, tiny_model, token_ids
+from tests.tiny import adapted_model, dropout_seeds, layers_of, randomize_adapters, tiny_model, token_ids
 
 CONFIGS = {
     "lora": AdapterConfig(rank=4, method="lora", alternate=(), every_layer=("q_proj", "k_proj", "down_proj")),
     "ssmlora": AdapterConfig(rank=4, every_layer=("k_proj", "down_proj"), every_layer_method="ssmlora"),
+    "dropout": AdapterConfig(rank=4, dropout=0.3, every_layer=("k_proj", "down_proj")),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 storages = pytest.mark.parametrize("storage", ["none", "nf4"])
 NUM_LAYERS = 2
 TOKENS = token_ids(2, 7)
+SEEDS = {"dropout_seeds": dropout_seeds([5, 6], 7)}
 
 
 def model_of(config: AdapterConfig, storage: str = "none") -> Any:
@@ -40,7 +42,7 @@ def frozen_layers(model: Any) -> list[Any]:
 
 def results(model: Any) -> list[Tensor]:
     """The loss and all gradients."""
-    loss = CausalLMLoss(model, chunk_size=4)(Batch.of(TOKENS, input_ids=TOKENS))
+    loss = CausalLMLoss(model, chunk_size=4)(Batch.of(TOKENS, input_ids=TOKENS, **SEEDS))
     return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
@@ -97,8 +99,8 @@ def test_the_output_that_a_forward_hook_keeps(
             assert_equal(results(model), expected)
         else:
             with torch.no_grad():
-                expected = [model_of(config, storage)(TOKENS, use_cache=False).logits]
-                assert_equal([model(TOKENS, use_cache=False).logits], expected)
+                expected = [model_of(config, storage)(TOKENS, use_cache=False, **SEEDS).logits]
+                assert_equal([model(TOKENS, use_cache=False, **SEEDS).logits], expected)
     kept.assert_unchanged()
 
 
@@ -125,6 +127,7 @@ def test_hooks_that_were_there_before_the_adapter(config: AdapterConfig) -> None
     with each_layer(layers, "register_forward_hook", lambda *given: kept.keep(given[-1])):
         add_adapters(model, config)
         randomize_adapters(model)
+        model.train()
         assert_equal(results(model), results(model_of(config)))
     kept.assert_unchanged()
 
@@ -138,7 +141,7 @@ def test_part_of_an_output_can_be_kept_and_used(config: AdapterConfig) -> None:
         "register_forward_hook",
         lambda *given: features.append(given[-1].square().sum()),
     ):
-        loss = CausalLMLoss(model, chunk_size=4)(Batch.of(TOKENS, input_ids=TOKENS))
+        loss = CausalLMLoss(model, chunk_size=4)(Batch.of(TOKENS, input_ids=TOKENS, **SEEDS))
     (loss + torch.stack(features).sum()).backward()
     view = Kept(lambda output: output[..., :3])
     with each_layer(frozen_layers(model), "register_forward_hook", lambda *given: view.keep(given[-1])):
@@ -263,9 +266,9 @@ def test_where_nobody_holds_the_output_nothing_is_allocated(
         each_layer(layers, "register_forward_hook", note),
         each_layer(adapters, "register_forward_hook", note),
     ):
-        model(TOKENS, use_cache=False)
+        model(TOKENS, use_cache=False, **SEEDS)
         with torch.no_grad():
-            model(TOKENS, use_cache=False)
+            model(TOKENS, use_cache=False, **SEEDS)
     frozen, adapted = addresses[0::2], addresses[1::2]
     assert len(frozen) == 2 * len(adapters)
     assert frozen == adapted

@@ -85,6 +85,7 @@ RULES = (
     ResumeRule("training.layers_per_checkpoint", True, "costs memory or time, changes no number"),
     ResumeRule("training.offload_checkpoints", True, "costs memory or time, changes no number"),
     ResumeRule("training.mlp_tile_size", True, "costs memory or time, changes no more than rounding"),
+    ResumeRule("training.compile", True, "costs memory or time, changes no more than rounding"),
     ResumeRule("training.loss_chunk_size", True, "costs memory or time, changes no more than rounding"),
     ResumeRule("training.max_nonfinite_steps", True, "says when to give up"),
     ResumeRule("parallel.*", True, "a checkpoint has no topology"),

@@ -44,6 +44,7 @@ def rule_problems(
         *_end_of_training(config, doubtful),
         *_state_learning_rate(config, doubtful),
         *_checkpointing(config, doubtful),
+        *_compiling(config, doubtful),
         *_model(config, doubtful),
         *_evaluation(config, doubtful),
         *task_problems(config, doubtful, check_files=check_files),
@@ -114,6 +115,23 @@ def _checkpointing(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
                 f"{shown(without)}, as there are no checkpoints; remove it or set "
                 "training.gradient_checkpointing to true"
             )
+
+
+def _compiling(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:
+    training = config.training
+    if not training.compile or not doubtful.clear_of("training.compile"):
+        return
+    if config.data.packing and doubtful.clear_of("data.packing"):
+        yield (
+            "training.compile: true given with data.packing true; allowed: false, as it would compile "
+            "anew for all lengths that are packed together; set one of them to false"
+        )
+    if training.mlp_tile_size is not None and doubtful.clear_of("training.mlp_tile_size"):
+        yield (
+            f"training.compile: true given with training.mlp_tile_size {training.mlp_tile_size}; allowed: "
+            "false, as tiles are recomputed one by one within a decoder layer, which is compiled whole; "
+            "set one of them to its default, false or null"
+        )
 
 
 def _model(config: RunConfig, doubtful: Doubtful) -> Iterator[str]:

@@ -223,6 +223,8 @@ class TrainingSection(Section):
     """Keep what decoder layers are recomputed from in host memory; on CUDA, copied meanwhile."""
     mlp_tile_size: int | None = Field(default=None, ge=1)
     """Tokens whose activations in MLP and norms exist at one time; null: all. Experts are not tiled."""
+    compile: bool = False
+    """Have torch.compile make code of each decoder layer: minutes at the start, then fewer launches."""
     loss_chunk_size: int = Field(default=1024, ge=1)
     """Tokens whose logits exist at one time in the loss."""
     max_nonfinite_steps: int = Field(default=5, ge=1)

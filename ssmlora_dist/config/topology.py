@@ -150,6 +150,19 @@ def _state_dtype_in_pipeline(topology: Topology) -> str | None:
     )
 
 
+def _compiled_in_parts(topology: Topology) -> str | None:
+    parallel = topology.config.parallel
+    wrong = topology.config.training.compile and (
+        parallel.pipeline_stages > 1 or parallel.sequence_parallel > 1 or parallel.zero_stage == 3
+    )
+    return (
+        f"true given with pipeline_stages {parallel.pipeline_stages}, sequence_parallel "
+        f"{parallel.sequence_parallel} and zero_stage {parallel.zero_stage}"
+        if wrong
+        else None
+    )
+
+
 def _offloaded_optimizer(topology: Topology) -> str | None:
     parallel = topology.config.parallel
     wrong = parallel.offload_optimizer and parallel.zero_stage < 1
@@ -276,6 +289,20 @@ RULES = (
         reason="hidden states and state cross a stage boundary in one tensor",
         remedy="set adapter.state_dtype to null or parallel.pipeline_stages to 1",
         broken=_state_dtype_in_pipeline,
+    ),
+    TopologyRule(
+        fields=(
+            "training.compile",
+            "parallel.pipeline_stages",
+            "parallel.sequence_parallel",
+            "parallel.zero_stage",
+        ),
+        condition="true only with parallel.pipeline_stages 1, parallel.sequence_parallel 1 and "
+        "parallel.zero_stage below 3",
+        reason="a decoder layer is compiled whole, and these gather or exchange tensors within, or recompute "
+        "it in parts",
+        remedy="set training.compile to false, or the others to 1 and at most 2",
+        broken=_compiled_in_parts,
     ),
     TopologyRule(
         fields=("parallel.offload_optimizer", "parallel.zero_stage"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ssmlora_dist.errors import ModelError
 
+# How often one is compiled at most.
+_CODES_OF_A_LAYER = 8
 Layer = Callable[..., Any]
 """What a decoder layer computes: hidden states [B,S,D], or a pair of them and the state, to the same."""
 
@@ -48,15 +50,15 @@ class PendingLayers(dict[str, Any]):
         raise _not_handed_on(str(key))
 
 
-def note_layer(layer: Layer, inputs: Any, *rest: Any) -> PendingLayers:
+def note_layer(layer: Layer, inputs: Any, *rest: Any, compiled: bool = False) -> PendingLayers:
     """In the place of `checkpoint`, for a layer that shares one with the next: it will run when that runs."""
-    calls, call = (), functools.partial(_call, layer, rest)
+    calls, call = (), functools.partial(_compiled_call() if compiled else _call, layer, rest)
     if isinstance(inputs, PendingLayers):
         inputs, calls = inputs.inputs, inputs.calls
     return PendingLayers(inputs, (*calls, call))
 
 
-def run_layers(layer: Layer, inputs: Any, *rest: Any, offload: bool) -> Any:
+def run_layers(layer: Layer, inputs: Any, *rest: Any, offload: bool, compiled: bool = False) -> Any:
     """In the place of `checkpoint`, for a layer and those noted before it: all under one checkpoint.
 
     Args:
@@ -64,8 +66,9 @@ def run_layers(layer: Layer, inputs: Any, *rest: Any, offload: bool) -> Any:
         inputs: hidden states [B,S,D], a pair of them and the state, or what `note_layer` has returned.
         rest: what else the layer is called with.
         offload: keep the inputs in host memory until the backward pass.
+        compiled: whether this layer is: see `compile_layers`.
     """
-    noted = note_layer(layer, inputs, *rest)
+    noted = note_layer(layer, inputs, *rest, compiled=compiled)
     is_pair, calls = isinstance(noted.inputs, tuple), noted.calls
 
     def run(*tensors: Tensor) -> Any:
@@ -83,8 +86,35 @@ def run_layers(layer: Layer, inputs: Any, *rest: Any, offload: bool) -> Any:
         return checkpoint(run, *tensors, use_reentrant=False)
 
 
+def compile_layers(layers: Sequence[Any]) -> None:
+    """Has torch.compile make code of each decoder layer when it is first called, in place.
+
+    A checkpoint stays around a layer, so that what is recomputed is the same code; such a layer is compiled
+    for training alone. To the compiler an adapter's operators are single nodes.
+
+    Args:
+        layers: as `checkpoint_layers` has left them.
+    """
+    limits: Any = torch._dynamo.config
+    # The layers share their functions, of which the compiler makes code for each: with its dropout, and anew
+    # for rows of other lengths, of any length, and without gradients.
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(limits, name, max(getattr(limits, name), _CODES_OF_A_LAYER * len(layers)))
+    for layer in layers:
+        if getattr(layer, "gradient_checkpointing", False):
+            run = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = functools.partial(run, compiled=True)
+        else:
+            layer.compile()
+
+
 def _call(layer: Layer, rest: tuple[Any, ...], inputs: Any) -> Any:
     return layer(inputs, *rest)
+
+
+@functools.cache
+def _compiled_call() -> Callable[..., Any]:
+    return torch.compile(_call)
 
 
 def _not_handed_on(name: str) -> ModelError:

@@ -9,7 +9,8 @@ An adapter on a frozen linear layer is three calls:
 Between forward and backward pass they hold x (the tensor itself: no copy, no cast), z and the state received;
 all else is worked out again. The delta is added into `base`, and the gradient through W_a into the one that
 the frozen layer sends to x: neither costs a tensor of its own, unless somebody else holds what it would go
-into (`is_held`). Compiled, both are left to the compiler.
+into (`is_held`). Compiled, both are left to the compiler. What dropout makes of x, and of what goes back to
+it, is there for some of the tokens at a time (`PIECE_ELEMENTS`).
 
 Products with W_a and W_b run in the dtype of x, state arithmetic in float32 (float64 for float64). Gradients
 of gradients are not there. Shapes: B batch, S tokens, D in-features, O out-features, R rank.
@@ -29,6 +30,8 @@ from torch.autograd.function import once_differentiable
 from ssmlora_dist.ops.dropout import Dropout
 from ssmlora_dist.ops.form import Form, Inputs, Parameters
 
+# Elements that are dropped at a time: 64 MiB in bfloat16, a pass over which takes longer than its launch.
+PIECE_ELEMENTS = 2**25
 # A view of what nobody else refers to: see `is_held`.
 _LONE_VIEW = torch.empty(1).view(1)
 
@@ -145,15 +148,27 @@ class _DownProjection(torch.autograd.Function):
         d_zs = [x.new_zeros((*x.shape[:-1], rank)) if d is None else d for d in d_z]
         # Under autocast x may be wider than z.
         d_z_TR = _rows(_stacked(d_zs, -1)).to(x.dtype)
-        read = _rows(_dropped(x, seeds, ctx.rng_args))
-        d_weights = _product(d_z_TR.t(), read, weights[0].dtype).split(rank)
+        x_TD = _rows(x)
+        pieces = _pieces(x_TD, seeds)
+        d_weight: Tensor | None = None
+        for tokens, seeds_T in pieces:
+            read_TD = _dropped(x_TD[tokens], seeds_T, ctx.rng_args)
+            of_piece = _product(d_z_TR[tokens].t(), read_TD, weights[0].dtype)
+            d_weight = of_piece if d_weight is None else d_weight.add_(of_piece)
+            del read_TD
+        assert d_weight is not None
+        d_weights = d_weight.split(rank)
         if ctx.needs_input_grad[0]:
             weight = _stacked(weights).to(x.dtype)
-            if d_x is not None and seeds is None:
+            if d_x is None:
+                d_x, in_place = x.new_zeros(x.shape), True
+            if seeds is None:
                 d_x = _add_product(d_x.contiguous(), d_z_TR, weight, in_place=in_place)
             else:
-                own = _dropped(torch.mm(d_z_TR, weight).view(x.shape), seeds, ctx.rng_args)
-                d_x = own if d_x is None else d_x + own
+                d_x = d_x.contiguous() if in_place else d_x.clone(memory_format=torch.contiguous_format)
+                d_x_TD = _rows(d_x)
+                for tokens, seeds_T in pieces:
+                    d_x_TD[tokens].add_(_dropped(d_z_TR[tokens].mm(weight), seeds_T, ctx.rng_args))
         return d_x, None, None, *d_weights
 
 
@@ -194,8 +209,23 @@ class _Delta(torch.autograd.Function):
 def _projections(
     x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float], weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    z = F.linear(_dropped(x, seeds, rng_args), _stacked(weights).to(x.dtype))
-    return z.split(weights[0].shape[0], -1)
+    weight, rank = _stacked(weights).to(x.dtype), weights[0].shape[0]
+    if seeds is None:
+        return F.linear(x, weight).split(rank, -1)
+    x_TD = _rows(x)
+    z = [F.linear(_dropped(x_TD[tokens], of, rng_args), weight) for tokens, of in _pieces(x_TD, seeds)]
+    return _stacked(z).view(*x.shape[:-1], -1).split(rank, -1)
+
+
+def _pieces(x_TD: Tensor, seeds: Tensor | None) -> list[tuple[slice, Tensor | None]]:
+    """Which tokens are dropped together, and their seeds: all of them where nothing is dropped."""
+    num_tokens, num_components = x_TD.shape
+    # Compiled, a piece would be a part of the graph of its own.
+    if seeds is None or torch.compiler.is_compiling():
+        return [(slice(None), None if seeds is None else seeds.reshape(-1))]
+    starts = range(0, max(1, num_tokens), max(1, PIECE_ELEMENTS // num_components))
+    pieces = [slice(start, start + starts.step) for start in starts]
+    return [(tokens, seeds.reshape(-1)[tokens]) for tokens in pieces]
 
 
 def _add_product(

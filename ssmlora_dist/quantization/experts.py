@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ssmlora_dist.errors import ModelError
 from ssmlora_dist.quantization.linear import (
-    BLOCK_SIZE,
     INT8_MAX,
     QUANTIZABLE_DTYPES,
     QuantizationMode,
@@ -27,8 +26,8 @@ from ssmlora_dist.quantization.linear import (
     keeping_dtypes,
     quantize_4bit,
 )
+from ssmlora_dist.quantization.operators import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
-NESTED_BLOCK_SIZE = 256  # scales per scale of scales: bitsandbytes' choice
 ALIGNMENT_BYTES = 32  # a block of 64 in 4 bits, and whole elements of any storage
 MAX_WEIGHTS_AT_ONCE = 2**30  # bitsandbytes counts in 32 bits
 

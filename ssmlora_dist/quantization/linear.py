@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmlora_dist.errors import ModelError
+from ssmlora_dist.quantization.operators import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 QuantizationMode = Literal["nf4", "fp4", "int8"]
 
-BLOCK_SIZE = 64  # weights per scale in 4 bits: QLoRA's choice and bitsandbytes' default
 CHUNK_SIZE = 2**20  # weights quantised at a time on a CPU: whole blocks, and whole elements of any storage
 INT8_MAX = 127.0
 QUANTIZABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,10 +119,23 @@ class Linear4bit(QuantizedLinear):
     def dequantize(self, packed: Tensor) -> Tensor:
         """The weight [O,D] in the compute dtype, from `packed` [n,1]."""
         state = self.quant_state
+        if packed.is_cuda and state.nested:
+            weight: Tensor = torch.ops.ssmlora.dequantize_4bit(
+                state.state2.absmax,
+                state.state2.code,
+                state.offset,
+                state.absmax,
+                state.code,
+                packed,
+                state.quant_type,
+                self.out_features,
+                state.dtype,
+            )
+            return weight.to(self.compute_dtype)
         if self._mixes_up_scales(packed):
             state = copy.copy(state)
             state.shape = torch.Size((1, state.shape.numel()))
-        weight: Tensor = bitsandbytes().functional.dequantize_4bit(packed, state)
+        weight = bitsandbytes().functional.dequantize_4bit(packed, state)
         return weight.view(self.out_features, self.in_features).to(self.compute_dtype)
 
     def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -264,7 +277,7 @@ def quantize_4bit(
     if double_quantization:
         # Over the scales of all chunks, as bitsandbytes does it.
         offset = absmax.mean()
-        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=256)
+        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
     state = functional.QuantState(
         absmax=absmax,
         shape=weight.shape,

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ssmlora_dist.quantization.experts import ALIGNMENT_BYTES, NESTED_BLOCK_SIZE, expert_weights
-from ssmlora_dist.quantization.linear import BLOCK_SIZE, QuantizationMode
+from ssmlora_dist.quantization.experts import ALIGNMENT_BYTES, expert_weights
+from ssmlora_dist.quantization.linear import QuantizationMode
+from ssmlora_dist.quantization.operators import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 FLOAT32_BYTES = 4
 

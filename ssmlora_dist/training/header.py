@@ -102,6 +102,8 @@ def recompute_text(config: RunConfig, model: PreTrainedModel) -> str:
         parts.append(f"MLPs and norms in tiles of {tile_size} tokens")
         if left := untiled_layers(decoder_layers(model)):
             parts[-1] += f", MLPs whole in {len(left)} layers with experts or without an MLP of its own"
+    if training.compile:
+        parts.append("decoder layers are compiled")
     return "; ".join(parts)
 
 

@@ -50,6 +50,7 @@ from ssmlora_dist.distributed.sequence import SequenceGroup
 from ssmlora_dist.errors import CheckpointError, ConfigError
 from ssmlora_dist.models.attention import EXCHANGE
 from ssmlora_dist.models.loss import CausalLMLoss
+from ssmlora_dist.models.recompute import compile_layers
 from ssmlora_dist.models.stage import PipelineStage, StageLayers
 from ssmlora_dist.models.structure import decoder_layers, structure_of
 from ssmlora_dist.progress import progress
@@ -363,6 +364,8 @@ def build_engine(
         )
     num_ahead = 0 if plan is None else plan.layers_ahead
     spare_memory(config, model, num_kept=num_ahead)
+    if training.compile:
+        compile_layers(list(decoder_layers(model).values()))
     parameters = adapter_parameters(model)
     if checkpoint is not None:
         _take(parameters, checkpoint)

@@ -69,6 +69,14 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
         [("training.layers_per_checkpoint", 0)],
         ("training.layers_per_checkpoint: 0 given", ">= 1", "default is 1"),
     ),
+    "tiles within compiled layers": (
+        [("training.compile", True), ("training.mlp_tile_size", 1024)],
+        ("training.compile: true given with training.mlp_tile_size 1024", "set one of them to its default"),
+    ),
+    "compiled for every pack": (
+        [("training.compile", True), ("data.packing", True)],
+        ("training.compile: true given with data.packing true", "set one of them to false"),
+    ),
     "tiles of nothing": ([("training.mlp_tile_size", 0)], ("training.mlp_tile_size: 0 given", ">= 1")),
     "no checkpoint kept": ([("checkpoint.keep", 0)], ("checkpoint.keep: 0 given", ">= 1", "default is 2")),
     "no steps between checkpoints": (

@@ -56,6 +56,7 @@ FREE: list[Change] = [
     ("training.gradient_checkpointing", False),
     ("training.layers_per_checkpoint", 4),
     ("training.offload_checkpoints", True),
+    ("training.compile", True),
     ("training.mlp_tile_size", 64),
     ("training.loss_chunk_size", 64),
     ("training.max_nonfinite_steps", 1),

@@ -29,6 +29,8 @@ CASES: list[tuple[list[Change], dict[str, Any], str | None]] = [
     ([("training.global_batch_size", 24)], {"world_size": 4}, None),
     ([("training.global_batch_size", 24)], {"world_size": 5}, "training.global_batch_size"),
     ([("parallel", {"zero_stage": 0, "offload_optimizer": True})], CPU, "parallel.offload_optimizer"),
+    ([("training.compile", True), ("parallel.zero_stage", 2)], CPU, None),
+    ([("training.compile", True), ("parallel.zero_stage", 3)], CPU, "training.compile"),
     ([("parallel", {"zero_stage": 1, "offload_optimizer": True})], CPU, None),
     ([("parallel", {"zero_stage": 2, "offload_parameters": True})], CPU, "parallel.offload_parameters"),
     ([("parallel", {"zero_stage": 3, "offload_parameters": True, "offload_optimizer": True})], CPU, None),
@@ -144,6 +146,7 @@ def test_every_rule_can_be_broken() -> None:
         ("data.max_length", 65),
         ("adapter", {"state_dtype": "float16", "placement": "probe"}),
         ("evaluation.tasks_every_steps", 2),
+        ("training.compile", True),
     ]
     lines = [
         line

@@ -130,6 +130,12 @@ def test_i10_every_size(kind: type[Form], rank: int, tokens: int) -> None:
     assert_is_its_reference(form_of(kind, rank), tokens, torch.float64, SEEDS)
 
 
+def test_i10_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is dropped for four tokens at a time: 51 of them, of three rows."""
+    monkeypatch.setattr(fused, "PIECE_ELEMENTS", 4 * FEATURES + 5)
+    assert_is_its_reference(LoRA(rank=4), 17, torch.float64, SEEDS)
+
+
 @every_form
 @pytest.mark.parametrize("seeds", [None, SEEDS], ids=["no_dropout", "dropout"])
 def test_gradcheck(kind: type[Form], seeds: Tensor | None) -> None:

@@ -129,6 +129,7 @@ def test_what_is_recomputed() -> None:
         return facts(config(model=section, training={"max_steps": 10, **training}))["recompute"]
 
     assert told("llama", gradient_checkpointing=False) == "nothing"
+    assert told("llama", compile=True) == "layer by layer; decoder layers are compiled"
     spared = {"layers_per_checkpoint": 2, "offload_checkpoints": True, "mlp_tile_size": 2048}
     assert told("glm4_moe", **spared) == (
         "2 layers at a time, from checkpoints in host memory; MLPs and norms in tiles of 2048 tokens, "

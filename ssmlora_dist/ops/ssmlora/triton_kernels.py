@@ -1,7 +1,7 @@
 """The state step and its gradient as Triton kernels: imported only where Triton is installed.
 
 A program takes blocks of BT tokens with all R components of the state, padded to RP = a power of two >= 16.
-Matrices pass through in pieces of BK rows, so that a rank of 256 fits. In the backward pass the programs form
+Matrices pass through in pieces of BK rows, so that a rank of 128 fits. In the backward pass the programs form
 a grid (blocks of tokens) x (pieces of BK components): each works out dh whole, and its piece of everything
 else. Sums over tokens for the two R x R gradients go into a buffer, program by program, and are then added up
 in order: no atomics, hence the same bits in every run.
@@ -19,7 +19,8 @@ from torch import Tensor
 from ssmlora_dist.ops.ssmlora.reference import EPSILON, MIN_SPREAD
 from ssmlora_dist.ops.triton_dropout import DTYPES, is_kept, rng_kernel_args, rows
 
-MAX_RANK = 256
+# Beyond it the backward pass spills registers, and plain products, which are cuBLAS's, are large enough.
+MAX_RANK = 128
 # Of the backward pass: about two for each multiprocessor; more blocks than that are taken in turn.
 MAX_PROGRAMS = 256
 _NORMALIZATIONS = {"minmax": 0, "rms": 1, "none": 2}
@@ -264,12 +265,12 @@ def _matrix(matrix_RR: Tensor) -> Tensor:
 
 
 def _sizes(rank: int) -> dict[str, int]:
-    """Blocks that stay in registers: compiled for sm_90, ranks to 128 spill nothing, 256 next to nothing."""
+    """Blocks that stay in registers, on sm_80, sm_90 and sm_100: a thread spills two at most."""
     padded = max(16, triton.next_power_of_2(rank))
     return {
         "R": rank,
         "RP": padded,
-        "BT": 32 if padded <= 32 else 16,
+        "BT": 32 if padded == 16 else 16,
         "BK": 16,
         "num_warps": 4 if padded <= 64 else 8,
         "num_stages": 1,
