@@ -1,6 +1,6 @@
-"""What a run takes before it is started: `python launch/estimate.py --config C --devices 8 --device-memory-gib 80`.
+"""What a run takes: `python launch/estimate.py --config FILE --devices 8 --device-memory-gib 80`.
 
-Reads the configuration and, of a model, its config.json: neither weights nor data nor a GPU.
+Reads the configuration and, of a model, its config.json: neither weights nor data, and no GPU is needed.
 """
 
 from __future__ import annotations

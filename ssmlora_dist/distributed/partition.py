@@ -151,9 +151,9 @@ def partition(costs: ModelCosts, num_stages: int, *, memory_limit_bytes: float =
     if slowest == math.inf:
         least, _ = _smallest_maximum(memory, num_layers, num_stages)
         problem = (
-            f"{STAGES_FIELD}: {num_stages} given, {_size(memory_limit_bytes)} for each stage; every split of "
-            f"{num_layers} layers has a stage of at least {_size(least)}; use more stages, shorter sequences "
-            "or a smaller micro-batch"
+            f"{STAGES_FIELD}: {num_stages} given, {size_text(memory_limit_bytes)} for each stage; every "
+            f"split of {num_layers} layers has a stage of at least {size_text(least)}; use more stages, shorter "
+            "sequences or a smaller micro-batch"
         )
         raise ConfigError([problem])
 
@@ -197,7 +197,7 @@ def stage_table(costs: ModelCosts, boundaries: Sequence[int]) -> str:
         sizes = (load.frozen_bytes, load.adapter_bytes, load.activation_bytes, load.memory_bytes)
         share = f"{load.flops / whole:.1%}"
         counts = [str(len(load.layers)), str(load.num_ahead)]
-        rows.append([str(stage), ", ".join(holds), *counts, *map(_size, sizes), share])
+        rows.append([str(stage), ", ".join(holds), *counts, *map(size_text, sizes), share])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -305,7 +305,8 @@ def _named(layers: range) -> str:
     return f"layer {layers.start}" if len(layers) == 1 else f"layers {layers.start}-{layers.stop - 1}"
 
 
-def _size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
+    """`5.31 GiB`, or in the unit below."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"

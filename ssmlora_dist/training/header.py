@@ -23,6 +23,7 @@ from ssmlora_dist.models.configuration import stored_quantization
 from ssmlora_dist.models.loading import attention_implementation
 from ssmlora_dist.quantization import expert_weights
 from ssmlora_dist.tracking import is_installed
+from ssmlora_dist.training.planner import planned_text
 from ssmlora_dist.training.resume_point import ResumePoint
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def run_header(
             f"{accumulation} micro-batches x {training.micro_batch_size} sequences",
         ),
         _line("recompute", recompute_text(config, model)),
+        _line("memory", planned_text(config, world_size, model)),
         _line("steps", steps),
         *accounts,
         _line("writes to", str(config.run.output_dir / config.run.name)),

@@ -69,7 +69,11 @@ def rehearse(
 
 @contextmanager
 def named_lack_of_memory(
-    config: RunConfig, context: DistributedContext, work: Work, last_good: Callable[[], str]
+    config: RunConfig,
+    context: DistributedContext,
+    work: Work,
+    last_good: Callable[[], str],
+    planned: Callable[[], str] | None = None,
 ) -> Iterator[None]:
     """Makes of an allocation that fails a message with what there is, and what would need less.
 
@@ -78,6 +82,7 @@ def named_lack_of_memory(
         context: its processes, of which this one may be the only one that runs out of memory.
         work: that is done meanwhile.
         last_good: says on this rank alone where the last good checkpoint is.
+        planned: says what the work was planned to hold; None: it was not planned.
 
     Raises:
         TrainingError: memory has run out.
@@ -93,7 +98,8 @@ def named_lack_of_memory(
         memory = memory_text(context.device)
         asked = ". ".join(" ".join(str(error).split()).split(". ")[:2])
     raise TrainingError(
-        f"out of memory on {context.device} while {work}: {memory} ({asked}). To need less, "
+        f"out of memory on {context.device} while {work}: {memory} ({asked})"
+        f"{f'; planned were {planned()}' if planned else ''}. To need less, "
         f"{'; '.join(remedies(config, context.world_size, work))}; {last_good()}"
     )
 

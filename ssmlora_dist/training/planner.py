@@ -11,14 +11,17 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssmlora_dist.config.build import row_problems, shapes_of
 from ssmlora_dist.config.schema import RunConfig
 from ssmlora_dist.config.topology import data_parallel_size, topology_problems
 from ssmlora_dist.distributed.cost_model import ModelCosts
-from ssmlora_dist.distributed.partition import StageLoad, partition, stage_loads
+from ssmlora_dist.distributed.partition import StageLoad, partition, size_text, stage_loads
 from ssmlora_dist.training.topology import ModelSizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GIB = 2**30
 # CUDA's context, libraries' work spaces and NCCL's buffers; and gaps between an allocator's blocks.
@@ -115,18 +118,25 @@ class Planner:
     Args:
         config: of the run; what it says of the model, its quantisation and adapter is taken as given.
         num_devices: ranks, one on each device.
-        memory_gib: of a device.
+        memory_gib: of a device; 0: nothing is asked of whether it fits.
         host_memory_gib: of a node; None: not known, and enough.
+        model: `meta_model` of the configuration, if at hand.
     """
 
     def __init__(
-        self, config: RunConfig, num_devices: int, memory_gib: float, host_memory_gib: float | None = None
+        self,
+        config: RunConfig,
+        num_devices: int,
+        memory_gib: float = 0.0,
+        host_memory_gib: float | None = None,
+        model: PreTrainedModel | None = None,
     ) -> None:
         self.config, self.num_devices, self.device = config, num_devices, device_of(memory_gib)
         self.memory_bytes = int(memory_gib * GIB)
         self.host_bytes = None if host_memory_gib is None else int(host_memory_gib * GIB)
-        self.sizes, self.shapes = ModelSizes.of(config), shapes_of(config.model)
+        self.sizes, self.shapes = ModelSizes.of(config, model), shapes_of(config.model)
         self._asked: dict[int, list[str]] = {}
+        self._splits: dict[tuple[int, str], tuple[int, ...]] = {}
 
     def plan(self, config: RunConfig, num_tokens: int | None = None) -> Plan:
         """What a configuration takes, with rows of `data.max_length` or `num_tokens`, all supervised."""
@@ -138,14 +148,14 @@ class Planner:
             _recomputed_on_gradient(self.sizes.costs(config, replicas, each, each), config)
             for each in (tokens, own)
         )
-        boundaries = parallel.stage_boundaries or partition(costs, parallel.pipeline_stages)
+        boundaries = parallel.stage_boundaries or self._split(costs, parallel.pipeline_stages)
         loads, held_loads = (stage_loads(each, boundaries) for each in (costs, held))
         memory = max(
             (self._memory(config, held, load, own) for load in held_loads), key=lambda one: one.total
         )
         slowest = max(loads, key=lambda load: load.flops)
         batch = config.training.global_batch_size
-        return Plan(config, memory, self._seconds(config, costs, slowest, memory), batch * tokens)
+        return Plan(config, memory, self._seconds(config, costs, slowest), batch * tokens)
 
     def fits(self, plan: Plan) -> bool:
         """Whether device and host hold it."""
@@ -240,6 +250,13 @@ class Planner:
             )
         return self._asked[ranks]
 
+    def _split(self, costs: ModelCosts, num_stages: int) -> tuple[int, ...]:
+        """Stages balanced by time, of which sizes of batches and tiles change next to nothing; found once."""
+        key = num_stages, costs.recompute
+        if key not in self._splits:
+            self._splits[key] = partition(costs, num_stages)
+        return self._splits[key]
+
     def _memory(self, config: RunConfig, costs: ModelCosts, load: StageLoad, tokens: int) -> RankMemory:
         parallel = config.parallel
         shards = self.num_devices // parallel.pipeline_stages
@@ -278,8 +295,8 @@ class Planner:
             host=host,
         )
 
-    def _seconds(self, config: RunConfig, costs: ModelCosts, slowest: StageLoad, memory: RankMemory) -> float:
-        """Of a step: products, dequantisation and transfers of the slowest stage, and the pipeline's bubble."""
+    def _seconds(self, config: RunConfig, costs: ModelCosts, slowest: StageLoad) -> float:
+        """Of a step: products, dequantisation and transfers of the slowest stage; and the bubble."""
         parallel, device = config.parallel, self.device
         ranks, stages = parallel.sequence_parallel, parallel.pipeline_stages
         compute = slowest.flops / ranks / (device.tflops * 1e12)
@@ -365,8 +382,9 @@ def estimate_text(planner: Planner) -> tuple[str, bool]:
     rows.append(["longest row that fits", *(f"{planner.longest(plan.config):,}" for plan in plans.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        f"{planner.num_devices} x {planner.memory_bytes / GIB:g} GiB, rows of {config.data.max_length:,} tokens, all "
-        f"supervised; time by the published peaks of {device.name}, which no run reaches; not measured",
+        f"{planner.num_devices} x {planner.memory_bytes / GIB:g} GiB, rows of {config.data.max_length:,} "
+        f"tokens, all supervised; time by the published peaks of {device.name}, which no run reaches; "
+        "not measured",
         "",
         *(
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
@@ -384,6 +402,18 @@ def estimate_text(planner: Planner) -> tuple[str, bool]:
     else:
         lines.append("no other settings are faster: keep these")
     return "\n".join(lines), best is not None
+
+
+def planned_text(config: RunConfig, world_size: int, model: PreTrainedModel | None = None) -> str:
+    """What the fullest rank of a run is planned to hold, by kind; without CUDA's context and gaps."""
+    memory = Planner(config, world_size, model=model).plan(config).memory
+    kinds = {name: getattr(memory, name) for name in _KINDS if name not in ("reserve", "host")}
+    parts = [f"{_KINDS[name]} {size_text(size)}" for name, size in kinds.items() if size]
+    host = f"; in host memory {size_text(memory.host)}" if memory.host else ""
+    return (
+        f"{size_text(memory.total - memory.reserve)} a rank, for rows of {config.data.max_length:,} tokens "
+        f"({', '.join(parts)}{host})"
+    )
 
 
 _KINDS = {

@@ -40,6 +40,7 @@ from ssmlora_dist.training.interrupts import Interrupts, StoppedError
 from ssmlora_dist.training.lack_of_memory import REHEARSING_DEVICES, Work, named_lack_of_memory, rehearse
 from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import memory_gib, peak_memory_gib, usable_memory_bytes
+from ssmlora_dist.training.planner import planned_text
 from ssmlora_dist.training.probe import probe_places
 from ssmlora_dist.training.report import (
     Scores,
@@ -134,7 +135,8 @@ def _train(
             resume_point=resume_point,
         )
         console.message(header)
-    named = partial(named_lack_of_memory, config, context, run.work)
+    planned = partial(planned_text, config, context.world_size)
+    named = partial(named_lack_of_memory, config, context, run.work, planned=planned)
     with named(lambda: checkpoint_text(resume_point.path)):
         run.build()
     # Only now: what a run refused for bad input would leave behind would block the next one of its name.

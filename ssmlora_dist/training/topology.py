@@ -236,9 +236,9 @@ class ModelSizes:
     bytes_per_linear_weight: float
 
     @classmethod
-    def of(cls, config: RunConfig) -> ModelSizes:
-        """Those of a run's model, from its configuration alone."""
-        model = meta_model(config)
+    def of(cls, config: RunConfig, model: PreTrainedModel | None = None) -> ModelSizes:
+        """Those of a run's model, from its configuration alone; `model` is `meta_model` of it, if at hand."""
+        model = model or meta_model(config)
         structure = structure_of(model)
         trained, kept = [0] * structure.shape.num_layers, [KeptInputs(0, 0, 0)] * structure.shape.num_layers
         for index, layer in decoder_layers(model).items():
