@@ -57,7 +57,7 @@ from ssmlora_dist.training.topology import ParallelDims, build_engine
 SAMPLES_A_ROW = 4
 _LEARNING_RATE = 1e-4
 _FIRST_TOKENS = 64
-# Of a configuration, what a bare one does not take.
+# Of a configuration, what says nothing of shapes.
 _NOT_SHAPES = ("transformers_version", "architectures", "_name_or_path", "quantization_config")
 
 
@@ -395,7 +395,9 @@ def _traced_config(
             if isinstance(value, list) and len(value) == kept
         }
         values["num_hidden_layers"] = num_layers
-    values = {key: value for key, value in values.items() if key not in _NOT_SHAPES}
+    # What else stands in a model's file, a bare configuration does not take.
+    known = {"model_type", *type(shapes)().to_dict(), *shapes.attribute_map} - set(_NOT_SHAPES)
+    values = {key: value for key, value in values.items() if key in known}
     attention = "sdpa" if section.attention == "flash_attention_2" else section.attention
     model = section.model_copy(
         update={"path": None, "revision": None, "init": "random", "config": values, "attention": attention}
