@@ -19,26 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssmlora_dist.adapters.layers import LoRALinear
-from ssmlora_dist.adapters.projections import EXPERTS, linear_layers
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.schema import ParallelSection, RunConfig
 from ssmlora_dist.data import Example
 from ssmlora_dist.data.collation import collate
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.engine import DataParallelEngine
+from ssmlora_dist.fake_cuda.kinds import kinds_of
 from ssmlora_dist.fake_cuda.pretend import as_real_tensors, one_device, pretended_cuda
 from ssmlora_dist.fake_cuda.watch import (
     ADAPTERS,
-    ATTENTION,
     BACKWARD,
     CHECKPOINTS,
     DEQUANTISED,
     FORWARD,
     KINDS,
-    LOGITS,
-    MLP,
-    NORMS,
     OPTIMIZER,
     OTHER,
     PHASES,
@@ -46,7 +41,7 @@ from ssmlora_dist.fake_cuda.watch import (
     Sync,
     Watch,
 )
-from ssmlora_dist.models import decoder_layers, recompute, structure_of
+from ssmlora_dist.models import recompute
 from ssmlora_dist.models.configuration import load_config
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.quantization import QuantizedExperts
@@ -352,31 +347,6 @@ class _Phases:
     def step(self) -> None:
         with self._watch.during(OPTIMIZER):
             self._engine.step()
-
-
-def kinds_of(module: Any) -> dict[nn.Module, str]:
-    """The kinds of `watch.KINDS` that modules of a loss compute."""
-    model = module.model
-    kinds: dict[nn.Module, str] = {module: LOGITS, model: LOGITS}
-    structure = structure_of(model)
-    kinds[model.get_submodule(structure.decoder)] = OTHER
-    for layer in decoder_layers(model).values():
-        kinds[layer] = OTHER
-        for child in layer.children():
-            if not (linear_layers(child) or isinstance(child, nn.Linear) or _has_experts(child)):
-                continue
-            kinds[child] = ATTENTION if "Attention" in type(child).__name__ else MLP
-            for inner in child.modules():
-                if isinstance(inner, LoRALinear):
-                    kinds |= {inner: ADAPTERS, inner.base_layer: kinds[child]}
-    for inner in model.modules():
-        if type(inner).__name__.endswith("Norm"):
-            kinds[inner] = NORMS
-    return kinds | {module.head: LOGITS}
-
-
-def _has_experts(module: nn.Module) -> bool:
-    return any(hasattr(inner, EXPERTS) for inner in module.modules())
 
 
 def _traced_config(
