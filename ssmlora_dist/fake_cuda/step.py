@@ -19,26 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssmlora_dist.adapters.layers import LoRALinear
-from ssmlora_dist.adapters.projections import EXPERTS, linear_layers
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.config.schema import ParallelSection, RunConfig
 from ssmlora_dist.data import Example
 from ssmlora_dist.data.collation import collate
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.engine import DataParallelEngine
+from ssmlora_dist.fake_cuda.kinds import kinds_of
 from ssmlora_dist.fake_cuda.pretend import as_real_tensors, one_device, pretended_cuda
 from ssmlora_dist.fake_cuda.watch import (
     ADAPTERS,
-    ATTENTION,
     BACKWARD,
     CHECKPOINTS,
     DEQUANTISED,
     FORWARD,
     KINDS,
-    LOGITS,
-    MLP,
-    NORMS,
     OPTIMIZER,
     OTHER,
     PHASES,
@@ -46,7 +41,7 @@ from ssmlora_dist.fake_cuda.watch import (
     Sync,
     Watch,
 )
-from ssmlora_dist.models import decoder_layers, recompute, structure_of
+from ssmlora_dist.models import recompute
 from ssmlora_dist.models.configuration import load_config
 from ssmlora_dist.precision import machine_dtype
 from ssmlora_dist.quantization import QuantizedExperts
@@ -57,7 +52,7 @@ from ssmlora_dist.training.topology import ParallelDims, build_engine
 SAMPLES_A_ROW = 4
 _LEARNING_RATE = 1e-4
 _FIRST_TOKENS = 64
-# Of a configuration, what a bare one does not take.
+# Of a configuration, what says nothing of shapes.
 _NOT_SHAPES = ("transformers_version", "architectures", "_name_or_path", "quantization_config")
 
 
@@ -354,31 +349,6 @@ class _Phases:
             self._engine.step()
 
 
-def kinds_of(module: Any) -> dict[nn.Module, str]:
-    """The kinds of `watch.KINDS` that modules of a loss compute."""
-    model = module.model
-    kinds: dict[nn.Module, str] = {module: LOGITS, model: LOGITS}
-    structure = structure_of(model)
-    kinds[model.get_submodule(structure.decoder)] = OTHER
-    for layer in decoder_layers(model).values():
-        kinds[layer] = OTHER
-        for child in layer.children():
-            if not (linear_layers(child) or isinstance(child, nn.Linear) or _has_experts(child)):
-                continue
-            kinds[child] = ATTENTION if "Attention" in type(child).__name__ else MLP
-            for inner in child.modules():
-                if isinstance(inner, LoRALinear):
-                    kinds |= {inner: ADAPTERS, inner.base_layer: kinds[child]}
-    for inner in model.modules():
-        if type(inner).__name__.endswith("Norm"):
-            kinds[inner] = NORMS
-    return kinds | {module.head: LOGITS}
-
-
-def _has_experts(module: nn.Module) -> bool:
-    return any(hasattr(inner, EXPERTS) for inner in module.modules())
-
-
 def _traced_config(
     config: RunConfig, num_layers: int | None, device_type: str, num_ranks: int | None
 ) -> RunConfig:
@@ -395,7 +365,9 @@ def _traced_config(
             if isinstance(value, list) and len(value) == kept
         }
         values["num_hidden_layers"] = num_layers
-    values = {key: value for key, value in values.items() if key not in _NOT_SHAPES}
+    # What else stands in a model's file, a bare configuration does not take.
+    known = {"model_type", *type(shapes)().to_dict(), *shapes.attribute_map} - set(_NOT_SHAPES)
+    values = {key: value for key, value in values.items() if key in known}
     attention = "sdpa" if section.attention == "flash_attention_2" else section.attention
     model = section.model_copy(
         update={"path": None, "revision": None, "init": "random", "config": values, "attention": attention}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from itertools import cycle, product
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ssmlora_dist.fake_cuda.watch import CHECKPOINTS, DEQUANTISED, KINDS, LOGITS, MLP
-from tests.decoders import TESTED
+from tests.decoders import TESTED, bare_config
 from tests.fake_cuda.cases import MODES, PADDING, ROWS, SHIPPED, needs_compiler, traced
 
 WAYS = [
@@ -124,3 +126,11 @@ def test_what_spares_memory_is_seen_to() -> None:
 def test_only_supervised_tokens_have_logits() -> None:
     few, all_of_them = (traced(supervised=number, padding=0) for number in (5, None))
     assert all_of_them.bytes_by_kind[LOGITS] > few.bytes_by_kind[LOGITS] > 0
+
+
+def test_of_a_models_directory_its_configuration_is_enough(tmp_path: Path) -> None:
+    file = bare_config("gemma3_text") | {"architectures": ["Gemma3ForCausalLM"], "of_some_tool": {"a": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(file), encoding="utf-8")
+    given = {"model__path": str(tmp_path), "model__init": "pretrained", "model__config": None}
+    read, bare = (traced("gemma3_text", device="cpu", **settings) for settings in (given, {}))
+    assert read == bare
