@@ -88,7 +88,7 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
                 f"model's positions are made; lower it{_reaching(config, model_config)}"
             ]
         )
-    if for_training and (problems := _row_problems(config, model_config, device_type)):
+    if for_training and (problems := row_problems(config, model_config, device_type)):
         raise ConfigError(problems)
     model = empty_model(model_config, dtype=torch.bfloat16)
     structure = structure_of(model)
@@ -123,7 +123,7 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
             )
 
 
-def _row_problems(config: RunConfig, model_config: PreTrainedConfig, device_type: str) -> list[str]:
+def row_problems(config: RunConfig, model_config: PreTrainedConfig, device_type: str) -> list[str]:
     """What keeps rows from being packed, or shared among ranks."""
     ranks = config.parallel.sequence_parallel
     if not config.data.packing and ranks == 1:

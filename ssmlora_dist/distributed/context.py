@@ -118,19 +118,21 @@ class DistributedContext:
         dist.all_gather_object(values, value, group=_host)
         return values
 
-    def collect(self, value: Any, ranks: Sequence[int]) -> list[Any]:
-        """On rank 0 what `value` is on each of `ranks`, one after the other; elsewhere nothing.
+    def collect(self, make: Callable[[], Any], ranks: Sequence[int]) -> list[Any]:
+        """On rank 0 what `make` gives on each of `ranks`, one after the other; elsewhere nothing.
 
-        Unlike `gather`, nobody holds or sends more than there is.
+        Unlike with `gather`, nobody makes, holds or sends more than that.
         """
         if not self.is_main:
             if self.rank in ranks:
-                dist.send_object_list([value], dst=0, group=_host)
+                dist.send_object_list([make()], dst=0, group=_host)
             return []
         values = []
         for rank in ranks:
-            received = [value]
-            if rank != 0:
+            received = [None]
+            if rank == 0:
+                received = [make()]
+            else:
                 dist.recv_object_list(received, src=rank, group=_host)
             values += received
         return values
@@ -248,10 +250,11 @@ def _deepspeed(verbose: bool) -> Any:
 
     The standard output is for results: what it logs goes to the standard error stream.
     """
-    with contextlib.redirect_stdout(sys.stderr if verbose else io.StringIO()):
+    printed = sys.stderr if verbose else io.StringIO()
+    with contextlib.redirect_stdout(printed):
         import deepspeed
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (printed, sys.stdout):
             handler.setStream(sys.stderr)
     return deepspeed
 

@@ -154,8 +154,8 @@ class DataParallelEngine:
         if self.zero_stage > 0:
             with unscaled_by(self.engine.optimizer, loss_scale):
                 self.engine.step()
-            grad_norm = float(self.engine.get_global_grad_norm())
-            return float(loss_sum), grad_norm, bool(self.engine.optimizer.overflow)
+            loss, grad_norm = read_together(loss_sum, self.engine.get_global_grad_norm())
+            return loss, grad_norm, bool(self.engine.optimizer.overflow)
         loss, grad_norm = read_loss_and_norm(loss_sum, self.parameters, loss_scale)
         if not math.isfinite(grad_norm):
             self.engine.zero_grad()
@@ -178,15 +178,14 @@ class DataParallelEngine:
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by full name, whole, on rank 0's CPU; every rank must call it."""
         ranks = range(self.context.world_size if self.zero_stage == 3 else 1)
-        mine = parameter_pieces(self.parameters) if self.context.rank in ranks else []
-        return put_together(chain(*self.context.collect(mine, ranks))).get("", {})
+        pieces = self.context.collect(lambda: parameter_pieces(self.parameters), ranks)
+        return put_together(chain(*pieces)).get("", {})
 
     def optimizer_state(self) -> OptimizerState:
         """The optimiser's moments, on rank 0's CPU; every rank must call it."""
-        mine = optimizer_state_pieces(self.engine.optimizer, self.parameters, self.zero_stage)
-        return joined_state(
-            self.context.collect(mine, range(self.context.world_size if self.zero_stage else 1))
-        )
+        ranks = range(self.context.world_size if self.zero_stage else 1)
+        parts = (self.engine.optimizer, self.parameters, self.zero_stage)
+        return joined_state(self.context.collect(lambda: optimizer_state_pieces(*parts), ranks))
 
     def restore(self, optimizer_state: OptimizerState) -> None:
         """Goes on with an optimiser's moments, before the first step; every rank must call it."""
@@ -255,6 +254,13 @@ def on_host(numbers: Mapping[str, Tensor]) -> dict[str, float]:
     if not numbers:
         return {}
     return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
+
+
+def read_together(loss_sum: Tensor, grad_norm: Tensor | float) -> tuple[float, float]:
+    """The loss [] float64 and what DeepSpeed has for the norm, in one copy."""
+    norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=loss_sum.device)
+    loss, norm_value = torch.stack([loss_sum, norm]).tolist()
+    return loss, norm_value
 
 
 def read_loss_and_norm(

@@ -33,6 +33,7 @@ class StageLoad:
         frozen_bytes: weights of the backbone.
         adapter_bytes: adapters with their gradients and moments.
         activation_bytes: at most, of all micro-batches in flight.
+        kept_bytes: of these, what waits for the backward pass: checkpoints, or activations.
     """
 
     layers: range
@@ -43,6 +44,7 @@ class StageLoad:
     frozen_bytes: int
     adapter_bytes: int
     activation_bytes: int
+    kept_bytes: int
 
     @property
     def flops(self) -> int:
@@ -228,6 +230,7 @@ class _Loads:
         if is_last:
             spared += self._sum("recompute_flops", ahead)
         in_flight = micro_batches_in_flight(stage, self.num_stages, costs.num_micro_batches)
+        kept_bytes = in_flight * self._kept_bytes(layers, ends)
         return StageLoad(
             layers=layers,
             num_ahead=len(ahead),
@@ -236,7 +239,8 @@ class _Loads:
             backward_flops=total["backward_flops"],
             frozen_bytes=total["frozen_bytes"] - (costs.shared_bytes if len(ends) == 2 else 0),
             adapter_bytes=total["adapter_bytes"],
-            activation_bytes=in_flight * self._kept_bytes(layers, ends) + self._rebuilt_bytes(layers, ends),
+            activation_bytes=kept_bytes + self._rebuilt_bytes(layers, ends),
+            kept_bytes=kept_bytes,
         )
 
     def _kept_bytes(self, layers: range, ends: Sequence[PartCost]) -> int:

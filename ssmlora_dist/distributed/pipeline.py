@@ -30,6 +30,7 @@ from ssmlora_dist.distributed.engine import (
     clip_coefficient,
     no_check,
     on_host,
+    read_together,
     scale_gradients,
     set_learning_rate,
     squared_norms,
@@ -147,14 +148,14 @@ class PipelineParallelEngine:
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The trained parameters of all stages by full name, on rank 0's CPU; every rank must call it."""
-        mine = parameter_pieces(self.parameters)
-        return put_together(chain(*self.context.collect(mine, self._first_replica))).get("", {})
+        pieces = self.context.collect(lambda: parameter_pieces(self.parameters), self._first_replica)
+        return put_together(chain(*pieces)).get("", {})
 
     def optimizer_state(self) -> OptimizerState:
         """The optimiser's moments of all stages, on rank 0's CPU; every rank must call it."""
-        mine = optimizer_state_pieces(self.engine.optimizer, self.parameters, self.zero_stage)
         ranks = range(self.context.world_size) if self.zero_stage else self._first_replica
-        return joined_state(self.context.collect(mine, ranks))
+        parts = (self.engine.optimizer, self.parameters, self.zero_stage)
+        return joined_state(self.context.collect(lambda: optimizer_state_pieces(*parts), ranks))
 
     @property
     def _first_replica(self) -> range:
@@ -274,9 +275,8 @@ class _StageEngine(PipelineEngine):
             with unscaled_by(self.optimizer, self.loss_scale_now):
                 self._take_model_step(lr_kwargs)
             self._force_grad_boundary = False
-            self.grad_norm = float(self.optimizer._global_grad_norm)
+            self.loss, self.grad_norm = read_together(self.loss_sum, self.optimizer._global_grad_norm)
             self.skipped = bool(self.optimizer.overflow)
-            self.loss = float(self.loss_sum)
             return
         self.grad_norm = self._read_global_norm()
         self.skipped = not math.isfinite(self.grad_norm)

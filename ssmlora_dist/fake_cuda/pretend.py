@@ -18,12 +18,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.optim.optimizer import _foreach_supported_types as _optimizer_types
 from torch.utils._foreach_utils import _foreach_supported_types as _utility_types
 from torch.utils._python_dispatch import _disable_current_modes
@@ -37,6 +38,7 @@ _SOURCE = Path(__file__).with_name("guard.cpp")
 _KERNELS_OF_CUDA = ("silu_backward", "mish_backward")
 CAPABILITY = (9, 0)
 """Of the device that is pretended: Hopper's."""
+MEMORY_BYTES = 80 * 2**30
 # Flash attention computes in these, and heads of at most so many components.
 _FLASH_DTYPES, _FLASH_HEAD_SIZE = (torch.bfloat16, torch.float16), 256
 
@@ -130,6 +132,8 @@ def _answers() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "current_stream", PretendedStream),
         (torch.cuda, "stream", lambda _: nullcontext()),
         (torch.cuda, "synchronize", lambda _=None: told("synchronize")),
+        # Of a device that is there none of its memory is touched.
+        (FakeTensorMode, "avoid_device_init", True),
         (Tensor, "pin_memory", _pin_memory),
         (torch.cuda, "get_device_capability", lambda _=None: CAPABILITY),
         (functional, "scaled_dot_product_attention", _attention(functional.scaled_dot_product_attention)),
@@ -140,13 +144,52 @@ def _pin_memory(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
-class PretendedStream:
-    """A stream on which nothing runs."""
+@contextmanager
+def one_device() -> Iterator[None]:
+    """Within `pretended_cuda`: what DeepSpeed asks of the device that this process computes on."""
+    major, minor = CAPABILITY
+    properties = SimpleNamespace(total_memory=MEMORY_BYTES, major=major, minor=minor)
+    answers = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "set_device": None,
+        "empty_cache": None,
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_reserved": 0,
+        "reset_peak_memory_stats": None,
+        "get_device_properties": properties,
+    }
+    with ExitStack() as stack:
+        for name, value in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
+        for name in ("Event", "default_stream"):
+            stack.enter_context(mock.patch.object(torch.cuda, name, PretendedStream))
+        stack.enter_context(mock.patch.object(Tensor, "record_stream"))
+        # The model is there already, and torch does not move parameters to which others refer.
+        stack.enter_context(mock.patch.object(nn.Module, "to", lambda module, *_, **__: module))
+        yield
 
-    def __init__(self, device: torch.device | None = None) -> None: ...
+
+class PretendedStream:
+    """A stream on which nothing runs, and an event in it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, stream: PretendedStream | None = None) -> None:
+        """Costs the host nothing."""
+
+    def wait(self, stream: PretendedStream | None = None) -> None:
+        """Alike."""
+
+    def query(self) -> bool:
+        """All is done."""
+        return True
 
     def wait_stream(self, stream: PretendedStream) -> None:
-        """Costs the host nothing."""
+        """Alike."""
 
     def wait_event(self, event: PretendedStream) -> None:
         """Alike."""

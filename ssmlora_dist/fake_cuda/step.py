@@ -27,7 +27,7 @@ from ssmlora_dist.data import Example
 from ssmlora_dist.data.collation import collate
 from ssmlora_dist.distributed.context import DistributedContext
 from ssmlora_dist.distributed.engine import DataParallelEngine
-from ssmlora_dist.fake_cuda.pretend import as_real_tensors, pretended_cuda
+from ssmlora_dist.fake_cuda.pretend import as_real_tensors, one_device, pretended_cuda
 from ssmlora_dist.fake_cuda.watch import (
     ADAPTERS,
     ATTENTION,
@@ -56,13 +56,14 @@ from ssmlora_dist.training.topology import ParallelDims, build_engine
 # Samples that share a packed row.
 SAMPLES_A_ROW = 4
 _LEARNING_RATE = 1e-4
+_FIRST_TOKENS = 64
 # Of a configuration, what a bare one does not take.
 _NOT_SHAPES = ("transformers_version", "architectures", "_name_or_path", "quantization_config")
 
 
 @dataclass(frozen=True)
 class Traced:
-    """What one training step asks of one device, at ZeRO 0 without a pipeline.
+    """What one training step asks of one device.
 
     Attributes:
         peak_bytes: of storages alive on the device at most, the model included, each rounded up as torch's
@@ -95,12 +96,13 @@ def trace_step(
     supervised: int | None = None,
     padding: int = 0,
     micro_batches: int = 1,
+    num_ranks: int | None = None,
     device: str = "cuda",
     fake: bool = True,
 ) -> Traced:
     """Traces a step of a run's optimiser, through the run's own code, once its moments are there.
 
-    Neither weights nor data are read. One rank works alone: what ZeRO, a pipeline or ranks that share rows
+    Neither weights nor data are read. What a pipeline, ranks that share rows or offloading by DeepSpeed
     change is not in it. flash-attention is traced as torch's own kernel of that name, which keeps as much.
 
     Args:
@@ -112,6 +114,9 @@ def trace_step(
         supervised: tokens of a micro-batch with a loss, at most; None: all that can have one.
         padding: tokens behind every row but the first, of `tokens`.
         micro_batches: of the step.
+        num_ranks: that share the step, of which the first is traced, with DeepSpeed's engine at the ZeRO
+            stage of `config`; their collectives move nothing. None: one alone at ZeRO 0, where DeepSpeed
+            adds nothing on the device, and is not imported.
         device: `cuda` (fake) or `cpu`.
         fake: tensors without storage; real ones are counted by the same code, on the CPU.
 
@@ -120,11 +125,12 @@ def trace_step(
         FakeCudaError: no g++.
     """
     assert fake or device == "cpu", "real CUDA tensors are measured, not traced"
-    traced = _TracedRun(_alone(config, num_layers, device), device, fake)
+    assert num_ranks is None or device == "cuda", "DeepSpeed is asked to compute on CUDA"
+    traced = _TracedRun(_traced_config(config, num_layers, device, num_ranks), device, fake, num_ranks)
     job = (rows, tokens, supervised, padding)
     with traced.running():
         model_bytes = traced.build()
-        traced.make_moments()
+        traced.make_moments(tokens)
         traced.watch.reset()
         traced.step([traced.batch(*job) for _ in range(micro_batches)])
         watch = traced.watch
@@ -150,10 +156,11 @@ class _TracedRun:
         config: of one rank alone.
         device_type: where it computes.
         fake: whether tensors have no storage.
+        num_ranks: see `trace_step`.
     """
 
-    def __init__(self, config: RunConfig, device_type: str, fake: bool) -> None:
-        self.config, self.fake = config, fake
+    def __init__(self, config: RunConfig, device_type: str, fake: bool, num_ranks: int | None = None) -> None:
+        self.config, self.num_ranks = config, num_ranks
         self.device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
         self.watch = Watch(device_type)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
@@ -164,6 +171,12 @@ class _TracedRun:
         pretended = pretended_cuda if self.device.type == "cuda" else as_real_tensors
         with ExitStack() as stack:
             stack.enter_context(pretended())
+            if self.num_ranks is not None:
+                # Imported here, as it imports deepspeed.
+                from ssmlora_dist.distributed.pretended import pretended_ranks
+
+                stack.enter_context(one_device())
+                stack.enter_context(pretended_ranks(self.num_ranks))
             for target, name, value in self._marks():
                 stack.enter_context(mock.patch.object(target, name, value))
             yield
@@ -171,7 +184,8 @@ class _TracedRun:
     def build(self) -> int:
         """Makes the model and its engine; the bytes of the model."""
         with self.mode, self.watch:
-            context, dims = _Alone(0, 1, 0, self.device), ParallelDims(0, 1, 0, 1)
+            number = self.num_ranks or 1
+            context, dims = _FirstRank(0, number, 0, self.device), ParallelDims(0, number, 0, 1)
             built = build_engine(self.config, context, dims, plan=None, warn=lambda _: None)
         assert isinstance(built.engine, DataParallelEngine)
         self.engine = built.engine
@@ -181,8 +195,11 @@ class _TracedRun:
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
         return self.watch.live_bytes
 
-    def make_moments(self) -> None:
-        """Gives the optimiser what it makes in its first step."""
+    def make_moments(self, tokens: int) -> None:
+        """Gives the optimiser, and DeepSpeed, what they make in the first step."""
+        if self.num_ranks is not None:
+            self.step([self.batch(1, min(tokens, _FIRST_TOKENS), None, 0)])
+            return
         with self.mode, self.watch, self.watch.during(OPTIMIZER):
             for parameter in self.engine.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
@@ -260,6 +277,14 @@ class _TracedRun:
             watch.count_on_host(on_host)
             return on_host
 
+        def start(
+            self_: DataParallelEngine, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any
+        ) -> Any:
+            if self.num_ranks is None:
+                return _Phases(_Unsharded(model, optimizer), watch)
+            return _Phases(kept_start(self_, model, optimizer, config), watch)
+
+        kept_start = DataParallelEngine.start
         kept_checkpoint, kept_empty_on_host = recompute.checkpoint, copier.empty_on_host
         return [
             (nn.Module, "__call__", call_module),
@@ -270,43 +295,63 @@ class _TracedRun:
                 (kind, "dequantize", of_kind(DEQUANTISED, kind.dequantize))
                 for kind in (Linear4bit, Linear8bit, QuantizedExperts)
             ),
-            (DataParallelEngine, "start", lambda _, model, optimizer, __: _Engine(model, optimizer, watch)),
+            (DataParallelEngine, "start", start),
         ]
 
 
-class _Alone(DistributedContext):
-    """One rank, which asks nobody."""
+class _FirstRank(DistributedContext):
+    """Rank 0, whose fellows have what it has."""
 
     def sum(self, values: Sequence[float]) -> list[float]:
+        return [float(value) * self.world_size for value in values]
+
+    def max(self, values: Sequence[float]) -> list[float]:
         return [float(value) for value in values]
 
-    max = sum
 
+class _Unsharded:
+    """In the place of DeepSpeed's engine at ZeRO 0 on one rank."""
 
-class _Engine:
-    """In the place of DeepSpeed's at ZeRO 0 on one rank, where that adds nothing on the device."""
-
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, watch: Watch) -> None:
-        self.module, self.optimizer, self._watch = module, optimizer, watch
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.module, self.optimizer = module, optimizer
 
     def __call__(self, batch: Batch) -> Any:
-        with self._watch.during(FORWARD):
-            return self.module(batch)
+        return self.module(batch)
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Gradients stay until the step anyway."""
 
     def backward(self, loss: Tensor, **_: Any) -> None:
-        with self._watch.during(BACKWARD):
-            loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
-        with self._watch.during(OPTIMIZER):
-            self.optimizer.step()
+        self.optimizer.step()
         self.zero_grad()
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class _Phases:
+    """An engine that tells a watch what it is at."""
+
+    def __init__(self, engine: Any, watch: Watch) -> None:
+        self._engine, self._watch = engine, watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __call__(self, batch: Batch) -> Any:
+        with self._watch.during(FORWARD):
+            return self._engine(batch)
+
+    def backward(self, loss: Tensor, **settings: Any) -> None:
+        with self._watch.during(BACKWARD):
+            self._engine.backward(loss, **settings)
+
+    def step(self) -> None:
+        with self._watch.during(OPTIMIZER):
+            self._engine.step()
 
 
 def kinds_of(module: Any) -> dict[nn.Module, str]:
@@ -334,8 +379,10 @@ def _has_experts(module: nn.Module) -> bool:
     return any(hasattr(inner, EXPERTS) for inner in module.modules())
 
 
-def _alone(config: RunConfig, num_layers: int | None, device_type: str) -> RunConfig:
-    """The run on one rank, its backbone of random weights and so many layers."""
+def _traced_config(
+    config: RunConfig, num_layers: int | None, device_type: str, num_ranks: int | None
+) -> RunConfig:
+    """The run with a backbone of random weights and so many layers."""
     section = config.model
     shapes = load_config(section.path, config=section.config, revision=section.revision)
     text_config = shapes.get_text_config()
@@ -353,14 +400,14 @@ def _alone(config: RunConfig, num_layers: int | None, device_type: str) -> RunCo
     model = section.model_copy(
         update={"path": None, "revision": None, "init": "random", "config": values, "attention": attention}
     )
-    training = config.training.model_copy(update={"micro_batch_size": 1, "global_batch_size": 1})
-    alone = config.model_copy(
+    sizes = {"micro_batch_size": 1, "global_batch_size": num_ranks or 1}
+    zero_stage = 0 if num_ranks is None else config.parallel.zero_stage
+    traced = config.model_copy(
         update={
             "model": model,
             "adapter": config.adapter.until_probed,
-            "training": training,
-            "parallel": ParallelSection(),
-            "deepspeed": {},
+            "training": config.training.model_copy(update=sizes),
+            "parallel": ParallelSection(zero_stage=zero_stage),
         }
     )
-    return alone.with_auto_dtype(machine_dtype(device_type))
+    return traced.with_auto_dtype(machine_dtype(device_type))

@@ -195,8 +195,8 @@ class Watch(TorchDispatchMode):
             if not is_fake:
                 return None
             if tensor.dtype == torch.bool:
-                # While a model is loaded, whether anything is wrong; then, whether all of a mask is set.
-                return self.phase != LOAD
+                # Whether anything is wrong; in between, whether all of a mask is set.
+                return self.phase not in (LOAD, OPTIMIZER)
             return 1.0 if tensor.is_floating_point() else 1
         if name == "equal":
             if on_device:

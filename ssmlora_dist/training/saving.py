@@ -138,7 +138,9 @@ class Saver:
         """What `last_good` says, on any rank by itself: others than rank 0 know what that has told them."""
         if self._context.is_main:
             return self.last_good()
-        return checkpoint_text(self._context.noted_checkpoint)
+        noted = self._context.noted_checkpoint
+        # Rank 0 may have written another since.
+        return checkpoint_text(None) if noted is None else f"a good checkpoint is {noted}"
 
 
 def checkpoint_text(path: Path | str | None) -> str:

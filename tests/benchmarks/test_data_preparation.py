@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import data_preparation
 from ssmlora_dist.distributed import context as contexts
+from ssmlora_dist.ranks import OF_A_RANK
 
 NUM_RECORDS = 40
 
@@ -30,7 +31,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = {"rank": 0, "world_size": 1, "is_main": True, "gather": lambda value: [value]}
     context = SimpleNamespace(**rank, on_main=act, on_each_node=act)
     # Other tests of this process may have been ranks.
-    monkeypatch.delenv("RANK", raising=False)
+    for name in OF_A_RANK:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(contexts, "start_process_group", lambda timeout: context)
     monkeypatch.setattr(contexts, "stop_process_group", lambda: None)
     monkeypatch.setattr(data_preparation, "_start", start)

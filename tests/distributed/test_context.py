@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import socket
 import sys
@@ -152,7 +153,8 @@ def test_what_deepspeed_tries_at_its_import_is_no_result(
         "print('[WARNING] async_io requires the dev libaio .so object')\n"
     )
     logger = logging.getLogger("DeepSpeed")
-    monkeypatch.setattr(logger, "handlers", [])
+    others = logging.StreamHandler(io.StringIO())
+    monkeypatch.setattr(logger, "handlers", [others])
     monkeypatch.syspath_prepend(tmp_path)
     # So that it is taken away again.
     monkeypatch.setitem(sys.modules, "deepspeed", sys)
@@ -162,6 +164,7 @@ def test_what_deepspeed_tries_at_its_import_is_no_result(
     logger.error("something that matters")
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "something that matters\n")
+    assert others.stream.getvalue() == shown.err
     monkeypatch.delitem(sys.modules, "deepspeed")
     _deepspeed(verbose=True)
     shown = capsys.readouterr()

@@ -47,6 +47,8 @@ TABLE: list[tuple[dict[str, Any], str, Any]] = [
         "zero_optimization.reduce_bucket_size",
         7,
     ),
+    # It has the host wait for the device around every micro-batch.
+    ({}, "timers.throughput.enabled", False),
     ({"native": {"wall_clock_breakdown": True}}, "wall_clock_breakdown", True),
     ({"native": {"steps_per_print": 5}}, "steps_per_print", 5),
     ({"native": {"zero_optimization": {"overlap_comm": True}}}, "zero_optimization.overlap_comm", True),

@@ -55,6 +55,7 @@ def traced(
     padding: int = PADDING,
     supervised: int | None = None,
     micro_batches: int = 1,
+    num_ranks: int | None = None,
     device: str = "cuda",
     fake: bool = True,
     **settings: Any,
@@ -69,6 +70,7 @@ def traced(
         supervised=supervised,
         padding=padding,
         micro_batches=micro_batches,
+        num_ranks=num_ranks,
         device=device,
         fake=fake,
     )

@@ -17,6 +17,7 @@ from ssmlora_dist.distributed.context import DistributedContext, start_process_g
 from ssmlora_dist.distributed.engine import DataParallelEngine
 from ssmlora_dist.errors import EXIT_TRAINING_FAILED, TrainingError
 from ssmlora_dist.models.loss import CausalLMLoss
+from ssmlora_dist.ranks import VARIABLES
 from ssmlora_dist.sweep.outcome import outcome_of
 from ssmlora_dist.tracking import Console
 from ssmlora_dist.training import run
@@ -124,7 +125,7 @@ def test_what_is_drawn_later_stays_as_it_was() -> None:
 
 def test_a_rank_names_the_checkpoint_that_rank_0_has_told_it_of() -> None:
     saver: Any = object.__new__(Saver)
-    for noted, said in ((None, "no checkpoint has been saved"), ("c/7", "the last good checkpoint is c/7")):
+    for noted, said in ((None, "no checkpoint has been saved"), ("c/7", "a good checkpoint is c/7")):
         watch: Any = SimpleNamespace(last_checkpoint=noted)
         saver._context = DistributedContext(1, 2, 1, torch.device("cpu"), watch)
         assert saver.last_good_here() == said
@@ -146,8 +147,12 @@ RUN = (
 
 @pytest.fixture(scope="module")
 def context() -> Iterator[DistributedContext]:
-    yield start_process_group(60)
-    stop_process_group()
+    with pytest.MonkeyPatch.context() as environment:
+        for name in VARIABLES:
+            # So that what is set is taken back.
+            environment.setenv(name, "")
+        yield start_process_group(60)
+        stop_process_group()
 
 
 def losses(context: DistributedContext, directory: Path) -> list[float]:
