@@ -133,12 +133,12 @@ def test_each_decoder_layer_is_compiled_as_one_graph(
     if backend is None:
         # A forward and a backward graph of each layer.
         assert len(compiler.graphs) == 2 * NUM_LAYERS
-        for name in ("state_forward", "state_backward"):
+        # Those of dropout: on the input of `down_proj`, and on what goes back to it.
+        dropped = ("dropped_product", "dropped_weight_gradient", "add_dropped_gradient")
+        for name in ("state_forward", "state_backward", *dropped):
             found = [graph.count(f"ssmlora.{name}.default") for graph in compiler.graphs]
             assert sorted(found) == [0] * NUM_LAYERS + [1] * NUM_LAYERS, name
-        # On the input of `down_proj`: in the forward pass, and twice in the backward pass.
-        dropped = [graph.count("ssmlora.dropout.default") for graph in compiler.graphs]
-        assert sorted(dropped) == [1] * NUM_LAYERS + [2] * NUM_LAYERS
+        assert not any("ssmlora.dropout.default" in graph for graph in compiler.graphs)
 
 
 @pytest.mark.slow  # compiles C++ for up to a minute

@@ -10,7 +10,7 @@ Between forward and backward pass they hold x (the tensor itself: no copy, no ca
 all else is worked out again. The delta is added into `base`, and the gradient through W_a into the one that
 the frozen layer sends to x: neither costs a tensor of its own, unless somebody else holds what it would go
 into (`is_held`). Compiled, both are left to the compiler. What dropout makes of x, and of what goes back to
-it, is there for some of the tokens at a time (`PIECE_ELEMENTS`).
+it, is there for some of the tokens at a time (`dropped.py`).
 
 Products with W_a and W_b run in the dtype of x, state arithmetic in float32 (float64 for float64). Gradients
 of gradients are not there. Shapes: B batch, S tokens, D in-features, O out-features, R rank.
@@ -27,11 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssmlora_dist.ops import dropped
 from ssmlora_dist.ops.dropout import Dropout
 from ssmlora_dist.ops.form import Form, Inputs, Parameters
 
-# Elements that are dropped at a time: 64 MiB in bfloat16, a pass over which takes longer than its launch.
-PIECE_ELEMENTS = 2**25
 # A view of what nobody else refers to: see `is_held`.
 _LONE_VIEW = torch.empty(1).view(1)
 
@@ -148,28 +147,26 @@ class _DownProjection(torch.autograd.Function):
         d_zs = [x.new_zeros((*x.shape[:-1], rank)) if d is None else d for d in d_z]
         # Under autocast x may be wider than z.
         d_z_TR = _rows(_stacked(d_zs, -1)).to(x.dtype)
-        x_TD = _rows(x)
-        pieces = _pieces(x_TD, seeds)
-        d_weight: Tensor | None = None
-        for tokens, seeds_T in pieces:
-            read_TD = _dropped(x_TD[tokens], seeds_T, ctx.rng_args)
-            of_piece = _product(d_z_TR[tokens].t(), read_TD, weights[0].dtype)
-            d_weight = of_piece if d_weight is None else d_weight.add_(of_piece)
-            del read_TD
-        assert d_weight is not None
-        d_weights = d_weight.split(rank)
+        rows, dtype = _rows(x), weights[0].dtype
+        dropout_id, dropout = ctx.rng_args
+        dropping = None if seeds is None else (seeds.reshape(-1), dropout_id, dropout)
+        if dropping is None:
+            d_weight = dropped.product(d_z_TR.t(), rows, dtype)
+        else:
+            d_weight = _with_dropout().dropped_weight_gradient(rows, *dropping, d_z_TR, dtype)
         if ctx.needs_input_grad[0]:
             weight = _stacked(weights).to(x.dtype)
             if d_x is None:
-                d_x, in_place = x.new_zeros(x.shape), True
-            if seeds is None:
-                d_x = _add_product(d_x.contiguous(), d_z_TR, weight, in_place=in_place)
+                d_x, in_place = x.new_zeros(x.shape), not torch.compiler.is_compiling()
+            d_x = d_x.contiguous()
+            if dropping is None:
+                d_x = _add_product(d_x, d_z_TR, weight, in_place=in_place)
+            elif in_place:
+                dropped.add_dropped_gradient_(_rows(d_x), *dropping, d_z_TR, weight)
             else:
-                d_x = d_x.contiguous() if in_place else d_x.clone(memory_format=torch.contiguous_format)
-                d_x_TD = _rows(d_x)
-                for tokens, seeds_T in pieces:
-                    d_x_TD[tokens].add_(_dropped(d_z_TR[tokens].mm(weight), seeds_T, ctx.rng_args))
-        return d_x, None, None, *d_weights
+                added = _with_dropout().add_dropped_gradient(_rows(d_x), *dropping, d_z_TR, weight)
+                d_x = added.view(x.shape)
+        return d_x, None, None, *d_weight.split(rank)
 
 
 class _Delta(torch.autograd.Function):
@@ -202,7 +199,7 @@ class _Delta(torch.autograd.Function):
         inputs = Inputs(z, state, by_name, scaling, seeds, dropout)
         u, d_z, d_state, d_parameters = form.backward(inputs, d_u, d_handed_on, ctx.needs_input_grad[4])
         scaled = u if form.scales_in_forward else u * scaling
-        d_B = _product(_rows(d_y).t(), _rows(scaled), lora_B.dtype)
+        d_B = dropped.product(_rows(d_y).t(), _rows(scaled), lora_B.dtype)
         return None, None, d_y, d_z, d_state, d_B, None, *d_parameters
 
 
@@ -212,20 +209,13 @@ def _projections(
     weight, rank = _stacked(weights).to(x.dtype), weights[0].shape[0]
     if seeds is None:
         return F.linear(x, weight).split(rank, -1)
-    x_TD = _rows(x)
-    z = [F.linear(_dropped(x_TD[tokens], of, rng_args), weight) for tokens, of in _pieces(x_TD, seeds)]
-    return _stacked(z).view(*x.shape[:-1], -1).split(rank, -1)
+    z_TR: Tensor = _with_dropout().dropped_product(_rows(x), seeds.reshape(-1), *rng_args, weight)
+    return z_TR.view(*x.shape[:-1], -1).split(rank, -1)
 
 
-def _pieces(x_TD: Tensor, seeds: Tensor | None) -> list[tuple[slice, Tensor | None]]:
-    """Which tokens are dropped together, and their seeds: all of them where nothing is dropped."""
-    num_tokens, num_components = x_TD.shape
-    # Compiled, a piece would be a part of the graph of its own.
-    if seeds is None or torch.compiler.is_compiling():
-        return [(slice(None), None if seeds is None else seeds.reshape(-1))]
-    starts = range(0, max(1, num_tokens), max(1, PIECE_ELEMENTS // num_components))
-    pieces = [slice(start, start + starts.step) for start in starts]
-    return [(tokens, seeds.reshape(-1)[tokens]) for tokens in pieces]
+def _with_dropout() -> Any:
+    """The functions of `dropped`, to the compiler as operators."""
+    return torch.ops.ssmlora if torch.compiler.is_compiling() else dropped
 
 
 def _add_product(
@@ -237,17 +227,6 @@ def _add_product(
         return torch.addmm(rows, left_TR, right_RO, alpha=scaling).view(target.shape)
     rows.addmm_(left_TR, right_RO, alpha=scaling)
     return target
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right, accumulated and returned in `dtype` where the device can, else rounded in between."""
-    if left.is_cuda and left.dtype != dtype:
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype)
-
-
-def _dropped(x: Tensor, seeds: Tensor | None, rng_args: tuple[int, float]) -> Tensor:
-    return x if seeds is None else torch.ops.ssmlora.dropout(x, seeds, *rng_args)
 
 
 def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:

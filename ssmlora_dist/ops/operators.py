@@ -26,7 +26,7 @@ _library = torch.library.Library("ssmlora", "DEF")
 
 
 def register_operator(
-    function: Callable[..., Any], schema: str, fake: Callable[..., Any], kernels: str
+    function: Callable[..., Any], schema: str, fake: Callable[..., Any], kernels: str | None = None
 ) -> None:
     """Registers `function` under its name.
 
@@ -35,12 +35,12 @@ def register_operator(
         schema: its arguments and results, in torch's notation.
         fake: gives results without values.
         kernels: the module of its Triton kernel, which has its name, and of `takes`, which says of the first
-            tensor whether that kernel is for it.
+            tensor whether that kernel is for it; None: there is none.
     """
     name = function.__name__
     _library.define(name + schema)
     _library.impl(name, function, "CPU")
-    _library.impl(name, _fastest(function, kernels), "CUDA")
+    _library.impl(name, function if kernels is None else _fastest(function, kernels), "CUDA")
     for device in ("CPU", "CUDA"):
         _library.impl(name, _without_autocast(name, device.lower()), f"Autocast{device}")
     torch.library.register_fake(f"ssmlora::{name}", fake, lib=_library)

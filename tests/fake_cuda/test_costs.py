@@ -9,7 +9,7 @@ import pytest
 
 from ssmlora_dist.fake_cuda.step import Traced, trace_step
 from ssmlora_dist.fake_cuda.watch import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, STEP
-from ssmlora_dist.ops.fused import PIECE_ELEMENTS
+from ssmlora_dist.ops.dropped import PIECE_ELEMENTS
 from tests.decoders import bare_config
 from tests.fake_cuda.cases import SHIPPED, config_of, needs_compiler, traced
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmlora_dist.ops import fused
+from ssmlora_dist.ops import dropped, fused
 from ssmlora_dist.ops.constant import Constant
 from ssmlora_dist.ops.dropout import Dropout
 from ssmlora_dist.ops.form import Form, Inputs
@@ -132,7 +132,7 @@ def test_i10_every_size(kind: type[Form], rank: int, tokens: int) -> None:
 
 def test_i10_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped for four tokens at a time: 51 of them, of three rows."""
-    monkeypatch.setattr(fused, "PIECE_ELEMENTS", 4 * FEATURES + 5)
+    monkeypatch.setattr(dropped, "PIECE_ELEMENTS", 4 * FEATURES + 5)
     assert_is_its_reference(LoRA(rank=4), 17, torch.float64, SEEDS)
 
 
