@@ -152,8 +152,8 @@ def partition(costs: ModelCosts, num_stages: int, *, memory_limit_bytes: float =
         least, _ = _smallest_maximum(memory, num_layers, num_stages)
         problem = (
             f"{STAGES_FIELD}: {num_stages} given, {size_text(memory_limit_bytes)} for each stage; every "
-            f"split of {num_layers} layers has a stage of at least {size_text(least)}; use more stages, shorter "
-            "sequences or a smaller micro-batch"
+            f"split of {num_layers} layers has a stage of at least {size_text(least)}; use more stages, "
+            "shorter sequences or a smaller micro-batch"
         )
         raise ConfigError([problem])
 
