@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssmlora_dist import add_adapters
 from ssmlora_dist.adapters.injection import adapter_parameters
+from ssmlora_dist.adapters.projections import EXPERTS
 from ssmlora_dist.batches import Batch
 from ssmlora_dist.data import Example, collate
 from ssmlora_dist.errors import ModelError
@@ -96,8 +97,12 @@ def test_no_sample_sees_another(model_type: str) -> None:
     other = Example.from_tokens([5, 6, 7, 8], [False, True, True, True])
     after = logits(model, packed([SAMPLES[0], other, SAMPLES[2]]))
     first, second = SAMPLES[0].num_tokens, SAMPLES[0].num_tokens + other.num_tokens
-    assert torch.equal(after[:, :first], before[:, :first])
-    assert torch.equal(after[0, second:], before[0, second:])
+    for kept, again in ((before[:, :first], after[:, :first]), (before[0, second:], after[0, second:])):
+        if any(hasattr(module, EXPERTS) for module in model.modules()):
+            # How many tokens share an expert's product depends on all samples, and on it how it is rounded.
+            torch.testing.assert_close(again, kept, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(again, kept)
     assert not torch.equal(after[0, first:second], before[0, first:second])
 
 
