@@ -3,7 +3,7 @@
     python benchmarks/planner.py
 
 The shipped configuration's adapter and batch, rows of 4,096 tokens. A proposal of ranks by themselves is
-traced at 4 and 6 decoder layers (`ssmlora_dist.fake_cuda`), from which its other layers follow; others are not.
+traced at 4 and 6 decoder layers (`ssmlora_dist.fake_cuda`), from which the rest follow; other ones are not.
 """
 
 from __future__ import annotations
