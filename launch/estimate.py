@@ -26,7 +26,7 @@ def _number(text: str) -> int:
 
 
 def main() -> int | None:
-    parser = build_parser("Estimate memory and time of a run, and find the settings that fit.")
+    parser = build_parser("Estimate memory and time of a run, and find the settings that fit.", works=False)
     add = parser.add_argument
     add("--devices", type=_number, default=1, metavar="N", help="GPUs, each with a rank (default: 1)")
     add("--device-memory-gib", type=_size, required=True, metavar="GIB", help="of a GPU")

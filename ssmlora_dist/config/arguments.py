@@ -34,10 +34,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().error(message)
 
 
-def build_parser(description: str) -> ArgumentParser:
+def build_parser(description: str, *, works: bool = True) -> ArgumentParser:
     """The arguments that every script taking a run configuration has; scripts add their own.
 
-    Parsed, they are `config`, `overrides` (a list of `a.b=value`), `dry_run`, `log_level` and `local_rank`.
+    Parsed, they are `config`, `overrides` (a list of `a.b=value`), `log_level`, `local_rank` and, of a script
+    that `works` after its checks, `dry_run`.
     """
     parser = ArgumentParser(description=description, allow_abbrev=False)
     add = parser.add_argument
@@ -51,7 +52,8 @@ def build_parser(description: str) -> ArgumentParser:
         metavar="KEY=VALUE",
         help="override a field of the configuration, such as training.max_steps=100; repeatable",
     )
-    add("--dry-run", action="store_true", help="check everything and stop before the work")
+    if works:
+        add("--dry-run", action="store_true", help="check everything and stop before the work")
     add("--log-level", choices=LOG_LEVELS, default="warning", help="(default: %(default)s)")
     # DeepSpeed's launcher passes it; ranks are read from the environment.
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
