@@ -105,7 +105,7 @@ def check_model(config: RunConfig, device_type: str = "cpu", *, for_training: bo
             ]
         )
     tile_size, layers = config.training.mlp_tile_size, decoder_layers(model)
-    if for_training and tile_size is not None and len(untiled_layers(layers)) == len(layers):
+    if for_training and tile_size not in (None, "auto") and len(untiled_layers(layers)) == len(layers):
         raise ConfigError(
             [
                 f"training.mlp_tile_size: {tile_size} given; allowed: null, as no decoder layer of this "

@@ -8,7 +8,7 @@ field is its description in `configs/schema.json`, which editors show.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -30,6 +30,21 @@ Metric = Literal["f1", "exact_match", "rouge_l", "string_match_all", "string_mat
 # With the endings that directories and files get, within what file systems take.
 LONGEST_NAME = 180
 LARGEST_SEED = 2**32 - 1  # the widest that every random generator in use accepts
+
+
+Auto = Literal["auto"]
+
+
+class Spared(NamedTuple):
+    """What spares memory in training, with nothing left to decide.
+
+    Attributes:
+        layers_per_checkpoint, offload_checkpoints, mlp_tile_size: see `TrainingSection`.
+    """
+
+    layers_per_checkpoint: int
+    offload_checkpoints: bool
+    mlp_tile_size: int | None
 
 
 class Section(BaseModel):
@@ -217,18 +232,29 @@ class TrainingSection(Section):
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
     gradient_checkpointing: bool = True
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
-    layers_per_checkpoint: int = Field(default=1, ge=1)
-    """Decoder layers recomputed together: fewer inputs to keep, more activations at one time."""
-    offload_checkpoints: bool = False
-    """Keep what decoder layers are recomputed from in host memory; on CUDA, copied meanwhile."""
-    mlp_tile_size: int | None = Field(default=None, ge=1)
-    """Tokens whose activations in MLP and norms exist at one time; null: all. Experts are not tiled."""
+    layers_per_checkpoint: Annotated[int, Field(ge=1)] | Auto = 1
+    """Decoder layers recomputed together: fewer inputs to keep, more activations; `auto`: as memory asks."""
+    offload_checkpoints: bool | Auto = False
+    """Keep what decoder layers are recomputed from in host memory; `auto`: where a device is too small."""
+    mlp_tile_size: Annotated[int, Field(ge=1)] | Auto | None = None
+    """Tokens whose activations in MLP and norms exist at one time; null: all; `auto`: as memory asks."""
     compile: bool = False
     """Have torch.compile make code of each decoder layer: minutes at the start, then fewer launches."""
     loss_chunk_size: int = Field(default=1024, ge=1)
     """Tokens whose logits exist at one time in the loss."""
     max_nonfinite_steps: int = Field(default=5, ge=1)
     """Steps in a row skipped for a loss or gradient that is not finite, before training stops."""
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether something that spares memory is `auto` yet: see `planner.settle_memory`."""
+        return "auto" in (self.layers_per_checkpoint, self.offload_checkpoints, self.mlp_tile_size)
+
+    @property
+    def spared(self) -> Spared:
+        """What spares memory, once that is settled."""
+        assert not self.is_unsettled, "settle_memory comes first"
+        return Spared(*(getattr(self, name) for name in Spared._fields))
 
 
 class ParallelSection(Section):

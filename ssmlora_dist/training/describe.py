@@ -25,6 +25,8 @@ from ssmlora_dist.training.contents import (
 )
 from ssmlora_dist.training.data import account_lines
 from ssmlora_dist.training.header import run_header
+from ssmlora_dist.training.metrics import usable_memory_bytes
+from ssmlora_dist.training.planner import settle_memory
 from ssmlora_dist.training.resume_point import (
     ResumePoint,
     base_of,
@@ -61,6 +63,9 @@ def describe(
     config = settle_places(resume_point, config)
     check_settings(resume_point, config)
     check_model(config, device_type)
+    if config.training.is_unsettled:
+        config, line = settle_memory(config, world_size, usable_memory_bytes(torch.device(device_type)))
+        chosen.append(line)
     tokenizer, _ = tokenizer_of(config, resume_point, first_start(resume_point), warn)
     train, validation = build_data(pinned(config, revisions(config, resume_point)), tokenizer, warn)
     _compare(config, resume_point, train, validation, warn)

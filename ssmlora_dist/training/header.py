@@ -94,13 +94,13 @@ def run_header(
 
 def recompute_text(config: RunConfig, model: PreTrainedModel) -> str:
     """What is recomputed in the backward pass, and from what."""
-    training = config.training
+    training, spared = config.training, config.training.spared
     parts = ["nothing"]
     if training.gradient_checkpointing:
-        number, place = training.layers_per_checkpoint, " in host memory" * training.offload_checkpoints
+        number, place = spared.layers_per_checkpoint, " in host memory" * spared.offload_checkpoints
         parts = [f"{number} layers at a time" if number > 1 else "layer by layer"]
         parts[0] += f", from checkpoints{place}" if place else ""
-    if (tile_size := training.mlp_tile_size) is not None:
+    if (tile_size := spared.mlp_tile_size) is not None:
         parts.append(f"MLPs and norms in tiles of {tile_size} tokens")
         if left := untiled_layers(decoder_layers(model)):
             parts[-1] += f", MLPs whole in {len(left)} layers with experts or without an MLP of its own"

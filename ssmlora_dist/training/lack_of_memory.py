@@ -106,7 +106,7 @@ def named_lack_of_memory(
 
 def remedies(config: RunConfig, world_size: int, work: Work) -> list[str]:
     """What would need less memory for some work, by keys of the configuration with what they are now."""
-    training, parallel = config.training, config.parallel
+    training, spared, parallel = config.training, config.training.spared, config.parallel
     is_splittable = world_size > 1 and parallel.pipeline_stages == 1
     lower, settings = [], []
     if work.shape is not None:
@@ -114,14 +114,14 @@ def remedies(config: RunConfig, world_size: int, work: Work) -> list[str]:
             ("training.micro_batch_size", training.micro_batch_size),
             ("evaluation.micro_batch_size", config.evaluation.micro_batch_size),
             ("data.max_length", config.data.max_length),
-            ("training.mlp_tile_size", training.mlp_tile_size or 1),
+            ("training.mlp_tile_size", spared.mlp_tile_size or 1),
             ("training.loss_chunk_size", training.loss_chunk_size),
-            ("training.layers_per_checkpoint", training.layers_per_checkpoint),
+            ("training.layers_per_checkpoint", spared.layers_per_checkpoint),
         ]
         settings = [
             ("training.gradient_checkpointing=true", not training.gradient_checkpointing),
-            (f"training.mlp_tile_size={TILE_SIZE}", training.mlp_tile_size is None),
-            ("training.offload_checkpoints=true", not training.offload_checkpoints),
+            (f"training.mlp_tile_size={TILE_SIZE}", spared.mlp_tile_size is None),
+            ("training.offload_checkpoints=true", not spared.offload_checkpoints),
         ]
     settings += [
         ("quantization.mode=nf4", config.quantization.mode in ("none", "int8")),

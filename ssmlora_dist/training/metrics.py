@@ -18,6 +18,9 @@ STATM = Path("/proc/self/statm")
 # Dense bf16 tensor-core peaks by device name, TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 
+# Of the memory that is free before loading: the rest is for allocators and libraries.
+MEMORY_SHARE = 0.85
+
 
 def peak_tflops(device: torch.device) -> float | None:
     """Peak of the device in bf16, TFLOP/s; None where it is not known (CPU, other GPUs)."""
@@ -27,13 +30,12 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
-def usable_memory_bytes(context: DistributedContext) -> float:
-    """What is free on this rank's GPU; on a CPU its share of the host's memory."""
-    if context.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(context.device)[0])
-    return (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / read_launch_environment().local_world_size
-    )
+def usable_memory_bytes(device: torch.device) -> float:
+    """What may be planned with: most of what is free on a GPU, or of a rank's share of its host's memory."""
+    if device.type == "cuda":
+        return MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return MEMORY_SHARE * host / read_launch_environment().local_world_size
 
 
 def peak_memory_gib(context: DistributedContext) -> list[float]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssmlora_dist.config.build import row_problems, shapes_of
-from ssmlora_dist.config.schema import RunConfig
+from ssmlora_dist.config.schema import RunConfig, Spared
 from ssmlora_dist.config.topology import data_parallel_size, topology_problems
 from ssmlora_dist.distributed.cost_model import ModelCosts
 from ssmlora_dist.distributed.partition import StageLoad, partition, size_text, stage_loads
@@ -27,6 +27,15 @@ GIB = 2**30
 # CUDA's context, libraries' work spaces and NCCL's buffers; and gaps between an allocator's blocks.
 CONTEXT_BYTES, ALLOCATOR_SHARE = GIB, 0.05
 TILE_SIZE = 4096
+SPARING = (
+    (None, 1, False),
+    (TILE_SIZE, 1, False),
+    (TILE_SIZE, 2, False),
+    (TILE_SIZE, 4, False),
+    (TILE_SIZE, 1, True),
+    (TILE_SIZE, 2, True),
+)
+"""Tiles, layers a checkpoint and offload, by the time that they cost: what `auto` goes through."""
 MOST_ROWS = 64
 DEVICES_A_NODE = 8
 
@@ -116,7 +125,8 @@ class Planner:
     """Plans of one model on one number of devices.
 
     Args:
-        config: of the run; what it says of the model, its quantisation and adapter is taken as given.
+        config: of the run; its model, quantisation and adapter are taken as given, and what is `auto` is
+            decided, if the memory is known.
         num_devices: ranks, one on each device.
         memory_gib: of a device; 0: nothing is asked of whether it fits.
         host_memory_gib: of a node; None: not known, and enough.
@@ -137,6 +147,9 @@ class Planner:
         self.sizes, self.shapes = ModelSizes.of(config, model), shapes_of(config.model)
         self._asked: dict[int, list[str]] = {}
         self._splits: dict[tuple[int, str], tuple[int, ...]] = {}
+        if memory_gib:
+            reserve = CONTEXT_BYTES + int(ALLOCATOR_SHARE * self.memory_bytes)
+            self.config, _ = self.settle(self.memory_bytes - reserve)
 
     def plan(self, config: RunConfig, num_tokens: int | None = None) -> Plan:
         """What a configuration takes, with rows of `data.max_length` or `num_tokens`, all supervised."""
@@ -156,6 +169,28 @@ class Planner:
         slowest = max(loads, key=lambda load: load.flops)
         batch = config.training.global_batch_size
         return Plan(config, memory, self._seconds(config, costs, slowest), batch * tokens)
+
+    def settle(self, memory_bytes: float) -> tuple[RunConfig, Plan | None]:
+        """The configuration with what is `auto` decided, and its plan, if anything was.
+
+        The first of what costs least time that holds no more than `memory_bytes`, or else what holds least.
+        """
+        if not self.config.training.is_unsettled:
+            return self.config, None
+        plans = []
+        has_mlps = any(layer.mlp_weights for layer in self.sizes.shape.layers)
+        for tile_size, number, offload in SPARING:
+            given = _spared(number, offload, tile_size if has_mlps else None)
+            undecided = {
+                key: value
+                for key, value in given.items()
+                if getattr(self.config.training, key.partition(".")[2]) == "auto"
+            }
+            plans.append(self.plan(_with(self.config, undecided)))
+            if plans[-1].memory.total - plans[-1].memory.reserve <= memory_bytes:
+                return plans[-1].config, plans[-1]
+        least = min(plans, key=lambda plan: plan.memory.total)
+        return least.config, least
 
     def fits(self, plan: Plan) -> bool:
         """Whether device and host hold it."""
@@ -402,6 +437,25 @@ def estimate_text(planner: Planner) -> tuple[str, bool]:
     else:
         lines.append("no other settings are faster: keep these")
     return "\n".join(lines), best is not None
+
+
+def settle_memory(config: RunConfig, world_size: int, memory_bytes: float) -> tuple[RunConfig, str]:
+    """The configuration with what spares memory decided where it is `auto`, and a line that says so.
+
+    Args:
+        config: of the run.
+        world_size: number of ranks.
+        memory_bytes: that a rank may be planned to hold.
+    """
+    settled, plan = Planner(config, world_size).settle(memory_bytes)
+    assert plan is not None, "nothing is auto"
+    names = [name for name in Spared._fields if getattr(config.training, name) == "auto"]
+    chosen = ", ".join(f"training.{name} {json.dumps(getattr(settled.training, name))}" for name in names)
+    planned = plan.memory.total - plan.memory.reserve
+    fits = "" if planned <= memory_bytes else "; that is too much, and nothing takes less"
+    return settled, (
+        f"{chosen} (auto: {size_text(planned)} planned where {size_text(memory_bytes)} may be held{fits})"
+    )
 
 
 def planned_text(config: RunConfig, world_size: int, model: PreTrainedModel | None = None) -> str:

@@ -40,7 +40,7 @@ from ssmlora_dist.training.interrupts import Interrupts, StoppedError
 from ssmlora_dist.training.lack_of_memory import REHEARSING_DEVICES, Work, named_lack_of_memory, rehearse
 from ssmlora_dist.training.loop import StepRecord, train
 from ssmlora_dist.training.metrics import memory_gib, peak_memory_gib, usable_memory_bytes
-from ssmlora_dist.training.planner import planned_text
+from ssmlora_dist.training.planner import planned_text, settle_memory
 from ssmlora_dist.training.probe import probe_places
 from ssmlora_dist.training.report import (
     Scores,
@@ -71,8 +71,6 @@ from ssmlora_dist.training.totals import Totals
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Of the memory that is free before loading, what is planned with: the rest is for allocators and libraries.
-MEMORY_SHARE = 0.85
 # Training examples over which states are averaged, to know what they are worth.
 STATE_EXAMPLES = 8
 
@@ -111,6 +109,10 @@ def _train(
     config = settle_places(resume_point, config)
     check_settings(resume_point, config)
     check_model(config, context.device.type)
+    if config.training.is_unsettled:
+        memory = -context.max([-usable_memory_bytes(context.device)])[0]
+        config, chosen = settle_memory(config, context.world_size, memory)
+        console.message(chosen)
     began: str = context.share(first_start(resume_point))
     tokenizer, contents = tokenizer_of(config, resume_point, began, console.warn)
     dims = parallel_dims_of(config, context)
@@ -295,8 +297,8 @@ class _Run:
         fingerprint: str = self.context.on_main(partial(base_of, self.config, self.resume_point))
         plan = None
         if self.dims.num_stages > 1:
-            memory = -self.context.max([-usable_memory_bytes(self.context)])[0]
-            plan = plan_stages(self.config, self.data.sample, self.dims, MEMORY_SHARE * memory)
+            memory = -self.context.max([-usable_memory_bytes(self.context.device)])[0]
+            plan = plan_stages(self.config, self.data.sample, self.dims, memory)
             self.console.message(plan.table)
         checkpoint, warn = self.resume_point.checkpoint, self.console.warn
         backbone = self._probed_backbone() if self.config.adapter.is_unprobed else None

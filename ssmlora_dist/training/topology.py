@@ -267,7 +267,7 @@ class ModelSizes:
         self, config: RunConfig, data_parallel_size: int, num_tokens: int, num_targets: int
     ) -> ModelCosts:
         """What a run's parts cost, for rows of so many tokens, of which so many are supervised."""
-        training, ahead = config.training, config.parallel.recompute_ahead
+        training, spared, ahead = config.training, config.training.spared, config.parallel.recompute_ahead
         return model_costs(
             self.shape,
             self.adapters,
@@ -280,9 +280,9 @@ class ModelSizes:
                 loss_chunk_size=training.loss_chunk_size,
                 recompute="while_waiting" if training.gradient_checkpointing else "none",
                 layers_ahead=None if ahead == "auto" else ahead,
-                layers_per_checkpoint=training.layers_per_checkpoint,
-                offload_checkpoints=training.offload_checkpoints,
-                mlp_tile_size=training.mlp_tile_size,
+                layers_per_checkpoint=spared.layers_per_checkpoint,
+                offload_checkpoints=spared.offload_checkpoints,
+                mlp_tile_size=spared.mlp_tile_size,
             ),
             bytes_per_linear_weight=self.bytes_per_linear_weight,
             compute_dtype_bytes=self.compute_dtype_bytes,

@@ -24,7 +24,9 @@ from ssmlora_dist.training.planner import (
     device_of,
     estimate_text,
     planned_text,
+    settle_memory,
 )
+from tests.decoders import bare_config
 from tests.fake_cuda.cases import needs_compiler
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +160,41 @@ def test_the_proposal_is_what_set_takes() -> None:
     )
     assert again.training == best.config.training
     assert again.parallel == best.config.parallel
+
+
+def test_auto_takes_what_costs_least_time_and_fits() -> None:
+    auto = {
+        "training__mlp_tile_size": "auto",
+        "training__layers_per_checkpoint": "auto",
+        "training__offload_checkpoints": "auto",
+        "training__micro_batch_size": 1,
+    }
+
+    def chosen(memory_gib: float, shapes: Any = SHAPES["llama3-8b"], **values: Any) -> tuple[Any, str]:
+        config = config_of(shapes, data__max_length=65536, **(auto | values))
+        settled, line = settle_memory(config, 1, memory_gib * GIB)
+        assert not settled.training.is_unsettled
+        return settled.training.spared, line
+
+    found, line = chosen(75)
+    assert found == (1, False, None)
+    assert line.startswith("training.layers_per_checkpoint 1, training.offload_checkpoints false, ")
+    assert "where 75.00 GiB may be held)" in line
+    assert chosen(30)[0] == (1, False, 4096)
+    assert chosen(22)[0] == (2, False, 4096)
+    assert chosen(14)[0] == (1, True, 4096)
+    found, line = chosen(8)
+    assert found == (1, True, 4096)
+    assert line.endswith("may be held; that is too much, and nothing takes less)")
+    # What is given stays; experts have no tiles.
+    number, offload, _ = chosen(14, training__offload_checkpoints=False)[0]
+    assert number > 1
+    assert not offload
+    mixture = bare_config("mixtral") | {"num_hidden_layers": 4}
+    assert chosen(0.01, mixture)[0].mlp_tile_size is None
+    # An estimate decides for the device that it is for.
+    config = config_of(SHAPES["llama3-8b"], data__max_length=65536, **auto)
+    assert Planner(config, 1, 80).config.training.spared == (1, False, None)
 
 
 def test_devices_by_their_memory() -> None:
