@@ -164,7 +164,7 @@ def _alternatives(node: Node) -> Iterator[Node]:
         for member in node["anyOf"]:
             yield from _alternatives(member)
     else:
-        yield node
+        yield node | {"enum": [node["const"]]} if "const" in node else node
 
 
 def _node(key_path: KeyPath) -> Node:
@@ -242,11 +242,14 @@ def _allowed_one(node: Node) -> str:
 
 def _remedy(value: Any, node: Node) -> str:
     """How to turn `value` into something that `node` accepts."""
-    kinds = {alt.get("type") for alt in _alternatives(node)}
-    if options := _options(node):
-        return did_you_mean(value, options) if isinstance(value, str) else "choose one of these"
+    kinds = {alt.get("type") for alt in _alternatives(node) if "enum" not in alt}
     if isinstance(value, str) and (meant := _unquoted(value, kinds)) is not None:
         return f"write {meant} without quotes"
+    options = _options(node)
+    if options and isinstance(value, str):
+        return did_you_mean(value, options)
+    if options and not kinds:
+        return "choose one of these"
     if isinstance(value, str) and "array" in kinds and value:
         return f"write a list: {json.dumps([part.strip() for part in value.split(',')])}"
     if isinstance(value, str) and any("pattern" in alt for alt in _alternatives(node)):

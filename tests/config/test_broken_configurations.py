@@ -67,7 +67,11 @@ BROKEN: dict[str, tuple[list[Change], tuple[str, ...]]] = {
     ),
     "no layer to a checkpoint": (
         [("training.layers_per_checkpoint", 0)],
-        ("training.layers_per_checkpoint: 0 given", ">= 1", "default is 1"),
+        ("training.layers_per_checkpoint: 0 given", '>= 1 or "auto"', "default is 1"),
+    ),
+    "neither tiles nor a word for them": (
+        [("training.mlp_tile_size", "outo")],
+        ('training.mlp_tile_size: "outo" given', '>= 1 or "auto" or null', 'did you mean "auto"?'),
     ),
     "tiles within compiled layers": (
         [("training.compile", True), ("training.mlp_tile_size", 1024)],
