@@ -30,16 +30,7 @@ from ssmlora_dist.training.planner import GIB, Planner, changes
 
 RESULTS = Path(__file__).parent / "results" / "planner.jsonl"
 CONFIG = Path(__file__).parents[1] / "configs" / "llama_ssmlora.json"
-MODELS = {name: SHAPES[name] for name in ("llama2-7b", "llama3-8b", "llama2-13b")} | {
-    "llama2-70b": SHAPES["llama2-7b"]
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    }
-}
+MODELS = ("llama2-7b", "llama3-8b", "llama2-13b", "llama2-70b")
 MACHINES = ((1, 24), (1, 80), (8, 80))
 TRACED_LAYERS = (4, 6)
 
@@ -73,7 +64,8 @@ def main() -> None:
     parser.add_argument("--out", type=path_argument, default=RESULTS, metavar="FILE")
     arguments = parser.parse_args()
     quiet_libraries()
-    for name, shapes in MODELS.items():
+    for name in MODELS:
+        shapes = SHAPES[name]
         for num_devices, memory_gib in MACHINES:
             began = time.perf_counter()
             config = config_of(shapes, num_devices)

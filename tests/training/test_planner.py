@@ -30,13 +30,6 @@ from tests.decoders import bare_config
 from tests.fake_cuda.cases import needs_compiler
 
 ROOT = Path(__file__).parents[2]
-LLAMA_2_70B = SHAPES["llama2-7b"] | {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-}
 
 
 def config_of(shapes: dict[str, Any], world_size: int = 1, **values: Any) -> RunConfig:
@@ -96,7 +89,7 @@ def test_time_counts_the_work_of_a_rank() -> None:
 
 
 def test_what_is_proposed_fits_keeps_to_the_rules_and_is_as_fast_as_any() -> None:
-    config = config_of(LLAMA_2_70B, data__max_length=4096)
+    config = config_of(SHAPES["llama2-70b"], data__max_length=4096)
     for num_devices, memory_gib in ((1, 80), (8, 24), (8, 80)):
         planner = Planner(config, num_devices, memory_gib)
         best = planner.best()
